@@ -1,0 +1,1 @@
+"""From raw videos to shards, and from shards to tubelets on the device."""

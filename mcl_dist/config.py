@@ -1,0 +1,184 @@
+"""Strict configuration: dataclasses beside the code they configure, YAML files, dotted overrides.
+
+A section is a frozen dataclass whose fields carry a type, a default and, where numbers have limits, a range
+(`number`). YAML may inherit from another file with `base:` (a path relative to itself).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from mcl_dist.errors import ConfigError
+
+Section = TypeVar("Section")
+
+
+def number(
+    default: float | int | None = None, *, minimum: float | None = None, maximum: float | None = None
+) -> Any:
+    """A numeric field with inclusive limits; required when no default is given."""
+    metadata = {"minimum": minimum, "maximum": maximum}
+    if default is None:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def choice(default: str, *options: str) -> Any:
+    """A text field that takes one of a few words."""
+    return dataclasses.field(default=default, metadata={"options": (default, *options)})
+
+
+def load_config(schema: type[Section], path: str | Path, overrides: typing.Sequence[str] = ()) -> Section:
+    """Read a YAML file, apply `key=value` overrides in order, and build the checked `schema`.
+
+    Raises:
+        ConfigError: naming the file or override, the key's full path, the value found and what is allowed.
+    """
+    tree = _read(Path(path), seen=())
+    for override in overrides:
+        _apply(tree, override)
+    return build_config(schema, tree)
+
+
+def build_config(schema: type[Section], tree: dict[str, Any]) -> Section:
+    """Build the checked `schema` from nested dictionaries; errors as in `load_config`."""
+    return typing.cast(Section, _section(schema, tree, path=""))
+
+
+def dump_config(config: Any) -> str:
+    """The resolved configuration as YAML that `load_config` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"{path}: `base:` leads back to this file; remove the circle")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())}); mend that line") from error
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds a {type(tree).__name__}, must hold `key: value` lines")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return _merged(_read(path.parent / str(base), (*seen, path)), tree)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"`{override}`: an override is written key=value, for example train.epochs=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"`{override}`: the value is not YAML; quote it") from error
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = tree.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{key}: `{section}` is a value, not a section")
+        tree = inner
+    tree[last] = value
+
+
+def _section(schema: Any, tree: Any, path: str) -> Any:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: found {tree!r}, must be a section of `key: value` lines")
+    fields = {field.name: field for field in dataclasses.fields(schema)}
+    for key in tree:
+        if key not in fields:
+            raise ConfigError(f"{_join(path, str(key))}: unknown key; {_nearest(str(key), list(fields))}")
+    hints = typing.get_type_hints(schema)
+    values = {}
+    for name, field in fields.items():
+        where = _join(path, name)
+        if name in tree:
+            values[name] = _value(hints[name], tree[name], where, field.metadata)
+        elif dataclasses.is_dataclass(hints[name]):
+            values[name] = _section(hints[name], {}, where)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}: missing; set it in the file or as {where}=VALUE")
+    return schema(**values)
+
+
+def _value(hint: Any, value: Any, path: str, metadata: typing.Mapping[str, Any]) -> Any:
+    if isinstance(hint, types.UnionType):
+        if value is None and type(None) in hint.__args__:
+            return None
+        (hint,) = (inner for inner in hint.__args__ if inner is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return _section(hint, value, path)
+    if typing.get_origin(hint) is tuple:
+        return _tuple(typing.get_args(hint), value, path, metadata)
+    if hint is float:
+        value = _as_float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{path}: found {value!r}, must be {_phrase(hint, metadata)}")
+    _check_limits(value, path, hint, metadata)
+    return value
+
+
+def _tuple(inner: tuple[Any, ...], value: Any, path: str, metadata: typing.Mapping[str, Any]) -> Any:
+    repeated = inner[-1] is Ellipsis
+    if not isinstance(value, list | tuple) or (not repeated and len(value) != len(inner)):
+        size = "" if repeated else f"{len(inner)} "
+        raise ConfigError(f"{path}: found {value!r}, must be a list of {size}{_phrase(inner[0], metadata)}")
+    return tuple(_value(inner[0], item, f"{path}[{index}]", metadata) for index, item in enumerate(value))
+
+
+def _as_float(value: Any) -> Any:
+    """Whole numbers, and texts like 1e-4 that YAML 1.1 takes for words, are floats too."""
+    if isinstance(value, bool):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+def _check_limits(value: Any, path: str, hint: Any, metadata: typing.Mapping[str, Any]) -> None:
+    minimum, maximum, options = (metadata.get(key) for key in ("minimum", "maximum", "options"))
+    below = minimum is not None and not value >= minimum
+    above = maximum is not None and not value <= maximum
+    if below or above:
+        raise ConfigError(f"{path}: found {value!r}, must be {_phrase(hint, metadata)}")
+    if options is not None and value not in options:
+        raise ConfigError(f"{path}: found {value!r}; {_nearest(value, list(options))}")
+
+
+def _phrase(hint: Any, metadata: typing.Mapping[str, Any]) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    minimum, maximum = metadata.get("minimum"), metadata.get("maximum")
+    limits = [f"at least {minimum}"] if minimum is not None else []
+    limits += [f"at most {maximum}"] if maximum is not None else []
+    return " ".join([names[hint], " and ".join(limits)]).strip()
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    hint = f"did you mean `{close[0]}`? " if close else ""
+    return f"{hint}known are: {', '.join(sorted(known))}"
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key

@@ -1,0 +1,1 @@
+"""Metrics for Prometheus, fed by the listeners of the other packages."""
