@@ -1,1 +1,1 @@
-"""The method: encoder, objective, training loop, checkpoints and evaluation, free of data formats and reporting."""
+"""The method: encoder, objective, training loop, checkpoints, evaluation; knows no data format, no reporter."""

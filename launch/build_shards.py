@@ -1,0 +1,7 @@
+"""Being written."""
+
+import argparse
+
+
+def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add nothing yet."""

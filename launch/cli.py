@@ -1,0 +1,43 @@
+"""The `mcl` command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from mcl_dist.errors import EXIT_FAILURE, UserError
+
+COMMANDS = ("demo", "build_shards", "pretrain", "evaluate")
+EXIT_INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line; every module of `COMMANDS` adds its own part."""
+    root = argparse.ArgumentParser(prog="mcl", description="Motion-focused contrastive video pre-training.")
+    commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        importlib.import_module(f"launch.{name}").register(commands)
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; a user's mistake becomes one line on standard error and its exit code."""
+    parsed = parser().parse_args(arguments)
+    try:
+        return int(parsed.run(parsed))
+    except UserError as error:
+        print(f"mcl: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("mcl: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone (`mcl … | head`): nothing is left to say.
+        sys.stderr.close()
+        return EXIT_FAILURE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
