@@ -1,0 +1,48 @@
+# Each target works alone on a fresh clone and makes its own .venv. Settings: PYTHON (3.10 to 3.13),
+# CUDA (13, or 12 for older drivers), TORCH_INDEX (a wheel index for torch alone, README.md "Install").
+PYTHON ?= python3
+VENV := .venv
+CUDA ?= $(or $(patsubst $(VENV)/.installed-cuda%,%,$(firstword $(wildcard $(VENV)/.installed-cuda*))),13)
+TORCH_INDEX ?=
+# The stamp is written last and names the choice of CUDA: a half-made .venv has none.
+STAMP := $(VENV)/.installed-cuda$(CUDA)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Tests and checks run many small tensor operations: more threads only get in each other's way.
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: install demo test check clean
+.DEFAULT_GOAL := install
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/mcl demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+$(STAMP): pyproject.toml constraints.txt
+	@case "$(CUDA)" in 12|13) ;; *) echo "make: CUDA=$(CUDA): must be 12 or 13" >&2; exit 2;; esac
+	@command -v "$(PYTHON)" >/dev/null || \
+		{ echo "make: $(PYTHON): no such program; name a Python of 3.10 to 3.13: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' || \
+		{ echo "make: $(PYTHON) is $$("$(PYTHON)" -V 2>&1); name one of 3.10 to 3.13: make PYTHON=python3.12" >&2; exit 1; }
+	@test -e $@ || "$(PYTHON)" -m venv --clear $(VENV) >/dev/null 2>&1 || \
+		{ rm -rf $(VENV); echo "make: $(PYTHON) cannot make a virtual environment here; check the free space and that" \
+		  "its venv module is whole (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@rm -f $@
+	@echo "installing into $(VENV) (once; torch and DALI are large)"
+	$(PIP) --upgrade pip
+	$(PIP) -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) -c constraints.txt -e '.[cuda$(CUDA),demo,dev,s3]'
+	@touch $@
