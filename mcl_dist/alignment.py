@@ -1,0 +1,76 @@
+"""Where the inter similarity looks, held against where the video moves (METHOD.md, sections 4 and 8)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import cosine_similarity
+
+from mcl_dist.heads import Network, NetworkOutput, widened
+
+
+class Alignment(NamedTuple):
+    """Agreement of maps (B, T, H, W) with targets of the same shape.
+
+    Attributes:
+        loss: scalar, the sum of 1 − similarity over the three, mean over the batch.
+        spatiotemporal, spatial, temporal: (B,), cosine similarities.
+    """
+
+    loss: torch.Tensor
+    spatiotemporal: torch.Tensor
+    spatial: torch.Tensor
+    temporal: torch.Tensor
+
+
+def similarity_gradient(network: Network, output: NetworkOutput, first_key: torch.Tensor) -> torch.Tensor:
+    """Gradient of Σ_b query·first key with respect to `EncoderOutput.projected`, in closed form.
+
+    Differentiable by plain operations, so that one backward pass suffices (METHOD.md, section 8).
+
+    Args:
+        network: the query network, its BatchNorm in training mode.
+        output: what it answered, gradients attached.
+        first_key: (B, d), unit vectors, constant.
+
+    Returns:
+        (B, C, T', H', W') in float32 or wider.
+    """
+    head, features = output.inter, output.features
+    query, key = head.vector, widened(first_key)
+    away_from_query = key - query * (query * key).sum(dim=1, keepdim=True)
+    d_projected = away_from_query / head.projected.norm(dim=1, keepdim=True)
+    d_hidden = (d_projected @ widened(network.inter.second.weight)) * (head.hidden > 0)
+    d_pooled = d_hidden @ widened(network.inter.first.weight)
+    positions = features.summed[0, 0].numel()
+    d_summed = (d_pooled / positions)[:, :, None, None, None] * (features.summed > 0)
+    return _through_batch_norm(network.encoder.last_norm, widened(features.projected), d_summed)
+
+
+def _through_batch_norm(norm: torch.nn.BatchNorm3d, inputs: torch.Tensor, d_outputs: torch.Tensor) -> torch.Tensor:
+    axes = (0, 2, 3, 4)
+    variance, mean = torch.var_mean(inputs, dim=axes, correction=0, keepdim=True)
+    inverse_deviation = torch.rsqrt(variance + norm.eps)
+    normalised = (inputs - mean) * inverse_deviation
+    centred = d_outputs - d_outputs.mean(dim=axes, keepdim=True)
+    along = normalised * (d_outputs * normalised).mean(dim=axes, keepdim=True)
+    scale = widened(norm.weight)[:, None, None, None] * inverse_deviation
+    return scale * (centred - along)
+
+
+def alignment_map(gradient: torch.Tensor) -> torch.Tensor:
+    """Channels of (B, C, T, H, W), weighted per frame by their spatial mean, summed and rectified: (B, T, H, W)."""
+    channel_weights = gradient.mean(dim=(3, 4), keepdim=True)
+    return torch.relu((channel_weights * gradient).sum(dim=1))
+
+
+def align(maps: torch.Tensor, targets: torch.Tensor) -> Alignment:
+    """Compare maps with motion targets, both (B, T, H, W), in space and time, in space, and in time."""
+    frame_weights = torch.softmax(targets.sum(dim=(2, 3)), dim=1)
+    per_frame = cosine_similarity(maps.flatten(2), targets.flatten(2), dim=2)
+    spatiotemporal = (frame_weights * per_frame).sum(dim=1)
+    spatial = cosine_similarity(maps.mean(dim=1).flatten(1), targets.mean(dim=1).flatten(1), dim=1)
+    temporal = cosine_similarity(maps.sum(dim=(2, 3)), targets.sum(dim=(2, 3)), dim=1)
+    loss = (3 - spatiotemporal - spatial - temporal).mean()
+    return Alignment(loss, spatiotemporal, spatial, temporal)

@@ -1,0 +1,106 @@
+"""MCL's objective: one module from a query batch and its keys to one scalar (METHOD.md, section 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from mcl_dist.alignment import align, alignment_map, similarity_gradient
+from mcl_dist.config import choice, number
+from mcl_dist.heads import Network
+from mcl_dist.losses import inter_loss, intra_loss, order_loss, own_similarities
+from mcl_dist.momentum import Keys
+from mcl_dist.negatives import Queue
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Numbers of the losses; the defaults are METHOD.md's.
+
+    Attributes:
+        temperature: τ of inter and intra.
+        queue: K, number of negatives.
+        momentum: of the key encoder's moving average.
+        intra, alignment: weights of the two terms; 0 leaves a term out of the total.
+        order: `ramp` weighs the order term by epoch/epochs (UCF101), `off` by 0 (Kinetics).
+    """
+
+    temperature: float = number(0.1, minimum=1e-3)
+    queue: int = number(131072, minimum=1)
+    momentum: float = number(0.999, minimum=0, maximum=1)
+    intra: float = number(1.0, minimum=0)
+    alignment: float = number(1.0, minimum=0)
+    order: str = choice("off", "ramp")
+
+
+class LossWeights(NamedTuple):
+    """Weights of the terms at one step; inter has weight 1."""
+
+    intra: float
+    alignment: float
+    order: float
+
+
+class Objective(nn.Module):
+    """The query network with its losses; keys and queue come from outside and are constants.
+
+    Attributes:
+        report: detached scalars of the last forward, without the weights: a loss per term, the mean similarity to
+            positives and to negatives, and the alignment's spatio-temporal similarity.
+    """
+
+    def __init__(self, network: Network, *, temperature: float, autocast: bool = False) -> None:
+        super().__init__()
+        self.network = network
+        self.report: dict[str, torch.Tensor] = {}
+        self._temperature = temperature
+        self._autocast = autocast
+
+    def forward(
+        self,
+        clips: torch.Tensor,
+        keys: Keys,
+        queue: Queue,
+        motion: torch.Tensor,
+        order: torch.Tensor,
+        weights: LossWeights,
+    ) -> torch.Tensor:
+        """Weighted sum of the losses.
+
+        Args:
+            clips: (B, 3, T, H, W), normalised query clips.
+            keys: of the same videos.
+            queue: K negatives, not yet holding these keys.
+            motion: (B, T', H', W'), targets of the alignment.
+            order: int64 (B,), order labels.
+            weights: of the terms at this step.
+        """
+        with torch.autocast(clips.device.type, torch.bfloat16, enabled=self._autocast):
+            output = self.network(clips)
+        query = output.inter.vector
+        own = own_similarities(query, keys.inter)
+        negatives = queue.similarities(query)
+        inter = inter_loss(own, negatives, self._temperature)
+        intra = intra_loss(own_similarities(output.intra.vector, keys.intra), self._temperature)
+        gradient = similarity_gradient(self.network, output, keys.inter[0])
+        aligned = align(alignment_map(gradient), motion.to(gradient.dtype))
+        _, second, third = keys.order
+        ordered = order_loss(self.network.order_classifier, output.order.vector, second, third, order)
+        total = inter + weights.intra * intra + weights.alignment * aligned.loss + weights.order * ordered
+        self.report = {
+            name: value.detach()
+            for name, value in {
+                "loss": total,
+                "loss_inter": inter,
+                "loss_intra": intra,
+                "loss_alignment": aligned.loss,
+                "loss_order": ordered,
+                "similarity_positive": own.mean(),
+                "similarity_negative": negatives.mean(),
+                "similarity_alignment": aligned.spatiotemporal.mean(),
+            }.items()
+        }
+        return total

@@ -1,0 +1,68 @@
+"""The processes of one run, and what passes between them."""
+
+from __future__ import annotations
+
+import torch
+from torch import distributed
+
+
+class Ranks:
+    """This process among `count`; a process group of one when torch.distributed was not initialised."""
+
+    def __init__(self) -> None:
+        together = distributed.is_initialized()
+        self.rank = distributed.get_rank() if together else 0
+        self.count = distributed.get_world_size() if together else 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks for all."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.count > 1:
+            distributed.barrier()
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows (B, …) of all ranks, in rank order: (B·W, …)."""
+        if self.count == 1:
+            return rows
+        gathered = rows.new_empty((self.count * len(rows), *rows.shape[1:]))
+        distributed.all_gather_into_tensor(gathered, rows.contiguous())
+        return gathered
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean over ranks, elementwise."""
+        if self.count == 1:
+            return values
+        total = values.clone()
+        distributed.all_reduce(total)
+        return total / self.count
+
+    def permute(self, rows: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
+        """Rearrange the rows of all ranks: row i of the result, over ranks, is row `permutation[i]` before.
+
+        Each rank sends only its own rows, so its traffic does not grow with the number of ranks.
+
+        Args:
+            rows: (B, …), this rank's.
+            permutation: int64 (B·W,) on the CPU, the same on every rank.
+        """
+        if self.count == 1:
+            return rows[permutation.to(rows.device)]
+        size = len(rows)
+        owners = permutation // size
+        receivers = torch.arange(len(permutation)) // size
+        leaving = permutation[owners == self.rank] % size
+        to_whom = receivers[owners == self.rank]
+        from_whom = owners[receivers == self.rank]
+        sent = rows[leaving.to(rows.device)].contiguous()
+        received = torch.empty_like(sent)
+        distributed.all_to_all_single(received, sent, self._counts(from_whom), self._counts(to_whom))
+        arrival = torch.argsort(torch.argsort(from_whom, stable=True))
+        return received[arrival.to(rows.device)]
+
+    def _counts(self, ranks: torch.Tensor) -> list[int]:
+        counts: list[int] = torch.bincount(ranks, minlength=self.count).tolist()
+        return counts

@@ -1,0 +1,211 @@
+"""The method against vectors that the reference implementation computed."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mcl_dist.alignment import align, alignment_map, similarity_gradient
+from mcl_dist.encoder import EncoderConfig
+from mcl_dist.heads import HeadsConfig, Network
+from mcl_dist.losses import inter_loss, intra_loss, own_similarities
+from mcl_dist.momentum import Keys, MomentumEncoder
+from mcl_dist.negatives import Queue
+from mcl_dist.objective import LossWeights, Objective
+from mcl_dist.ranks import Ranks
+from mcl_dist.schedule import Schedule
+from mcl_dist.weights import from_reference, inflated, to_reference
+
+TEMPERATURE = 0.1
+LEARNING_RATE, SGD_MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1e-4  # of the golden step
+KEY_MOMENTUM = 0.999
+STEP_WEIGHTS = LossWeights(intra=1.0, alignment=1.0, order=0.5)
+
+
+def arrays(path: Path) -> dict[str, torch.Tensor]:
+    with np.load(path, allow_pickle=False) as stored:
+        return {name: torch.from_numpy(np.asarray(stored[name])) for name in stored.files}
+
+
+def ruled_tensor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """A weight as the golden files' README makes it from its name, shape and a seed."""
+    if name.endswith("num_batches_tracked"):
+        return torch.zeros(shape, dtype=torch.int64)
+    if name.endswith(("running_mean", ".bias")):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    draws = np.random.default_rng(zlib.crc32(name.encode()) + seed).standard_normal(shape)
+    return torch.from_numpy((draws * math.sqrt(2 / math.prod(shape[1:]))).astype(np.float32))
+
+
+def ruled_state(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, torch.Tensor]:
+    return {name: ruled_tensor(name, tuple(shape), seed) for name, shape in shapes.items()}
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_alignment_similarities_and_loss_equal_the_reference(golden: Path) -> None:
+    vectors = arrays(golden / "alignment.npz")
+    result = align(alignment_map(vectors["gradient"]), vectors["target"])
+    close(result.spatiotemporal, vectors["sim_spatiotemporal"], 1e-9)
+    close(result.spatial, vectors["sim_spatial"], 1e-9)
+    close(result.temporal, vectors["sim_temporal"], 1e-9)
+    close(result.loss, vectors["loss"], 1e-9)
+
+
+def test_inter_logits_and_loss_equal_the_reference(golden: Path) -> None:
+    vectors = arrays(golden / "contrast.npz")
+    own = own_similarities(vectors["q_inter"], vectors["k_inter"])
+    negatives = Queue(vectors["memory_before"]).similarities(vectors["q_inter"])
+    logits = torch.cat([own.reshape(-1, 1), negatives.repeat(3, 1)], dim=1) / TEMPERATURE
+    close(logits, vectors["logits_inter"], 1e-9)
+    close(own[0, :, None], vectors["positive"], 1e-9)
+    close(inter_loss(own, negatives, TEMPERATURE), vectors["loss_inter"], 1e-9)
+
+
+def test_intra_logits_and_loss_equal_the_reference(golden: Path) -> None:
+    vectors = arrays(golden / "contrast.npz")
+    own = own_similarities(vectors["q_intra"], vectors["k_intra"])
+    logits = torch.stack([own[0].repeat(2), own[1:].flatten()], dim=1) / TEMPERATURE
+    close(logits, vectors["logits_intra"], 1e-9)
+    close(intra_loss(own, TEMPERATURE), vectors["loss_intra"], 1e-9)
+
+
+def test_the_queue_takes_all_ranks_keys_and_wraps_as_the_reference_does(golden: Path) -> None:
+    vectors = arrays(golden / "contrast.npz")
+    queue = Queue(vectors["memory_before"].clone(), int(vectors["index_before"]))
+    queue.enqueue(vectors["k_inter_all"])
+    close(queue.vectors, vectors["memory_after"], 1e-9)
+    assert queue.position == int(vectors["index_after"])
+
+
+def test_the_learning_rate_of_every_step_equals_the_reference(golden: Path) -> None:
+    vectors = arrays(golden / "lr_schedule.npz")
+    steps_per_epoch, epochs = int(vectors["iters_per_epoch"]), int(vectors["epochs"])
+    schedule = Schedule(
+        float(vectors["base_lr"]), steps_per_epoch, epochs * steps_per_epoch, float(vectors["warmup_epochs"])
+    )
+    rates = [schedule.learning_rate(step) for step in range(len(vectors["lr"]))]
+    close(torch.tensor(rates, dtype=torch.float64), vectors["lr"], 1e-12)
+
+
+def test_reference_checkpoints_load_with_nothing_missing(golden: Path) -> None:
+    shapes = json.loads((golden / "reference_state_dict.json").read_text())
+    network = Network(EncoderConfig(), HeadsConfig())
+    network.load_state_dict(from_reference(ruled_state(shapes, seed=0)), strict=True)
+    assert {name: list(value.shape) for name, value in to_reference(network.state_dict()).items()} == shapes
+
+
+@pytest.mark.parametrize(("variant", "mlp_head"), [("kinetics", True), ("ucf101", False)])
+def test_inflation_of_a_2d_network_equals_the_reference(golden: Path, variant: str, mlp_head: bool) -> None:
+    stored = json.loads((golden / "inflation.json").read_text())
+    expected = stored["inflated"][variant]
+    state = to_reference(inflated(ruled_state(stored["source_shapes"], stored["seed"]), mlp_head=mlp_head))
+    assert {name: list(value.shape) for name, value in state.items()} == {
+        name: tensor["shape"] for name, tensor in expected["tensors"].items()
+    }
+    for name, tensor in expected["tensors"].items():
+        values = state[name].double()
+        assert (values.sum().item(), values.abs().sum().item()) == pytest.approx(
+            (tensor["sum"], tensor["abs"]), rel=1e-12, abs=1e-10
+        )
+    everything = to_reference(Network(EncoderConfig(), HeadsConfig()).state_dict())
+    left = [name for name in everything if name not in state and not name.endswith("num_batches_tracked")]
+    assert sorted(left) == sorted(expected["missing"])
+
+
+@pytest.fixture(scope="module")
+def golden_step(golden: Path) -> dict[str, object]:
+    """One whole step of the full network in float64, as the golden files' README describes it."""
+    vectors = arrays(golden / "train_step.npz")
+    seed = int(vectors["seed"])
+    shapes = json.loads((golden / "reference_state_dict.json").read_text())
+    network = Network(EncoderConfig(), HeadsConfig()).double().train()
+    network.load_state_dict(from_reference(ruled_state(shapes, seed)), strict=True)
+    momentum = MomentumEncoder(network, Ranks(), momentum=KEY_MOMENTUM, seed=0, autocast=False)
+    draws = np.random.default_rng(seed + 7)
+    clips = [
+        torch.from_numpy(draws.standard_normal((2, 3, 16, 112, 112)).astype(np.float32)).double() for _ in range(4)
+    ]
+    rows = torch.from_numpy(np.random.default_rng(seed + 9).standard_normal((64, 128)))
+    queue = Queue(rows / rows.norm(dim=1, keepdim=True))
+
+    with torch.no_grad():
+        keys = [momentum.network(clip) for clip in clips[1:]]
+    inter, intra, order = (
+        torch.stack([getattr(key, head).vector for key in keys]) for head in ("inter", "intra", "order")
+    )
+    objective = Objective(network, temperature=TEMPERATURE)
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=LEARNING_RATE, momentum=SGD_MOMENTUM, weight_decay=WEIGHT_DECAY
+    )
+    total = objective(
+        clips[0],
+        Keys(inter, intra, order, inter),
+        queue,
+        vectors["motion"],
+        vectors["order_target"],
+        STEP_WEIGHTS,
+    )
+    total.backward()
+    gradients = to_reference({name: value.grad.clone() for name, value in network.named_parameters()})
+    optimizer.step()
+    momentum.update(network)
+    queue.enqueue(inter)
+    return {
+        "vectors": vectors,
+        "report": objective.report,
+        "keys": (inter, intra, order),
+        "queue": queue.vectors,
+        "grad_norm": gradients,
+        "param_norm_after_sgd": to_reference(dict(network.named_parameters())),
+        "ema_norm_after": to_reference(dict(momentum.network.named_parameters())),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("term", ["inter", "intra", "alignment", "order"])
+def test_the_losses_of_a_step_equal_the_reference(golden_step: dict[str, dict], term: str) -> None:
+    expected = golden_step["vectors"][f"loss_{term}"]
+    close(golden_step["report"][f"loss_{term}"], expected, 1e-6)
+
+
+@pytest.mark.slow
+def test_the_total_and_the_keys_of_a_step_equal_the_reference(golden_step: dict[str, dict]) -> None:
+    vectors = golden_step["vectors"]
+    close(golden_step["report"]["loss"], vectors["loss_total"], 1e-6)
+    for actual, name in zip(golden_step["keys"], ("inter_k", "intra_k", "order_k"), strict=True):
+        close(actual, vectors[name], 1e-9)
+    close(golden_step["queue"], vectors["queue_after"], 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["grad_norm", "param_norm_after_sgd", "ema_norm_after"])
+def test_every_norm_after_a_step_equals_the_reference(golden: Path, golden_step: dict[str, dict], kind: str) -> None:
+    expected = json.loads((golden / "train_step_norms.json").read_text())[kind]
+    actual = {name: tensor.detach().norm().item() for name, tensor in golden_step[kind].items()}
+    assert actual == pytest.approx(expected, rel=1e-5, abs=1e-12)
+
+
+@pytest.mark.slow
+def test_the_alignments_activations_equal_the_reference(golden: Path) -> None:
+    vectors = arrays(golden / "train_step.npz")
+    seed = int(vectors["seed"])
+    shapes = json.loads((golden / "reference_state_dict.json").read_text())
+    network = Network(EncoderConfig(), HeadsConfig()).double().train()
+    network.load_state_dict(from_reference(ruled_state(shapes, seed)), strict=True)
+    clip = np.random.default_rng(seed + 7).standard_normal((2, 3, 16, 112, 112)).astype(np.float32)
+    output = network(torch.from_numpy(clip).double())
+    gradient = similarity_gradient(network, output, vectors["inter_k"][0])
+    close(output.features.projected[:, :8], vectors["conv3_sample"], 1e-9)
+    close(gradient[:, :8], vectors["gradient_sample"], 1e-9)
