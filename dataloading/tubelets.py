@@ -1,0 +1,215 @@
+"""Tubelets: which three clips of a video, and which part of each frame (METHOD.md, section 2).
+
+Starts are 1-based, as in METHOD.md; frame indices are 0-based.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+NUM_CLIPS = 3
+# Query and first key are two crops of the first clip, second and third key of the others.
+CLIP_OF_VIEW = (0, 0, 1, 2)
+
+BEST_SHARE = 0.5
+NUM_STRONGEST_CELLS = 4
+# (cells of the motion region at most, share of it that a crop must cover)
+REQUIRED_COVER = ((4, 0.9), (8, 0.8), (12, 0.7))
+NUM_SHAPES = 20
+NUM_POSITIONS = 40
+
+
+class Box(NamedTuple):
+    """A part of a frame, in whole pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class MotionRegion(NamedTuple):
+    """Where a clip moves most, in unrounded pixels, and the share of it that a crop must cover (0: none)."""
+
+    top: float
+    bottom: float
+    left: float
+    right: float
+    cover: float
+
+
+@dataclass(frozen=True)
+class Tubelet:
+    """One view's frames, int64 (T,), 0-based, and the part of them that is cut out."""
+
+    frames: np.ndarray
+    box: Box
+
+
+@dataclass(frozen=True)
+class CutConfig:
+    """How clips and crops are drawn: frames and stride of a clip, chance of a motion-focused draw, and the
+    ranges of a crop's share of the frame and of its width over height.
+    """
+
+    frames: int
+    stride: int
+    motion_probability: float
+    area: tuple[float, float]
+    aspect: tuple[float, float]
+
+    @property
+    def window(self) -> int:
+        """Source frames that a clip spans."""
+        return self.frames * self.stride
+
+
+def draw_tubelets(
+    rng: np.random.Generator,
+    config: CutConfig,
+    *,
+    frame_maps: np.ndarray,
+    clip_scores: np.ndarray,
+    height: int,
+    width: int,
+) -> tuple[int, tuple[Tubelet, ...]]:
+    """The order label of a video and its four views.
+
+    Args:
+        rng: the sample's generator.
+        config: how to draw.
+        frame_maps: (N, 7, 7), one motion map per frame.
+        clip_scores: (N - window + 1,), the score of start s at s - 1.
+        height: of a frame, in pixels.
+        width: of a frame, in pixels.
+    """
+    order = int(rng.integers(2))
+    span = {"num_frames": len(frame_maps), "window": config.window, "order": order}
+    focused = rng.random() < config.motion_probability
+    starts = draw_motion_starts(rng, clip_scores, **span) if focused else draw_uniform_starts(rng, **span)
+    steps = config.stride * np.arange(config.frames)
+    clips = [start - 1 + steps for start in starts]
+    regions = [motion_region(frame_maps[frames].mean(axis=0), height, width) for frames in clips]
+    views = tuple(
+        Tubelet(
+            clips[clip],
+            draw_crop(rng, regions[clip], height=height, width=width, area=config.area, aspect=config.aspect),
+        )
+        for clip in CLIP_OF_VIEW
+    )
+    return order, views
+
+
+def draw_motion_starts(
+    rng: np.random.Generator, clip_scores: np.ndarray, *, num_frames: int, window: int, order: int
+) -> np.ndarray:
+    """Three starts, int64 (3,), each uniform among the best half by clip score of its half of the video.
+
+    The first clip comes from the first half when `order` is 1, from the second when it is 0; the other two
+    come from the other half, sorted. Videos under two windows fall back to `draw_uniform_starts`.
+    """
+    if num_frames < 2 * window:
+        return draw_uniform_starts(rng, num_frames=num_frames, window=window, order=order)
+    middle = num_frames // 2
+    first = np.arange(1, middle - window + 1)
+    second = np.arange(middle, num_frames - window)
+    if not len(first) or not len(second):
+        return _halves_to_starts(rng, np.array([1]), np.array([window]), order)
+    num_best = int(BEST_SHARE * len(first)) + 1
+    return _halves_to_starts(rng, _best(first, clip_scores, num_best), _best(second, clip_scores, num_best), order)
+
+
+def draw_uniform_starts(rng: np.random.Generator, *, num_frames: int, window: int, order: int) -> np.ndarray:
+    """Three starts, int64 (3,), as `draw_motion_starts` but uniform in each half.
+
+    Under two windows the three are uniform over the video: ascending when `order` is 1, else the largest,
+    the smallest and the one between.
+    """
+    if num_frames < 2 * window:
+        # A video of exactly one window has start 1 alone.
+        drawn = np.sort(rng.integers(1, max(num_frames - window, 1), size=NUM_CLIPS, endpoint=True))
+        return drawn if order else drawn[[2, 0, 1]]
+    middle = num_frames // 2
+    first = np.arange(1, middle - window + 2)
+    second = np.arange(middle, num_frames - window + 1)
+    return _halves_to_starts(rng, first, second, order)
+
+
+def motion_region(mean_map: np.ndarray, height: int, width: int) -> MotionRegion:
+    """The bounding box of the strongest 4 cells of a (7, 7) map, in pixels; ties go to the earlier cell."""
+    rows, columns = mean_map.shape
+    strongest = np.argsort(-mean_map.ravel(), kind="stable")[:NUM_STRONGEST_CELLS]
+    row, column = np.divmod(strongest, columns)
+    top, bottom = int(row.min()), int(row.max()) + 1
+    left, right = int(column.min()), int(column.max()) + 1
+    num_cells = (bottom - top) * (right - left)
+    cover = next((share for most, share in REQUIRED_COVER if num_cells <= most), 0.0)
+    return MotionRegion(
+        top * height / rows, bottom * height / rows, left * width / columns, right * width / columns, cover
+    )
+
+
+def draw_crop(
+    rng: np.random.Generator,
+    region: MotionRegion,
+    *,
+    height: int,
+    width: int,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+) -> Box:
+    """A crop of random shape whose place covers the motion region, as far as 40 tries find one."""
+    log_aspect = np.log(aspect)
+    for _ in range(NUM_SHAPES):
+        pixels = rng.uniform(*area) * height * width
+        ratio = np.exp(rng.uniform(*log_aspect))
+        crop_width, crop_height = round(np.sqrt(pixels * ratio)), round(np.sqrt(pixels / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            tops = rng.integers(0, height - crop_height, size=NUM_POSITIONS, endpoint=True)
+            lefts = rng.integers(0, width - crop_width, size=NUM_POSITIONS, endpoint=True)
+            chosen = _choose(region, tops, lefts, crop_height, crop_width)
+            return Box(int(tops[chosen]), int(lefts[chosen]), crop_height, crop_width)
+    return _draw_holding_crop(rng, region, height, width)
+
+
+def _halves_to_starts(rng: np.random.Generator, first: np.ndarray, second: np.ndarray, order: int) -> np.ndarray:
+    alone, pair = (first, second) if order else (second, first)
+    return np.concatenate([rng.choice(alone, size=1), np.sort(rng.choice(pair, size=2))])
+
+
+def _best(starts: np.ndarray, clip_scores: np.ndarray, count: int) -> np.ndarray:
+    ranked: np.ndarray = starts[np.argsort(-clip_scores[starts - 1], kind="stable")]
+    return ranked[:count]
+
+
+def _choose(region: MotionRegion, tops: np.ndarray, lefts: np.ndarray, crop_height: int, crop_width: int) -> int:
+    """The first position to cover enough of the region, else the first of those that cover most."""
+    if not region.cover:
+        return 0
+    cover = _covered(tops, crop_height, region.top, region.bottom) * _covered(
+        lefts, crop_width, region.left, region.right
+    )
+    enough = cover >= region.cover
+    return int(np.argmax(enough if enough.any() else cover))
+
+
+def _covered(starts: np.ndarray, size: int, low: float, high: float) -> np.ndarray:
+    """The share of [low, high] inside [start, start + size], along one axis."""
+    overlap: np.ndarray = np.minimum(starts + size, high) - np.maximum(starts, low)
+    return overlap.clip(min=0) / (high - low)
+
+
+def _draw_holding_crop(rng: np.random.Generator, region: MotionRegion, height: int, width: int) -> Box:
+    """A crop that holds the region: one of its corners kept, the opposite one drawn outwards."""
+    top, left = int(region.top), int(region.left)
+    bottom, right = int(np.ceil(region.bottom)), int(np.ceil(region.right))
+    if rng.integers(2):
+        bottom = int(rng.integers(bottom, height, endpoint=True))
+        right = int(rng.integers(right, width, endpoint=True))
+    else:
+        top = int(rng.integers(0, top, endpoint=True))
+        left = int(rng.integers(0, left, endpoint=True))
+    return Box(top, left, bottom - top, right - left)

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dataloading.plan import Plan, lanes_of_rank, sample_generator
+from mcl_dist.errors import ConfigError, UserError
+
+
+def plan(num_samples: int = 47, lanes: int = 8, seed: int = 3, shuffle_window: int = 4) -> Plan:
+    return Plan(num_samples, lanes=lanes, seed=seed, shuffle_window=shuffle_window)
+
+
+def epoch_of(order: Plan, epoch: int) -> np.ndarray:
+    """(steps, lanes)"""
+    steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+    return np.array([order.samples(step, range(order.lanes)) for step in steps])
+
+
+def test_no_sample_comes_twice_in_an_epoch() -> None:
+    order = plan()
+
+    for epoch in range(10):
+        assert len(np.unique(epoch_of(order, epoch))) == order.steps_per_epoch * order.lanes
+
+
+def test_every_sample_sits_out_equally_often() -> None:
+    order = plan()
+
+    seen = np.bincount(np.concatenate([epoch_of(order, epoch).ravel() for epoch in range(47)]))
+
+    assert seen.tolist() == [40] * 47
+
+
+def test_other_samples_sit_out_in_the_next_epoch() -> None:
+    order = plan()
+
+    sitting_out = [set(range(47)) - set(epoch_of(order, epoch).ravel()) for epoch in range(2)]
+
+    assert len(sitting_out[0]) == len(sitting_out[1]) == 7
+    assert not sitting_out[0] & sitting_out[1]
+
+
+def test_a_lane_stays_in_its_part_of_the_set() -> None:
+    order = plan(num_samples=807)
+
+    for epoch in range(5):
+        for lane, samples in enumerate(epoch_of(order, epoch).T):
+            assert samples.max() - samples.min() <= 101
+            assert abs(samples.min() - lane * 807 / 8) <= 2
+
+
+def test_a_lane_shuffles_within_windows() -> None:
+    order = plan(num_samples=64, lanes=4, shuffle_window=4)
+
+    first, second = epoch_of(order, 0), epoch_of(order, 1)
+
+    assert not np.array_equal(first, second)
+    windows = np.arange(64).reshape(4, 4, 4)
+    for samples in (first, second):
+        assert np.array_equal(np.sort(samples.T.reshape(4, 4, 4), axis=2), windows)
+
+
+def test_the_order_is_the_same_however_one_gets_to_a_step() -> None:
+    straight, jumping = plan(), plan()
+    expected = [straight.samples(step, range(8)) for step in range(30)]
+
+    for step in (29, 3, 17, 4):
+        assert np.array_equal(jumping.samples(step, range(8)), expected[step])
+
+
+def test_the_order_depends_on_the_seed() -> None:
+    assert not np.array_equal(epoch_of(plan(seed=1), 0), epoch_of(plan(seed=2), 0))
+
+
+def test_ranks_share_the_lanes_out_in_order() -> None:
+    order = plan()
+    whole = order.samples(5, range(8))
+
+    shares = [order.samples(5, lanes_of_rank(rank, num_ranks=4, lanes=8)) for rank in range(4)]
+
+    assert np.array_equal(np.concatenate(shares), whole)
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train.global_batch: found 8, must be a multiple .* \(3\)"):
+        lanes_of_rank(0, num_ranks=3, lanes=8)
+
+
+def test_a_set_smaller_than_the_global_batch_is_refused() -> None:
+    with pytest.raises(UserError, match="7 usable videos are fewer than the global batch of 8"):
+        plan(num_samples=7)
+
+
+def test_generators_of_one_sample_are_equal_and_of_others_differ() -> None:
+    names = [(1, 2, 3), (1, 2, 4), (1, 3, 3), (2, 2, 3)]
+
+    draws = {name: sample_generator(*name).random(8).tolist() for name in names}
+
+    assert draws[1, 2, 3] == sample_generator(1, 2, 3).random(8).tolist()
+    assert len({tuple(values) for values in draws.values()}) == len(names)
