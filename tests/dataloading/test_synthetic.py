@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from dataloading.synthetic import CLASSES, NUM_FRAMES, SIZE, render, write_synthetic
+
+
+@pytest.fixture(scope="module")
+def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("synthetic")
+    write_synthetic(folder, seed=3, train_per_class=2, test_per_class=1, processes=1)
+    return folder
+
+
+def _decoded(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="gray") for frame in container.decode(video=0)])
+
+
+def test_every_class_has_its_folder_with_as_many_videos_as_asked_for(small_set: Path) -> None:
+    for split, per_class in (("train", 2), ("test", 1)):
+        found = {folder.name: len(list(folder.glob("*.mp4"))) for folder in (small_set / split).iterdir()}
+        assert found == dict.fromkeys(CLASSES, per_class)
+
+
+def test_a_file_is_a_real_video_close_to_what_was_drawn(small_set: Path) -> None:
+    drawn = render(0, np.random.default_rng((3, 0, 0, 1)))
+    decoded = _decoded(small_set / "train" / CLASSES[0] / "0001.mp4")
+    assert decoded.shape == drawn.shape == (NUM_FRAMES, SIZE, SIZE)
+    assert np.abs(decoded.astype(int) - drawn).mean() < 3
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(small_set: Path, tmp_path: Path) -> None:
+    name = Path("test") / CLASSES[5] / "0000.mp4"
+    for seed in (3, 4):
+        write_synthetic(tmp_path / str(seed), seed=seed, train_per_class=0, test_per_class=1, processes=1)
+    assert (tmp_path / "3" / name).read_bytes() == (small_set / name).read_bytes()
+    assert (tmp_path / "4" / name).read_bytes() != (small_set / name).read_bytes()
+
+
+def test_train_and_test_share_no_video(small_set: Path) -> None:
+    train, test = (small_set / split / CLASSES[0] / "0000.mp4" for split in ("train", "test"))
+    assert not np.array_equal(_decoded(train), _decoded(test))
+
+
+@pytest.mark.parametrize("motion", ["across", "spin", "pulse"])
+def test_the_fast_period_changes_more_from_frame_to_frame_than_the_slow(motion: str) -> None:
+    change = {}
+    for speed in ("slow", "fast"):
+        label = CLASSES.index(f"{motion}_{speed}")
+        frames = render(label, np.random.default_rng(0)).astype(int)
+        change[speed] = np.abs(np.diff(frames, axis=0)).mean()
+    assert change["fast"] > 1.3 * change["slow"]
+
+
+def test_a_single_frame_does_not_tell_most_motions_apart() -> None:
+    # Both are a round disc with upright stripes: mean brightness and contrast must agree across videos.
+    contrast = [
+        np.mean([render(CLASSES.index(name), np.random.default_rng(n))[0].std() for n in range(12)])
+        for name in ("across_slow", "orbit_fast")
+    ]
+    assert contrast[0] == pytest.approx(contrast[1], rel=0.1)
