@@ -1,7 +1,109 @@
-"""Being written."""
+"""Pre-training: `mcl pretrain` starts the DeepSpeed launcher, which starts this file once a rank."""
+
+from __future__ import annotations
 
 import argparse
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mcl_dist.errors import EXIT_FAILURE, UserError
+
+EXAMPLE = """example:
+  mcl pretrain --config configs/pretrain/ucf101.yaml --ranks 4 data.train=s3://bucket/ucf101 run.dir=runs/ucf101
+  deepspeed --num_gpus 4 launch/pretrain.py --config configs/pretrain/ucf101.yaml data.train=s3://bucket/ucf101
+"""
 
 
-def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add nothing yet."""
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `mcl pretrain`."""
+    parser = commands.add_parser(
+        "pretrain",
+        help="pre-train an encoder on a shard set",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_arguments(parser)
+    parser.add_argument("--ranks", type=int, help="processes on this machine (default: its GPUs, or 1 without any)")
+    parser.set_defaults(run=launch)
+
+
+def launch(arguments: argparse.Namespace) -> int:
+    """Check the configuration, then hand over to the DeepSpeed launcher; returns its exit code."""
+    import torch
+
+    from launch.settings import PretrainConfig, check
+    from mcl_dist.config import load_config
+
+    num_ranks = arguments.ranks or torch.cuda.device_count() or 1
+    check(load_config(PretrainConfig, arguments.config, arguments.overrides), num_ranks)
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
+    command += ["--num_gpus", str(num_ranks), "--master_port", str(_free_port()), str(Path(__file__).resolve())]
+    command += ["--config", arguments.config, *arguments.overrides]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="YAML file, for example configs/pretrain/kinetics400.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the file, e.g. train.epochs=10")
+
+
+def main(words: Sequence[str] | None = None) -> NoReturn:
+    """One rank, started by the DeepSpeed launcher."""
+    parser = argparse.ArgumentParser(prog="launch/pretrain.py", description="One rank of a pre-training run.")
+    _add_arguments(parser)
+    parser.add_argument("--local_rank", type=int, help="set by the launcher")
+    arguments = parser.parse_args(words)
+    try:
+        pretrain(arguments.config, arguments.overrides)
+    except UserError as error:
+        # Ranks meet the same mistake in the configuration or data together: the first one tells.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"mcl: {error}", file=sys.stderr)
+        _leave(error.exit_code)
+    except KeyboardInterrupt:
+        _leave(EXIT_FAILURE)
+    _leave(0)
+
+
+def pretrain(config_path: str, overrides: Sequence[str]) -> None:
+    """Run this rank's part of the training from the newest checkpoint, or from the start, to the end."""
+    from launch.assembly import assembled
+    from launch.settings import PretrainConfig, check
+    from mcl_dist.config import load_config
+    from mcl_dist.engine import join_process_group, pick_device
+    from mcl_dist.ranks import Ranks
+
+    config = load_config(PretrainConfig, config_path, overrides)
+    device = pick_device()
+    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    join_process_group(device)
+    ranks = Ranks(device)
+    with assembled(config, ranks, device) as trainer:
+        trainer.fit()
+        ranks.barrier()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _leave(code: int) -> NoReturn:
+    """End this rank at once: tearing down DeepSpeed's process groups aborts about one run in twenty."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -31,6 +31,13 @@ class EncoderConfig:
     width: int = number(64, minimum=1)
     blocks: tuple[int, ...] = field(default=(3, 4, 6, 3), metadata={"minimum": 1})
 
+    def grid(self, frames: int, crop: int) -> tuple[int, int, int]:
+        """(T', H', W') of the feature map for clips of `frames` × `crop` × `crop`."""
+        side = crop
+        for _ in range(len(self.blocks) + 1):  # stem, pooling, and every stage but the first halve it
+            side = -(-side // 2)
+        return frames // STEM_STRIDE[0], side, side
+
 
 class EncoderOutput(NamedTuple):
     """What the objective and the probes read off a forward pass; C channels on a T'×H'×W' grid.
@@ -114,13 +121,6 @@ class Encoder(nn.Module):
     def last_norm(self) -> nn.BatchNorm3d:
         """The BatchNorm between `EncoderOutput.projected` and the last residual sum."""
         return self.bottlenecks[-1].bn3
-
-    def grid(self, frames: int, crop: int) -> tuple[int, int, int]:
-        """(T', H', W') of the feature map for clips of `frames` × `crop` × `crop`."""
-        side = crop
-        for _ in range(len(self.config.blocks) + 1):  # stem, pooling, and every stage but the first halve it
-            side = -(-side // 2)
-        return frames // STEM_STRIDE[0], side, side
 
     def forward(self, clips_bcthw: torch.Tensor) -> EncoderOutput:
         """Encode clips (B, 3, T, H, W), normalised by `normalise`."""

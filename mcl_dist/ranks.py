@@ -7,9 +7,14 @@ from torch import distributed
 
 
 class Ranks:
-    """This process among `count`; a process group of one when torch.distributed was not initialised."""
+    """This process among `count`; alone when torch.distributed was not initialised.
 
-    def __init__(self) -> None:
+    Args:
+        device: where tensors live that ranks exchange.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
         together = distributed.is_initialized()
         self.rank = distributed.get_rank() if together else 0
         self.count = distributed.get_world_size() if together else 1
@@ -28,17 +33,26 @@ class Ranks:
         """Rows (B, …) of all ranks, in rank order: (B·W, …)."""
         if self.count == 1:
             return rows
+        rows = rows.to(self.device).contiguous()
         gathered = rows.new_empty((self.count * len(rows), *rows.shape[1:]))
-        distributed.all_gather_into_tensor(gathered, rows.contiguous())
+        distributed.all_gather_into_tensor(gathered, rows)
         return gathered
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean over ranks, elementwise."""
         if self.count == 1:
             return values
-        total = values.clone()
+        total = values.to(self.device, copy=True)
         distributed.all_reduce(total)
         return total / self.count
+
+    def from_first(self, number: int) -> int:
+        """The first rank's number, on every rank."""
+        if self.count == 1:
+            return number
+        shared = torch.tensor(number, device=self.device)
+        distributed.broadcast(shared, src=0)
+        return int(shared)
 
     def permute(self, rows: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
         """Rearrange the rows of all ranks: row i of the result, over ranks, is row `permutation[i]` before.

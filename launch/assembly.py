@@ -1,0 +1,133 @@
+"""The composition root of pre-training: build the parts, bring them to the newest checkpoint, hand over a trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataloading.loader import TubeletLoader
+from launch.settings import PretrainConfig
+from mcl_dist.checkpoint import Checkpoints, Snapshot
+from mcl_dist.config import dump_config
+from mcl_dist.engine import Engine
+from mcl_dist.errors import UserError
+from mcl_dist.heads import Network
+from mcl_dist.learner import Learner
+from mcl_dist.listeners import Console, EventLog, Listener, MetricsFile, Notice, Started, tell
+from mcl_dist.momentum import MomentumEncoder
+from mcl_dist.negatives import Queue
+from mcl_dist.objective import Objective
+from mcl_dist.ranks import Ranks
+from mcl_dist.schedule import Schedule
+from mcl_dist.storage import Folder
+from mcl_dist.trainer import Trainer
+from mcl_dist.weights import initialise
+from monitoring.exporter import serve
+from monitoring.metrics import TrainingMetrics
+
+
+@contextmanager
+def assembled(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Iterator[Trainer]:
+    """The run's parts, put together and brought to where the newest checkpoint left off."""
+    listeners = _listeners(config) if ranks.is_first else []
+    folder = config.checkpoint.folder or f"{config.run.dir}/checkpoints"
+    checkpoints = Checkpoints(folder, ranks, keep=config.checkpoint.keep)
+    autocast = config.train.precision == "bfloat16"
+    learner = _learner(config, ranks, device, autocast=autocast)
+    snapshot = _resume(learner, checkpoints, config, listeners)
+    start = snapshot.step if snapshot else 0
+    loader = TubeletLoader(
+        config.data,
+        seed=config.run.seed,
+        global_batch=config.train.global_batch,
+        rank=ranks.rank,
+        num_ranks=ranks.count,
+        grid=config.encoder.grid(config.data.frames, config.data.crop),
+        device=device,
+        start_step=start,
+    )
+    try:
+        engine = Engine(
+            Objective(learner.network, temperature=config.objective.temperature, autocast=autocast),
+            config.optimizer,
+            batch_per_rank=config.train.batch_per_rank(ranks.count),
+        )
+        if snapshot:
+            engine.load_optimizer_state(snapshot.optimizer, start)
+        total = config.train.steps or config.train.epochs * loader.steps_per_epoch
+        rate, warmup = config.optimizer.learning_rate, config.optimizer.warmup_epochs
+        tell(listeners, Started(start, total, checkpoints.step_url(start) if snapshot else None))
+        yield Trainer(
+            engine=engine,
+            learner=learner,
+            ranks=ranks,
+            schedule=Schedule(rate, loader.steps_per_epoch, total, warmup),
+            losses=config.objective,
+            checkpoints=checkpoints,
+            checkpoint_every=config.checkpoint.every,
+            config=dataclasses.asdict(config),
+            batches=iter(loader),
+            listeners=listeners,
+            start=start,
+        )
+    finally:
+        loader.close()
+
+
+def _learner(config: PretrainConfig, ranks: Ranks, device: torch.device, *, autocast: bool) -> Learner:
+    """Networks and queue as the seed makes them, equal on all ranks."""
+    seed = config.run.seed
+    torch.manual_seed(seed)
+    network = Network(config.encoder, config.heads)
+    initialise(network, config.initial)
+    network.to(device).train()
+    momentum = MomentumEncoder(network, ranks, momentum=config.objective.momentum, seed=seed, autocast=autocast)
+    queue = Queue.random(config.objective.queue, config.heads.dim, torch.Generator().manual_seed(seed), device)
+    return Learner(network, momentum, queue)
+
+
+def _resume(
+    learner: Learner, checkpoints: Checkpoints, config: PretrainConfig, listeners: Sequence[Listener]
+) -> Snapshot | None:
+    """Bring the learner to the newest good checkpoint, if there is one."""
+    step, torn = checkpoints.latest()
+    for line in torn:
+        tell(listeners, Notice(line))
+    if step is None:
+        return None
+    snapshot, url = checkpoints.load(step), checkpoints.step_url(step)
+    _check_same_run(snapshot.config, config, url)
+    learner.restore(snapshot, url)
+    return snapshot
+
+
+# What decides which samples a step holds and what shapes go through it: a run that changed these is another run.
+COURSE = ("run.seed", "train.global_batch", "data.frames", "data.stride", "data.crop", "objective.queue")
+
+
+def _check_same_run(stored: dict[str, Any], config: PretrainConfig, url: str) -> None:
+    now = dataclasses.asdict(config)
+    for path in COURSE:
+        section, key = path.split(".")
+        if stored[section][key] != now[section][key]:
+            raise UserError(
+                f"{url}: made with {path}={stored[section][key]}, now {now[section][key]}; "
+                "set it back, or start another run in another run.dir"
+            )
+
+
+def _listeners(config: PretrainConfig) -> list[Listener]:
+    """Those of the first rank: the terminal, the run folder's files, and Prometheus where asked for."""
+    folder = Path(config.run.dir)
+    Folder(str(folder)).write("config.yaml", dump_config(config).encode())
+    listeners: list[Listener] = [Console(), MetricsFile(folder / "metrics.jsonl"), EventLog(folder / "log.jsonl")]
+    if config.monitoring.port is not None:
+        metrics = TrainingMetrics()
+        serve(metrics.registry, config.monitoring.port, config.monitoring.address)
+        listeners.append(metrics)
+    return listeners

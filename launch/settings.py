@@ -1,0 +1,64 @@
+"""The one configuration of a pre-training run, composed of the sections that its parts own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dataloading.loader import DataConfig
+from mcl_dist.checkpoint import CheckpointConfig
+from mcl_dist.config import number
+from mcl_dist.encoder import STEM_STRIDE, EncoderConfig
+from mcl_dist.engine import OptimizerConfig
+from mcl_dist.errors import ConfigError
+from mcl_dist.heads import HeadsConfig
+from mcl_dist.objective import ObjectiveConfig
+from mcl_dist.trainer import TrainConfig
+from mcl_dist.weights import InitialConfig
+from monitoring.exporter import MonitoringConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives, and the seed of all its draws.
+
+    Attributes:
+        dir: the run folder: configuration, logs, metrics, checkpoints.
+        seed: of weights, order, tubelets and shuffles.
+    """
+
+    dir: str
+    seed: int = number(0, minimum=0)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A pre-training run."""
+
+    run: RunConfig
+    data: DataConfig
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    heads: HeadsConfig = field(default_factory=HeadsConfig)
+    initial: InitialConfig = field(default_factory=InitialConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
+
+
+def check(config: PretrainConfig, num_ranks: int) -> None:
+    """What no section can check alone.
+
+    Raises:
+        ConfigError: when ranks do not divide the batch, or clips do not fit the encoder.
+    """
+    config.train.batch_per_rank(num_ranks)
+    data = config.data
+    frames, side, _ = config.encoder.grid(data.frames, data.crop)
+    if data.frames % STEM_STRIDE[0]:
+        raise ConfigError(f"data.frames: {data.frames} is not divisible by {STEM_STRIDE[0]}, the stem's time stride")
+    if data.crop % side:
+        raise ConfigError(
+            f"data.crop: {data.crop} is not divisible by {side}, the side of the encoder's {frames}×{side}×{side} "
+            f"feature map, on which motion targets are means of blocks; try {data.crop - data.crop % side}"
+        )

@@ -1,0 +1,192 @@
+"""How a run tells the outside what it does: events go to listeners, and the trainer knows nothing of who listens."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+LINE_SECONDS = 5.0  # between progress lines where nobody watches
+SMOOTHING = 0.95  # of the step time that the ETA rests on
+
+
+@dataclass(frozen=True)
+class Started:
+    """The run starts after `step` steps, from the checkpoint `resumed_from` or from nothing."""
+
+    step: int
+    total_steps: int
+    resumed_from: str | None
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One step, over all ranks.
+
+    Attributes:
+        step: steps done, this one included.
+        epoch: of this step, counted from 0.
+        total_steps: length of the run.
+        losses: mean over ranks of the objective's report.
+        learning_rate: used in this step.
+        videos: in the global batch.
+        seconds: of wall time, waiting included.
+        data_wait_ratio: share of `seconds` spent waiting for data, mean over ranks.
+    """
+
+    step: int
+    epoch: int
+    total_steps: int
+    losses: dict[str, float]
+    learning_rate: float
+    videos: int
+    seconds: float
+    data_wait_ratio: float
+
+    @property
+    def videos_per_second(self) -> float:
+        """Throughput of this step."""
+        return self.videos / self.seconds
+
+
+@dataclass(frozen=True)
+class CheckpointWritten:
+    """A checkpoint is complete."""
+
+    step: int
+    url: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something a person should know."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """All steps are done; `peak_bytes` is the most memory that this rank held."""
+
+    step: int
+    peak_bytes: int
+
+
+Event = Started | StepDone | CheckpointWritten | Notice | Finished
+Listener = Callable[[Event], None]
+
+
+def tell(listeners: Iterable[Listener], event: Event) -> None:
+    """Let every listener hear of an event, in order."""
+    for listener in listeners:
+        listener(event)
+
+
+class Console:
+    """Progress for a person: one line rewritten on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._rewrites = self._stream.isatty()
+        self._mean_seconds: float | None = None
+        self._last_line = -LINE_SECONDS
+
+    def __call__(self, event: Event) -> None:
+        """Print what the event says."""
+        match event:
+            case Started(step, total_steps, None):
+                self._say(f"starting at step {step} of {total_steps}")
+            case Started(step, total_steps, resumed_from):
+                self._say(f"resumed from {resumed_from}, {step} of {total_steps} steps done")
+            case StepDone():
+                self._progress(event)
+            case CheckpointWritten(step, url, seconds):
+                self._say(f"checkpoint of step {step} written to {url} in {seconds:.1f} s")
+            case Notice(text):
+                self._say(text)
+            case Finished(step, peak_bytes):
+                self._say(f"finished {step} steps, peak memory {peak_bytes / 2**30:.2f} GiB per rank")
+
+    def _progress(self, done: StepDone) -> None:
+        mean = self._mean_seconds
+        self._mean_seconds = done.seconds if mean is None else SMOOTHING * mean + (1 - SMOOTHING) * done.seconds
+        now = time.monotonic()
+        is_last = done.step == done.total_steps
+        if not (self._rewrites or is_last or now - self._last_line >= LINE_SECONDS):
+            return
+        self._last_line = now
+        terms = "  ".join(
+            f"{name.removeprefix('loss_')} {value:.3f}"
+            for name, value in done.losses.items()
+            if name.startswith("loss")
+        )
+        left = _clock((done.total_steps - done.step) * self._mean_seconds)
+        self._say(
+            f"step {done.step}/{done.total_steps}  epoch {done.epoch}  {terms}  lr {done.learning_rate:.2e}  "
+            f"{done.videos_per_second:.1f} videos/s  waiting {done.data_wait_ratio:.0%}  left {left}",
+            stays=is_last or not self._rewrites,
+        )
+
+    def _say(self, line: str, *, stays: bool = True) -> None:
+        start = "\r\033[K" if self._rewrites else ""
+        print(f"{start}{line}", file=self._stream, end="\n" if stays else "", flush=True)
+
+
+class MetricsFile:
+    """`metrics.jsonl`: a line a step; on resuming, lines of steps that will be repeated are dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __call__(self, event: Event) -> None:
+        """Append a step's line."""
+        match event:
+            case Started(step, _, _):
+                kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= step]
+                self._path.write_text("".join(kept))
+            case StepDone():
+                fields = {
+                    "step": event.step,
+                    "epoch": event.epoch,
+                    **event.losses,
+                    "learning_rate": event.learning_rate,
+                    "videos_per_second": event.videos_per_second,
+                    "data_wait_ratio": event.data_wait_ratio,
+                    "seconds": event.seconds,
+                }
+                _append(self._path, fields)
+
+
+class EventLog:
+    """`log.jsonl`: what happened to a run other than its steps, a line an event, with the time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __call__(self, event: Event) -> None:
+        """Append the event, unless it is a step."""
+        if not isinstance(event, StepDone):
+            _append(self._path, {"time": time.time(), "event": type(event).__name__, **asdict(event)})
+
+
+def _append(path: Path, fields: Mapping[str, object]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(fields) + "\n")
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines of a file that a killed run may have left without its last end."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
