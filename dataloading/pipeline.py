@@ -1,0 +1,111 @@
+"""Decoding: the only place that knows DALI."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import pipeline_def
+
+from mcl_dist.errors import UserError
+
+# Windows scaled to another size miss whole pixels by this at most.
+_ROUNDING = 1e-6
+
+
+class StillDecoder:
+    """Decodes windows of JPEG stills and resizes each bilinearly to one size.
+
+    On a CUDA device nvJPEG decodes ("mixed"), else the CPU does. Stills and windows may differ in size from
+    one to the next; any number of stills may be asked for, `max_batch` at a time are worked on.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: tuple[int, int],
+        grey: bool,
+        device: torch.device,
+        threads: int,
+        max_batch: int = 256,
+    ) -> None:
+        self._size = size
+        self._channels = 1 if grey else 3
+        self._device = device
+        self._max_batch = max_batch
+        on_gpu = device.type == "cuda"
+        self._pipeline = _decode_and_resize(
+            size=size,
+            output_type=types.GRAY if grey else types.RGB,
+            decoder="mixed" if on_gpu else "cpu",
+            batch_size=max_batch,
+            num_threads=threads,
+            device_id=(device.index or 0) if on_gpu else None,
+            prefetch_queue_depth=1,
+        )
+        self._pipeline.build()
+
+    def __call__(self, stills: Sequence[np.ndarray], windows: np.ndarray) -> torch.Tensor:
+        """Decode `windows`, (N, 4) top, left, height, width in pixels of each still, fractions allowed.
+
+        Args:
+            stills: N encoded stills, uint8 (bytes,).
+            windows: what to decode and resize of each still.
+
+        Returns:
+            uint8 (N, height, width, 3), or 1 for grey, on the device.
+
+        Raises:
+            UserError: DALI cannot decode a still; the decoder is of no use afterwards.
+        """
+        decoded = torch.empty((len(stills), *self._size, self._channels), dtype=torch.uint8, device=self._device)
+        for first in range(0, len(stills), self._max_batch):
+            part = slice(first, first + self._max_batch)
+            self._decode(stills[part], windows[part], decoded[part])
+        return decoded
+
+    def close(self) -> None:
+        """Let DALI's threads go."""
+        del self._pipeline
+
+    def _decode(self, stills: Sequence[np.ndarray], windows: np.ndarray, out: torch.Tensor) -> None:
+        top_left, size = windows[:, :2], windows[:, 2:]
+        # Whole pixels are decoded; where a window has fractions, the resize samples inside them.
+        start = np.floor(top_left + _ROUNDING).astype(np.int32)
+        end = np.ceil(top_left + size - _ROUNDING).astype(np.int32)
+        low = (top_left - start).astype(np.float32)
+        inputs = {"start": start, "shape": end - start, "low": low, "high": low + size.astype(np.float32)}
+        try:
+            (batch,) = self._pipeline.run(
+                stills=list(stills), **{name: list(values) for name, values in inputs.items()}
+            )
+        except RuntimeError as error:
+            raise UserError(f"DALI cannot decode a still ({_reason(error)})") from error
+        out.copy_(torch.utils.dlpack.from_dlpack(batch.as_tensor()))
+
+
+def _reason(error: RuntimeError) -> str:
+    """DALI tells a story of many lines; what happened is the first after `encountered:`."""
+    story = str(error).partition("encountered:")[2] or str(error)
+    return story.strip().splitlines()[0]
+
+
+@pipeline_def
+def _decode_and_resize(size: tuple[int, int], output_type: types.DALIImageType, decoder: str):  # type: ignore[no-untyped-def]
+    encoded = fn.external_source(name="stills", dtype=types.UINT8, ndim=1)
+    start, shape = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "shape"))
+    low, high = (fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in ("low", "high"))
+    window = fn.decoders.image_slice(
+        encoded, start=start, shape=shape, axis_names="HW", device=decoder, output_type=output_type
+    )
+    # Plain bilinear sampling as METHOD.md's section 2 has it, not an average over the area.
+    return fn.resize(
+        window,
+        size=size,
+        interp_type=types.INTERP_LINEAR,
+        antialias=False,
+        roi_start=low,
+        roi_end=high,
+    )

@@ -1,0 +1,63 @@
+"""Work done ahead by one thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from queue import SimpleQueue
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Prefetcher(Generic[Item]):
+    """Runs an iterable in a thread, at most `depth` items ahead of whoever takes them.
+
+    What the iterable raises is raised where the items are taken.
+    """
+
+    def __init__(self, items: Iterable[Item], *, depth: int, name: str) -> None:
+        self._items = items
+        self._ready: SimpleQueue[Item | _End] = SimpleQueue()
+        self._slots = threading.Semaphore(depth)
+        self._closed = False
+        self._thread = threading.Thread(target=self._produce, name=name, daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Item]:
+        while True:
+            item = self._ready.get()
+            if isinstance(item, _End):
+                # Whoever comes again finds the same end, not an empty queue to wait for.
+                self._ready.put(item)
+                if item.error is not None:
+                    raise item.error
+                return
+            self._slots.release()
+            yield item
+
+    def close(self) -> None:
+        """Stop after the item in work and wait for the thread to end; taken again, the items are over."""
+        self._closed = True
+        self._slots.release()
+        self._thread.join()
+
+    def _produce(self) -> None:
+        error = None
+        try:
+            self._slots.acquire()
+            for item in self._items:
+                self._ready.put(item)
+                self._slots.acquire()
+                if self._closed:
+                    break
+        except BaseException as raised:
+            error = raised
+        self._ready.put(_End(error))
+
+
+class _End:
+    """No item will follow; `error` says why, if not because all was well."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error

@@ -1,0 +1,180 @@
+"""Reading a shard set: of each video only the bytes that are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from dataloading.shards import MEMBERS, ShardEntry, ShardIndex, StillKind, read_manifest
+from mcl_dist.errors import ConfigError, UserError
+from mcl_dist.storage import Folder
+
+_START_OF_IMAGE, _END_OF_IMAGE = b"\xff\xd8", b"\xff\xd9"
+# Baseline and progressive; the other kinds of JPEG frame are not written by anything we read.
+_START_OF_FRAME = (0xC0, 0xC1, 0xC2)
+
+
+class ShardSet:
+    """All videos of a shard set, by their position in it (shards in the manifest's order).
+
+    A set on this machine is read in place; of any other, a shard is fetched whole into `cache` when the
+    first of its videos is read, checked against the manifest's digest, and kept.
+
+    Attributes:
+        manifest: what the set says of itself.
+        keys: str (videos,).
+        labels, num_frames, heights, widths, flow_heights, flow_widths: int64 (videos,).
+
+    Raises:
+        UserError: as `read_manifest` and `ShardIndex.read`.
+        ConfigError: the set is elsewhere and there is no cache.
+    """
+
+    def __init__(self, url: str, cache: str | None = None) -> None:
+        self._folder = Folder(url)
+        if cache is None and not self._folder.is_local:
+            raise ConfigError(
+                f"data.cache: missing; {url} is not on this machine, name a local folder to keep its shards in"
+            )
+        self._cache = None if self._folder.is_local or cache is None else Path(cache)
+        self.manifest = read_manifest(self._folder)
+        self._indices = [ShardIndex.read(self._folder, entry) for entry in self.manifest.shards]
+        self._first_position = np.cumsum([0, *(len(index) for index in self._indices)])
+        self.keys = self._column("keys")
+        self.labels = self._column("labels")
+        self.num_frames = self._column("num_frames")
+        self.heights = self._column("heights")
+        self.widths = self._column("widths")
+        self.flow_heights = self._column("flow_heights")
+        self.flow_widths = self._column("flow_widths")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, position: int) -> StoredVideo:
+        """The video at a position of the set: its maps and scores at once, its stills when asked for.
+
+        Raises:
+            UserError: the shard cannot be fetched or read, or does not hold what its index says.
+        """
+        shard = int(np.searchsorted(self._first_position, position, side="right")) - 1
+        sample = position - int(self._first_position[shard])
+        entry = self.manifest.shards[shard]
+        where = f"{self._folder.url}/{entry.name}, video {self.keys[position]}"
+        return StoredVideo(self._local(entry), self._indices[shard], sample, where)
+
+    def _column(self, name: str) -> np.ndarray:
+        return np.concatenate([getattr(index, name) for index in self._indices])
+
+    def _local(self, entry: ShardEntry) -> Path:
+        if self._cache is None:
+            return Path(self._folder.path(entry.name))
+        # Named by content: sets may share a cache, and a rebuilt set finds nothing stale in it.
+        cached = self._cache / f"{entry.sha256}.tar"
+        if not cached.exists():
+            self._fetch(entry, cached)
+        return cached
+
+    def _fetch(self, entry: ShardEntry, cached: Path) -> None:
+        unchecked = cached.with_name(f".{cached.name}.{os.getpid()}.unchecked")
+        self._folder.get(entry.name, unchecked)
+        with unchecked.open("rb") as file:
+            digest = _sha256(file)
+        if digest != entry.sha256:
+            unchecked.unlink()
+            raise UserError(
+                f"{self._folder.url}/{entry.name}: not the bytes that the manifest names; "
+                f"run `mcl shards verify {self._folder.url}`"
+            )
+        unchecked.replace(cached)
+
+
+class StoredVideo:
+    """One video of a set.
+
+    Attributes:
+        where: URL of the shard and key, for messages.
+        height, width, flow_height, flow_width: in pixels; a flow still holds two components of that size.
+        num_frames: N.
+        frame_maps: uint8 (N, 7, 7).
+        clip_scores: float32 (N - window + 1,).
+    """
+
+    def __init__(self, path: Path, index: ShardIndex, sample: int, where: str) -> None:
+        self.where = where
+        self._path = path
+        self._index = index
+        self._sample = sample
+        self.height, self.width = int(index.heights[sample]), int(index.widths[sample])
+        self.flow_height, self.flow_width = int(index.flow_heights[sample]), int(index.flow_widths[sample])
+        self.num_frames = int(index.num_frames[sample])
+        self.frame_maps = self._array("motion.npy")
+        self.clip_scores = self._array("scores.npy")
+        if self.frame_maps.shape != (self.num_frames, 7, 7) or self.clip_scores.ndim != 1:
+            raise self._damaged("its maps or scores do not fit its frames")
+
+    def frames(self, indices: Iterable[int]) -> list[np.ndarray]:
+        """JPEG stills of these frames, uint8 (bytes,) each; `UserError` when one is no such JPEG."""
+        return self._stills("frames", indices, self.height, self.width)
+
+    def flow(self, indices: Iterable[int]) -> list[np.ndarray]:
+        """Grey JPEG stills of these frames' flow, uint8 (bytes,) each, horizontal above vertical."""
+        return self._stills("flow", indices, 2 * self.flow_height, self.flow_width)
+
+    def _stills(self, kind: StillKind, indices: Iterable[int], height: int, width: int) -> list[np.ndarray]:
+        table = self._index.stills(self._sample, kind)
+        wanted = list(indices)
+        stills = self._read(table[wanted])
+        for index, still in zip(wanted, stills, strict=True):
+            found = _jpeg_size(still)
+            if found != (height, width):
+                what = "is not a whole JPEG" if found is None else f"is {found[1]}x{found[0]} pixels"
+                raise self._damaged(f"{kind} still {index} {what}, must be {width}x{height}")
+        return [np.frombuffer(still, dtype=np.uint8) for still in stills]
+
+    def _array(self, member: str) -> np.ndarray:
+        (data,) = self._read(self._index.members[self._sample, MEMBERS.index(member)][None])
+        try:
+            array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise self._damaged(f"{member} is not a NumPy array") from error
+        return array
+
+    def _read(self, places: np.ndarray) -> list[bytes]:
+        """The bytes at each (offset, size) of the shard."""
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                return [os.pread(file.fileno(), size, offset) for offset, size in places.tolist()]
+        except OSError as error:
+            raise self._damaged(f"{self._path} cannot be read ({error.strerror})") from error
+
+    def _damaged(self, what: str) -> UserError:
+        url = self.where.rpartition("/")[0]
+        return UserError(f"{self.where}: {what}; run `mcl shards verify {url}`")
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Height and width that a JPEG's header states; None when it has no proper beginning or end.
+
+    A decoder given a broken still fails its whole batch without a word on which, so all are looked at.
+    """
+    if not (data.startswith(_START_OF_IMAGE) and data.endswith(_END_OF_IMAGE)):
+        return None
+    at = len(_START_OF_IMAGE)
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        if data[at + 1] in _START_OF_FRAME:
+            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
+
+
+def _sha256(file: io.BufferedReader) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(2**20):
+        digest.update(block)
+    return digest.hexdigest()
