@@ -20,12 +20,9 @@ from mcl_dist.errors import ConfigError
 Section = TypeVar("Section")
 
 
-def number(default: float | int | None = None, *, minimum: float | None = None, maximum: float | None = None) -> Any:
+def number(default: Any = dataclasses.MISSING, *, minimum: float | None = None, maximum: float | None = None) -> Any:
     """A numeric field with inclusive limits; required when no default is given."""
-    metadata = {"minimum": minimum, "maximum": maximum}
-    if default is None:
-        return dataclasses.field(metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={"minimum": minimum, "maximum": maximum})
 
 
 def choice(default: str, *options: str) -> Any:

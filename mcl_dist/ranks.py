@@ -34,9 +34,9 @@ class Ranks:
         if self.count == 1:
             return rows
         rows = rows.to(self.device).contiguous()
-        gathered = rows.new_empty((self.count * len(rows), *rows.shape[1:]))
-        distributed.all_gather_into_tensor(gathered, rows)
-        return gathered
+        gathered = [torch.empty_like(rows) for _ in range(self.count)]
+        distributed.all_gather(gathered, rows)
+        return torch.cat(gathered)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean over ranks, elementwise."""

@@ -1,0 +1,77 @@
+"""Exchanges between ranks, on gloo."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import distributed
+
+from mcl_dist.encoder import EncoderConfig
+from mcl_dist.heads import HeadsConfig, Network
+from mcl_dist.momentum import MomentumEncoder
+from mcl_dist.ranks import Ranks
+
+BATCH = 3
+
+
+def joined() -> Ranks:
+    distributed.init_process_group("gloo")
+    return Ranks()
+
+
+def permute_as_if_alone() -> None:
+    ranks = joined()
+    everything = torch.arange(BATCH * ranks.count * 2, dtype=torch.uint8).reshape(-1, 2)
+    own = slice(BATCH * ranks.rank, BATCH * (ranks.rank + 1))
+    for seed in range(5):
+        permutation = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(ranks.permute(everything[own], permutation), everything[permutation][own])
+
+
+def gather_in_rank_order() -> None:
+    ranks = joined()
+    rows = torch.full((BATCH, 2), float(ranks.rank))
+    expected = torch.arange(float(ranks.count)).repeat_interleave(BATCH)[:, None].expand(-1, 2)
+    assert torch.equal(ranks.gather(rows), expected)
+    assert ranks.mean(rows[0]).tolist() == [(ranks.count - 1) / 2] * 2
+    assert ranks.from_first(7 + ranks.rank) == 7
+
+
+def keys_come_back_to_their_videos() -> None:
+    """With BatchNorm's statistics out of play, shuffled encoding must equal plain encoding."""
+    ranks = joined()
+    torch.manual_seed(0)
+    network = Network(EncoderConfig(width=4, blocks=(1, 1)), HeadsConfig(dim=8))
+    momentum = MomentumEncoder(network, ranks, momentum=0.9, seed=5, autocast=False)
+    momentum.network.eval()
+    views = torch.randint(0, 256, (2 * ranks.count, 4, 4, 16, 16, 3), dtype=torch.uint8)
+    own = slice(2 * ranks.rank, 2 * ranks.rank + 2)
+    keys = momentum.encode(views[own], step=3)
+    alone = MomentumEncoder(network, Ranks(), momentum=0.9, seed=5, autocast=False)
+    alone._ranks.rank, alone._ranks.count = 0, 1
+    alone.network.eval()
+    expected = alone.encode(views, step=0)
+    torch.testing.assert_close(keys.inter_all, expected.inter)
+    torch.testing.assert_close(keys.inter, expected.inter[:, own])
+    torch.testing.assert_close(keys.intra, expected.intra[:, own])
+    torch.testing.assert_close(keys.order, expected.order[:, own])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("check", [permute_as_if_alone, gather_in_rank_order, keys_come_back_to_their_videos])
+def test_exchanges_between_ranks_lose_and_reorder_nothing(
+    run_ranks: Callable[..., None], check: Callable[[], None], count: int
+) -> None:
+    run_ranks(__file__, check.__name__, count)
+    assert check.__name__ in globals()
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
+    distributed.barrier()
+    os._exit(0)  # tearing gloo down aborts now and then

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import torch
+
+from mcl_dist.alignment import align, alignment_map, similarity_gradient
+from mcl_dist.encoder import EncoderConfig
+from mcl_dist.heads import HeadsConfig, Network, NetworkOutput
+
+
+def small_network() -> Network:
+    torch.manual_seed(0)
+    return Network(EncoderConfig(width=4, blocks=(1, 2, 1)), HeadsConfig(dim=8)).double().train()
+
+
+def forward(network: Network) -> tuple[NetworkOutput, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    clips = torch.randn(3, 3, 8, 32, 32, generator=generator, dtype=torch.float64)
+    key = torch.nn.functional.normalize(torch.randn(3, 8, generator=generator, dtype=torch.float64), dim=1)
+    return network(clips), key
+
+
+def automatic(network: Network, output: NetworkOutput, key: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
+    similarity = (output.inter.vector * key).sum()
+    (gradient,) = torch.autograd.grad(similarity, output.features.projected, create_graph=True)
+    return gradient
+
+
+def test_the_closed_form_equals_automatic_differentiation() -> None:
+    network = small_network()
+    output, key = forward(network)
+    torch.testing.assert_close(
+        similarity_gradient(network, output, key), automatic(network, output, key), rtol=1e-10, atol=1e-14
+    )
+
+
+def test_the_closed_forms_loss_has_the_gradients_of_double_backward() -> None:
+    targets = torch.rand(3, 2, 2, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    gradients = []
+    for method in (similarity_gradient, automatic):
+        network = small_network()
+        output, key = forward(network)
+        align(alignment_map(method(network, output, key)), targets).loss.backward()
+        gradients.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
+    closed, oracle = gradients
+    assert set(oracle) <= set(closed)
+    for name, gradient in closed.items():
+        expected = oracle.get(name, torch.zeros_like(gradient))
+        torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-12, msg=name)
+
+
+def test_maps_equal_to_their_targets_cost_nothing() -> None:
+    maps = torch.rand(2, 4, 7, 7, generator=torch.Generator().manual_seed(3)) + 0.1
+    assert align(maps, 3 * maps).loss.abs() < 1e-6
+
+
+def test_channels_are_weighted_by_their_own_frames_mean() -> None:
+    gradient = torch.zeros(1, 1, 2, 1, 2)
+    gradient[0, 0, 0] = torch.tensor([[1.0, 3.0]])
+    gradient[0, 0, 1] = torch.tensor([[-1.0, 2.0]])
+    assert alignment_map(gradient).flatten().tolist() == [2.0, 6.0, 0.0, 1.0]

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from mcl_dist.config import build_config, choice, dump_config, load_config, number
+from mcl_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = number(0.1, minimum=0, maximum=1)
+    kind: str = choice("one", "two")
+    sizes: tuple[int, ...] = (1, 2)
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str
+    steps: int | None = number(None, minimum=1)
+    inner: Inner = field(default_factory=Inner)
+
+
+def written(folder: Path, text: str, name: str = "run.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_a_file_overrides_its_base_and_the_command_line_overrides_both(tmp_path: Path) -> None:
+    written(tmp_path, "name: base\ninner: {rate: 0.2, kind: two}\n", "base.yaml")
+    path = written(tmp_path, "base: base.yaml\ninner: {rate: 0.3}\n")
+    config = load_config(Outer, path, ["steps=5", "inner.sizes=[3, 4]"])
+    assert config == Outer("base", 5, Inner(0.3, "two", (3, 4)))
+
+
+def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
+    assert load_config(Outer, written(tmp_path, "name: x\ninner: {rate: 1e-4}\n")).inner.rate == 1e-4
+
+
+def test_a_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
+    config = Outer("x", 3, Inner(sizes=(7,)))
+    assert load_config(Outer, written(tmp_path, dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"name": "x", "innner": {}}, r"innner: unknown key; did you mean `inner`\?"),
+        ({"name": "x", "inner": {"rat": 1}}, r"inner\.rat: unknown key; did you mean `rate`\?"),
+        ({"name": 3}, "name: found 3, must be text"),
+        ({"name": "x", "steps": "many"}, "steps: found 'many', must be a whole number at least 1"),
+        ({"name": "x", "steps": 0}, "steps: found 0, must be a whole number at least 1"),
+        ({"name": "x", "steps": True}, "steps: found True, must be a whole number"),
+        ({"name": "x", "inner": {"rate": 2}}, r"inner\.rate: found 2\.0, must be a number at least 0 and at most 1"),
+        ({"name": "x", "inner": {"rate": float("nan")}}, r"inner\.rate: found nan"),
+        ({"name": "x", "inner": {"kind": "tow"}}, "inner.kind: found 'tow'; did you mean `two`"),
+        ({"name": "x", "inner": {"sizes": [1, "a"]}}, r"inner\.sizes\[1\]: found 'a', must be a whole number"),
+        ({"name": "x", "inner": 5}, "inner: found 5, must be a section"),
+        ({}, "name: missing"),
+    ],
+)
+def test_a_mistake_is_told_with_its_path_what_was_found_and_what_is_allowed(
+    tree: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_config(Outer, tree)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("name: [", [], "not YAML"),
+        ("- name\n", [], "must hold `key: value` lines"),
+        ("base: run.yaml\n", [], "leads back"),
+        ("name: x\n", ["steps"], "written key=value"),
+        ("name: x\n", ["name.first=y"], "is a value, not a section"),
+    ],
+)
+def test_a_file_or_override_of_another_form_is_refused(
+    tmp_path: Path, text: str, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(Outer, written(tmp_path, text), overrides)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
+        load_config(Outer, "nowhere.yaml")

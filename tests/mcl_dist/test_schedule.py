@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+
+from mcl_dist.objective import LossWeights, ObjectiveConfig
+from mcl_dist.schedule import Schedule
+
+SCHEDULE = Schedule(base_rate=0.02, steps_per_epoch=10, total_steps=200, warmup_epochs=5)
+
+
+def test_the_rate_climbs_from_a_hundredth_to_the_base_and_falls_to_almost_nothing() -> None:
+    rates = [SCHEDULE.learning_rate(step) for step in range(200)]
+    assert rates[0] == pytest.approx(0.0002)
+    assert rates[50] == pytest.approx(0.02)
+    assert rates[:51] == sorted(rates[:51])
+    assert rates[50:] == sorted(rates[50:], reverse=True)
+    assert 1e-6 < rates[-1] < 1e-5
+
+
+def test_alignment_counts_double_while_warming_up() -> None:
+    config = ObjectiveConfig(alignment=0.5)
+    assert SCHEDULE.loss_weights(49, config) == LossWeights(intra=1.0, alignment=1.0, order=0.0)
+    assert SCHEDULE.loss_weights(50, config) == LossWeights(intra=1.0, alignment=0.5, order=0.0)
+
+
+def test_order_grows_with_the_epoch_where_it_takes_part() -> None:
+    config = ObjectiveConfig(order="ramp")
+    assert [SCHEDULE.loss_weights(step, config).order for step in (0, 10, 199)] == [0, 0.05, 0.95]
+
+
+def test_a_run_shorter_than_its_warmup_only_climbs() -> None:
+    short = Schedule(base_rate=1.0, steps_per_epoch=10, total_steps=20, warmup_epochs=5)
+    rates = [short.learning_rate(step) for step in range(20)]
+    assert rates == sorted(rates)
