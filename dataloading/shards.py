@@ -1,0 +1,327 @@
+"""The shard set on disk (format 1): manifest, index and tar members, written here and read here.
+
+A folder holds `shard-000000.tar` … (plain webdataset), `shard-000000.index.npz` … (where every member and
+every still lies) and `manifest.json`, written last: a folder without it is no shard set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import webdataset
+
+from mcl_dist.errors import UserError
+from mcl_dist.storage import Folder
+
+FORMAT = "mcl-shards"
+VERSION = 1
+MANIFEST = "manifest.json"
+MEMBERS = ("json", "frames.mjpg", "flow.mjpg", "motion.npy", "scores.npy")
+SHARD_NAME = re.compile(r"shard-\d{6,}\.tar")
+KEY = re.compile(r"[A-Za-z0-9_-]+")
+TAR_HEADER = 512  # bytes of a ustar header, and the block that data is padded to
+INT_COLUMNS = ("labels", "num_frames", "heights", "widths", "flow_heights", "flow_widths")
+
+StillKind = Literal["frames", "flow"]
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What the manifest says of one shard."""
+
+    name: str
+    samples: int
+    frames: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+
+
+@dataclass(frozen=True)
+class RefusedVideo:
+    """A source that was not stored, and why."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A complete shard set: resolved build configuration, class names by label, shards in order."""
+
+    build: dict[str, Any]
+    classes: tuple[str, ...]
+    shards: tuple[ShardEntry, ...]
+    refused: tuple[RefusedVideo, ...]
+
+    @property
+    def num_videos(self) -> int:
+        """Samples in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of all videos."""
+        return sum(shard.frames for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tar files."""
+        return sum(shard.bytes for shard in self.shards)
+
+    def to_json(self) -> bytes:
+        """The text of `manifest.json`."""
+        totals = {"videos": self.num_videos, "frames": self.num_frames, "bytes": self.num_bytes}
+        tree = {"format": FORMAT, "version": VERSION, "totals": totals, **asdict(self)}
+        return json.dumps(tree, indent=1).encode() + b"\n"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One video as it is stored.
+
+    Attributes:
+        key: name inside the shard, `[A-Za-z0-9_-]+`.
+        info: what `KEY.json` says, but for the digests.
+        frames, flow: N JPEG stills each.
+        motion: uint8 (N, 7, 7) frame maps.
+        scores: float32 (N - window + 1,) clip scores.
+    """
+
+    key: str
+    info: dict[str, Any]
+    frames: list[bytes]
+    flow: list[bytes]
+    motion: np.ndarray
+    scores: np.ndarray
+
+    def members(self) -> dict[str, bytes]:
+        """Bytes of the tar members, in the order of `MEMBERS`."""
+        data = {
+            "frames.mjpg": b"".join(self.frames),
+            "flow.mjpg": b"".join(self.flow),
+            "motion.npy": _npy(self.motion),
+            "scores.npy": _npy(self.scores),
+        }
+        digests = {name: sha256(member) for name, member in data.items()}
+        info = {"key": self.key, **self.info, "sha256": digests}
+        return {"json": json.dumps(info, indent=1).encode() + b"\n", **data}
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where everything lies in one shard of S samples; offsets and sizes are bytes inside the tar.
+
+    Attributes:
+        keys: str (S,).
+        labels, num_frames, heights, widths, flow_heights, flow_widths: int64 (S,).
+        members: int64 (S, 5, 2), offset and size, in the order of `MEMBERS`.
+        frame_stills, flow_stills: int64 (sum of num_frames, 2), videos one after another.
+    """
+
+    keys: np.ndarray
+    labels: np.ndarray
+    num_frames: np.ndarray
+    heights: np.ndarray
+    widths: np.ndarray
+    flow_heights: np.ndarray
+    flow_widths: np.ndarray
+    members: np.ndarray
+    frame_stills: np.ndarray
+    flow_stills: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def stills(self, sample: int, kind: StillKind) -> np.ndarray:
+        """Offset and size of the sample's stills: int64 (N, 2)."""
+        table = self.frame_stills if kind == "frames" else self.flow_stills
+        first = int(self.num_frames[:sample].sum())
+        return table[first : first + int(self.num_frames[sample])]
+
+    def to_bytes(self) -> bytes:
+        """The npz file; equal indices give equal bytes."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **vars(self))
+        return buffer.getvalue()
+
+    @classmethod
+    def read(cls, folder: Folder, entry: ShardEntry) -> ShardIndex:
+        """Read and check one shard's index.
+
+        Raises:
+            UserError: the file is missing, is not the one that the manifest names, or is no index.
+        """
+        name = index_name(entry.name)
+        data = folder.read(name)
+        if sha256(data) != entry.index_sha256:
+            raise UserError(f"{folder.url}/{name}: not the index that the manifest names; rebuild the set")
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                index = cls(**{field: arrays[field] for field in cls.__dataclass_fields__})
+        except (ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise UserError(f"{folder.url}/{name}: not a shard index ({error}); rebuild the set") from error
+        if not index._has_shapes(entry):
+            raise UserError(f"{folder.url}/{name}: its tables do not fit the manifest; rebuild the set")
+        return index
+
+    def _has_shapes(self, entry: ShardEntry) -> bool:
+        num_stills = int(self.num_frames.sum())
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("keys", *INT_COLUMNS), (entry.samples,))
+        shapes |= {"members": (entry.samples, len(MEMBERS), 2)}
+        shapes |= {"frame_stills": (num_stills, 2), "flow_stills": (num_stills, 2)}
+        fits = all(getattr(self, name).shape == shape for name, shape in shapes.items())
+        return fits and num_stills == entry.frames
+
+
+class ShardWriter:
+    """Writes samples into one local tar file and collects its index.
+
+    The bytes depend on the samples alone: no time, owner or host is recorded.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("wb")
+        self._tar = webdataset.TarWriter(
+            self._file, encoder=False, compress=False, mtime=0, user="", group="", mode=0o444
+        )
+        self._columns: dict[str, list[Any]] = {name: [] for name in ShardIndex.__dataclass_fields__}
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            # After an error the tar's own ending would only hide it (a full disk refuses that too).
+            if kind is None:
+                self._tar.close()
+        finally:
+            self._file.close()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes written so far."""
+        return int(self._tar.tarstream.offset)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples written so far."""
+        return len(self._columns["keys"])
+
+    def add(self, sample: Sample) -> None:
+        """Append one sample's members and note where they and their stills lie."""
+        places = []
+        for name, data in sample.members().items():
+            places.append((self.num_bytes + TAR_HEADER, len(data)))
+            # One call a member: a sample written as a whole would be sorted by name.
+            self._tar.write({"__key__": sample.key, name: data})
+        info = sample.info
+        row = {"keys": sample.key, "labels": info["label"], "num_frames": info["frames"], "members": places}
+        row |= {f"{side}s": info[side] for side in ("height", "width", "flow_height", "flow_width")}
+        for name, value in row.items():
+            self._columns[name].append(value)
+        self._columns["frame_stills"] += _still_places(sample.frames, places[MEMBERS.index("frames.mjpg")][0])
+        self._columns["flow_stills"] += _still_places(sample.flow, places[MEMBERS.index("flow.mjpg")][0])
+
+    def index(self) -> ShardIndex:
+        """The index of what was written."""
+        arrays = {
+            name: np.array(column, dtype=np.str_ if name == "keys" else np.int64)
+            for name, column in self._columns.items()
+        }
+        return ShardIndex(**arrays)
+
+
+def index_name(shard: str) -> str:
+    """`shard-000000.tar` → `shard-000000.index.npz`."""
+    return f"{shard.removesuffix('.tar')}.index.npz"
+
+
+def sha256(data: bytes) -> str:
+    """Hexadecimal digest."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_manifest(folder: Folder) -> Manifest:
+    """Read the manifest and check that its shards are there with the sizes it says.
+
+    Raises:
+        UserError: no manifest, another format or version, or a shard that is missing or of another size.
+    """
+    manifest = parse_manifest(folder)
+    present = set(folder.names())
+    for shard in manifest.shards:
+        for name in (shard.name, index_name(shard.name)):
+            if name not in present:
+                raise UserError(f"{folder.url}/{name}: missing, but the manifest names it; rebuild the set")
+        size = folder.size(shard.name)
+        if size != shard.bytes:
+            raise UserError(
+                f"{folder.url}/{shard.name}: {size} bytes, the manifest says {shard.bytes}; rebuild the set"
+            )
+    return manifest
+
+
+def parse_manifest(folder: Folder) -> Manifest:
+    """Read the manifest alone, without a look at the shards; errors as in `read_manifest`."""
+    where = f"{folder.url}/{MANIFEST}"
+    if not folder.exists(MANIFEST):
+        raise UserError(f"{where}: missing, so this is no complete shard set; `mcl shards build` writes one")
+    try:
+        tree = json.loads(folder.read(MANIFEST))
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error}); rebuild the set") from error
+    found = (tree.get("format"), tree.get("version")) if isinstance(tree, dict) else (None, None)
+    if found != (FORMAT, VERSION):
+        raise UserError(
+            f"{where}: format {found[0]!r} version {found[1]!r}, this program reads {FORMAT!r} {VERSION}; "
+            "rebuild the set or use the program that wrote it"
+        )
+    try:
+        manifest = _manifest(tree)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: damaged ({error}); rebuild the set") from error
+    return manifest
+
+
+def _manifest(tree: dict[str, Any]) -> Manifest:
+    shards = tuple(ShardEntry(**entry) for entry in tree["shards"])
+    for shard in shards:
+        # A name is a file of this folder and nothing else: a manifest may come from anywhere.
+        if not SHARD_NAME.fullmatch(shard.name):
+            raise ValueError(f"{shard.name!r} is no shard's name")
+        if min(shard.samples, shard.frames, shard.bytes) < 1:
+            raise ValueError(f"{shard.name} is said to be empty")
+    refused = tuple(RefusedVideo(**entry) for entry in tree["refused"])
+    manifest = Manifest(dict(tree["build"]), tuple(map(str, tree["classes"])), shards, refused)
+    totals = {"videos": manifest.num_videos, "frames": manifest.num_frames, "bytes": manifest.num_bytes}
+    if tree["totals"] != totals:
+        raise ValueError(f"totals {tree['totals']}, its shards add up to {totals}")
+    return manifest
+
+
+def _still_places(stills: Sequence[bytes], start: int) -> list[tuple[int, int]]:
+    places = []
+    for still in stills:
+        places.append((start, len(still)))
+        start += len(still)
+    return places
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
