@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class StillDecoder:
         self._device = device
         self._max_batch = max_batch
         on_gpu = device.type == "cuda"
-        self._pipeline = _decode_and_resize(
+        self._pipeline: Any = _decode_and_resize(
             size=size,
             output_type=types.GRAY if grey else types.RGB,
             decoder="mixed" if on_gpu else "cpu",
@@ -68,7 +69,7 @@ class StillDecoder:
 
     def close(self) -> None:
         """Let DALI's threads go."""
-        del self._pipeline
+        self._pipeline = None
 
     def _decode(self, stills: Sequence[np.ndarray], windows: np.ndarray, out: torch.Tensor) -> None:
         top_left, size = windows[:, :2], windows[:, 2:]

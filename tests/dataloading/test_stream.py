@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import fsspec
+import numpy as np
+import pytest
+
+from dataloading.shards import ShardIndex
+from dataloading.stream import ShardSet
+from mcl_dist.errors import ConfigError, UserError
+
+WriteSet = Callable[..., Path]
+LENGTHS = [9, 12, 8, 20, 10]
+
+
+@pytest.fixture
+def folder(write_set: WriteSet) -> Path:
+    return write_set(LENGTHS, per_shard=2)
+
+
+def overwrite(folder: Path, shard: str, place: tuple[int, int], data: bytes) -> None:
+    """Write over the beginning of (offset, size) of a shard, leaving its length."""
+    with (folder / shard).open("r+b") as file:
+        file.seek(place[0])
+        file.write(data)
+
+
+def still_place(folder: Path, shard: int, sample: int, kind: str, still: int) -> tuple[int, int]:
+    shards = ShardSet(str(folder))
+    index: ShardIndex = shards._indices[shard]
+    offset, size = index.stills(sample, kind)[still].tolist()  # type: ignore[arg-type]
+    return offset, size
+
+
+def remote(folder: Path, name: str) -> str:
+    """A copy of the set that is not on this machine, as far as fsspec knows."""
+    url = f"memory://{name}"
+    fsspec.filesystem("memory").put(str(folder), f"/{name}", recursive=True)
+    return url
+
+
+def test_videos_are_found_by_their_position_in_the_set(folder: Path) -> None:
+    shards = ShardSet(str(folder))
+
+    assert len(shards) == 5
+    assert shards.keys.tolist() == [f"video-{number}" for number in range(5)]
+    for position, num_frames in enumerate(LENGTHS):
+        video = shards.read(position)
+        assert video.num_frames == shards.num_frames[position] == num_frames
+        assert video.frame_maps.shape == (num_frames, 7, 7)
+        assert video.clip_scores.shape == (num_frames - 7,)
+        assert video.where.endswith(f"shard-{position // 2:06d}.tar, video video-{position}")
+
+
+def test_stills_are_those_of_the_member(folder: Path) -> None:
+    video = ShardSet(str(folder)).read(3)
+
+    frames, flow = video.frames([5, 2, 2]), video.flow([5])
+
+    assert np.array_equal(frames[1], frames[2])
+    frame, both = (cv2.imdecode(still, cv2.IMREAD_GRAYSCALE) for still in (frames[0], flow[0]))
+    assert (frame.shape, both.shape) == ((40, 56), (40, 28))
+    small = cv2.resize(frame, (28, 20), interpolation=cv2.INTER_AREA).astype(int)
+    assert np.abs(small - both[:20]).mean() < 5
+    assert np.abs(small - both[20:]).mean() < 5
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (b"not a JPEG", "is not a whole JPEG"),
+        (cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()[:-2], "is 8x8 pixels"),
+    ],
+)
+def test_a_still_that_is_no_such_jpeg_is_named(folder: Path, damage: bytes, found: str) -> None:
+    offset, size = still_place(folder, shard=1, sample=1, kind="frames", still=4)
+    overwrite(folder, "shard-000001.tar", (offset, size), damage[:size])
+    video = ShardSet(str(folder)).read(3)
+
+    with pytest.raises(UserError) as raised:
+        video.frames([3, 4])
+
+    message = str(raised.value)
+    assert f"shard-000001.tar, video video-3: frames still 4 {found}, must be 56x40" in message
+    assert message.endswith(f"run `mcl shards verify {folder}`")
+
+
+def test_a_still_without_its_end_is_named(folder: Path) -> None:
+    offset, size = still_place(folder, shard=0, sample=0, kind="flow", still=1)
+    overwrite(folder, "shard-000000.tar", (offset + size - 2, 2), b"\0\0")
+
+    with pytest.raises(UserError, match="video video-0: flow still 1 is not a whole JPEG"):
+        ShardSet(str(folder)).read(0).flow([1])
+
+
+def test_maps_that_are_no_array_are_named(folder: Path) -> None:
+    shards = ShardSet(str(folder))
+    overwrite(folder, "shard-000000.tar", tuple(shards._indices[0].members[1, 3]), b"rubbish")
+
+    with pytest.raises(UserError, match=r"video video-1: motion\.npy is not a NumPy array; run `mcl shards"):
+        shards.read(1)
+
+
+def test_a_shard_that_vanished_is_named(folder: Path) -> None:
+    shards = ShardSet(str(folder))
+    (folder / "shard-000002.tar").unlink()
+
+    with pytest.raises(UserError, match=r"shard-000002\.tar cannot be read \(No such file"):
+        shards.read(4)
+
+
+def test_a_remote_shard_is_fetched_once_when_it_is_needed(folder: Path, tmp_path: Path) -> None:
+    url, cache = remote(folder, "fetched"), tmp_path / "cache"
+    shards = ShardSet(url, str(cache))
+    assert not cache.exists()
+    expected = ShardSet(str(folder)).read(2).frames([1])[0]
+
+    first = shards.read(2).frames([1])[0]
+    fsspec.filesystem("memory").rm("/fetched/shard-000001.tar")
+    second = shards.read(2).frames([1])[0]
+
+    assert np.array_equal(first, expected)
+    assert np.array_equal(second, expected)
+    digest = hashlib.sha256((folder / "shard-000001.tar").read_bytes()).hexdigest()
+    assert [path.name for path in cache.iterdir()] == [f"{digest}.tar"]
+
+
+def test_a_remote_shard_of_other_bytes_is_refused_and_not_kept(folder: Path, tmp_path: Path) -> None:
+    overwrite(folder, "shard-000000.tar", (600, 1), b"\xff")
+    shards = ShardSet(remote(folder, "damaged"), str(tmp_path / "cache"))
+
+    with pytest.raises(UserError, match=r"shard-000000\.tar: not the bytes that the manifest names; run `mcl"):
+        shards.read(0)
+
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_remote_set_needs_a_cache(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.cache: missing; memory://elsewhere is not on this machine"):
+        ShardSet(remote(folder, "elsewhere"))
