@@ -25,7 +25,7 @@ class ObjectiveConfig:
         queue: K, number of negatives.
         momentum: of the key encoder's moving average.
         intra, alignment: weights of the two terms; 0 leaves a term out of the total.
-        order: `ramp` weighs the order term by epoch/epochs (UCF101), `off` by 0 (Kinetics).
+        order: `ramp` weighs the order term by epoch/epochs (UCF101), `none` by 0 (Kinetics).
     """
 
     temperature: float = number(0.1, minimum=1e-3)
@@ -33,7 +33,7 @@ class ObjectiveConfig:
     momentum: float = number(0.999, minimum=0, maximum=1)
     intra: float = number(1.0, minimum=0)
     alignment: float = number(1.0, minimum=0)
-    order: str = choice("off", "ramp")
+    order: str = choice("none", "ramp")
 
 
 class LossWeights(NamedTuple):
