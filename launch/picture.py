@@ -1,0 +1,92 @@
+"""A picture of what pre-training sees of one video: four tubelets, with their crops over the motion maps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from dataloading.loader import DataConfig
+from dataloading.pipeline import StillDecoder
+from dataloading.plan import sample_generator
+from dataloading.stream import ShardSet, StoredVideo
+from dataloading.tubelets import CutConfig, Tubelet, draw_tubelets
+
+VIEWS = ("query", "first key", "second key", "third key")
+NUM_SHOWN = 5  # frames of each clip
+CROP_COLOUR = "#00d8ff"
+
+
+def draw_picture(path: Path, shard_set: ShardSet, position: int, config: DataConfig, *, seed: int) -> None:
+    """Write a PNG of the tubelets that this video gives in the first epoch of a run with this seed.
+
+    A row per view: frames of its clip under the motion map that they were drawn by, the crop as a box, and the
+    cut-out at the right.
+    """
+    video = shard_set.read(position)
+    cut = CutConfig(
+        frames=config.frames,
+        stride=config.stride,
+        motion_probability=config.motion_probability,
+        area=config.augment.area,
+        aspect=config.augment.aspect,
+    )
+    order, tubelets = draw_tubelets(
+        sample_generator(seed, 0, position),
+        cut,
+        frame_maps=video.frame_maps,
+        clip_scores=video.clip_scores,
+        height=video.height,
+        width=video.width,
+    )
+    figure = Figure(figsize=(2 * (NUM_SHOWN + 1), 2.15 * len(VIEWS)), layout="constrained")
+    half = "first" if order else "second"
+    figure.suptitle(f"{shard_set.keys[position]}: the first clip is from the {half} half of {video.num_frames} frames")
+    rows = figure.subplots(len(VIEWS), NUM_SHOWN + 1)
+    for axes, name, tubelet in zip(rows, VIEWS, tubelets, strict=True):
+        _draw_view(axes, name, video, tubelet, config.crop)
+    figure.savefig(path, dpi=100)
+
+
+def _draw_view(axes: np.ndarray, name: str, video: StoredVideo, tubelet: Tubelet, crop: int) -> None:
+    shown = tubelet.frames[np.linspace(0, len(tubelet.frames) - 1, NUM_SHOWN).round().astype(int)]
+    whole = _decoded(video, shown, (0, 0, video.height, video.width), (video.height, video.width))
+    strongest = max(int(video.frame_maps[tubelet.frames].max()), 1)
+    for axis, frame, image in zip(axes, shown, whole, strict=False):
+        axis.imshow(image)
+        axis.imshow(
+            video.frame_maps[frame],
+            extent=(-0.5, video.width - 0.5, video.height - 0.5, -0.5),
+            cmap="inferno",
+            vmin=0,
+            vmax=strongest,
+            alpha=0.45,
+        )
+        top, left, height, width = tubelet.box
+        axis.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=CROP_COLOUR, lw=2))
+        _finish(axis, f"frame {frame}")
+    (cut_out,) = _decoded(video, shown[:1], tubelet.box, (crop, crop))
+    axes[-1].imshow(cut_out)
+    _finish(axes[-1], "cut out")
+    axes[0].set_ylabel(name)
+
+
+def _decoded(
+    video: StoredVideo, frames: np.ndarray, window: tuple[int, int, int, int], size: tuple[int, int]
+) -> np.ndarray:
+    """Pixels of a window of these frames at a size, uint8 (N, height, width, 3)."""
+    decoder = StillDecoder(size=size, grey=False, device=torch.device("cpu"), threads=1)
+    try:
+        return decoder(video.frames(frames), np.tile(window, (len(frames), 1))).numpy()
+    finally:
+        decoder.close()
+
+
+def _finish(axis: Axes, title: str) -> None:
+    axis.set_title(title, fontsize=9)
+    axis.set_xticks([])
+    axis.set_yticks([])

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from dataloading.clips import ClipGeometry, ProbeClips, centre_window, clip_frames, clip_starts
+from dataloading.stream import ShardSet
+
+WriteSet = Callable[..., Path]
+CPU = torch.device("cpu")
+
+
+def _batches(shard_set: ShardSet, geometry: ClipGeometry, num_clips: int = 3) -> ProbeClips:
+    return ProbeClips(shard_set, geometry, device=CPU, num_clips=num_clips, batch_videos=2, threads=1)
+
+
+@pytest.mark.parametrize("num_frames", [1, 7, 31, 32, 33, 63, 64, 639, 640, 2000])
+def test_no_clip_reads_past_the_end_of_its_video(num_frames: int) -> None:
+    frames = clip_frames(num_frames, 16, 2, 20)
+    assert frames.shape == (20, 16)
+    assert frames.min() >= 0
+    assert frames.max() < num_frames
+
+
+def test_starts_are_evenly_spaced_from_the_first_frame_to_the_last_whole_window() -> None:
+    starts, repeats = clip_starts(72, 16, 2, 9)
+    assert (starts[0], starts[-1], repeats) == (1, 41, 1)
+    assert set(np.diff(starts)) == {5}
+
+
+def test_a_single_clip_starts_at_the_first_frame() -> None:
+    starts, _ = clip_starts(40, 16, 2, 1)
+    assert starts.tolist() == [1]
+
+
+def test_every_video_comes_once_in_the_order_of_the_set(write_set: WriteSet) -> None:
+    shard_set = ShardSet(str(write_set([20, 24, 9, 16, 30])))
+    batches = _batches(shard_set, ClipGeometry(4, 2, 24))
+    found = list(batches)
+    assert len(found) == len(batches) == 3
+    assert torch.cat([batch.positions for batch in found]).tolist() == [0, 1, 2, 3, 4]
+    assert torch.cat([batch.labels for batch in found]).tolist() == shard_set.labels.tolist()
+    assert found[0].clips.shape == (2, 3, 4, 24, 24, 3)
+    assert found[0].clips.dtype == torch.uint8
+
+
+def test_a_clip_shows_the_centre_of_the_frames_it_names(write_set: WriteSet) -> None:
+    shard_set = ShardSet(str(write_set([20])))
+    (batch,) = _batches(shard_set, ClipGeometry(4, 2, 24))
+    video = shard_set.read(0)
+    wanted = clip_frames(20, 4, 2, 3)
+    for clip in range(3):
+        for step in range(4):
+            (still,) = video.frames([int(wanted[clip, step])])
+            whole = cv2.imdecode(still, cv2.IMREAD_COLOR)[..., ::-1]
+            expected = whole[8:32, 16:40].astype(int)
+            assert np.abs(batch.clips[0, clip, step].numpy() - expected).max() <= 3
+
+
+def test_a_crop_larger_than_the_short_side_takes_a_square_and_scales_it_up(write_set: WriteSet) -> None:
+    assert centre_window(40, 56, 48) == (0, 8, 40, 40)
+    (batch,) = _batches(ShardSet(str(write_set([10]))), ClipGeometry(4, 2, 48))
+    assert batch.clips.shape[-3:] == (48, 48, 3)
