@@ -63,9 +63,9 @@ def test_grey_stills_have_one_channel() -> None:
 
 def test_fractions_of_pixels_shift_the_sampling() -> None:
     slope = np.broadcast_to(np.arange(0, 256, 2, dtype=np.uint8)[None, :, None], (96, 128, 3))
-    still = jpeg(np.ascontiguousarray(slope))
+    still = jpeg(np.ascontiguousarray(slope[..., 0]))
 
-    whole, half = decoder(size=(10, 20))([still] * 2, np.array([[0, 10, 10, 20], [0, 10.5, 10, 20]]))
+    whole, half = decoder(size=(10, 20), grey=True)([still] * 2, np.array([[0, 10, 10, 20], [0, 10.5, 10, 20]]))
 
     assert (half.int() - whole.int()).float().mean() == pytest.approx(1.0, abs=0.3)
 
