@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+from mcl_dist.listeners import CheckpointWritten, Console, EventLog, Finished, MetricsFile, Started, StepDone
+
+
+def done(step: int) -> StepDone:
+    losses = {"loss": 3.0, "loss_inter": 2.0, "similarity_positive": 0.5}
+    return StepDone(step, 0, 4, losses, 1e-3, videos=8, seconds=0.5, data_wait_ratio=0.25)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_step_shows_losses_speed_waiting_and_what_remains() -> None:
+    stream = io.StringIO()
+    Console(stream)(done(2))
+    assert stream.getvalue() == (
+        "step 2/4  epoch 0  loss 3.000  inter 2.000  lr 1.00e-03  16.0 videos/s  waiting 25%  left 0:00:01\n"
+    )
+
+
+def test_without_a_terminal_lines_come_now_and_then_and_at_the_end() -> None:
+    stream = io.StringIO()
+    console = Console(stream)
+    for step in (1, 2, 3, 4):
+        console(done(step))
+    assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["1/4", "4/4"]
+
+
+def test_a_terminal_has_one_line_rewritten() -> None:
+    stream = Terminal()
+    console = Console(stream)
+    for step in (1, 2, 3, 4):
+        console(done(step))
+    assert stream.getvalue().count("\n") == 1
+    assert stream.getvalue().count("\r\033[K") == 4
+
+
+def test_a_resumed_run_says_from_where() -> None:
+    stream = io.StringIO()
+    Console(stream)(Started(20, 60, "runs/x/checkpoints/step-000000020"))
+    assert stream.getvalue() == "resumed from runs/x/checkpoints/step-000000020, 20 of 60 steps done\n"
+
+
+def test_metrics_have_a_line_a_step_and_forget_steps_that_will_be_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path)
+    metrics(Started(0, 4, None))
+    for step in (1, 2, 3):
+        metrics(done(step))
+    path.write_text(path.read_text() + '{"step": 4, "los')  # a kill cut this line
+    metrics(Started(2, 4, "there"))
+    metrics(done(3))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[0] == {
+        "step": 1,
+        "epoch": 0,
+        "loss": 3.0,
+        "loss_inter": 2.0,
+        "similarity_positive": 0.5,
+        "learning_rate": 1e-3,
+        "videos_per_second": 16.0,
+        "data_wait_ratio": 0.25,
+        "seconds": 0.5,
+    }
+
+
+def test_the_event_log_keeps_everything_but_steps(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "log.jsonl")
+    for event in (Started(0, 1, None), done(1), CheckpointWritten(1, "there", 0.1), Finished(1, 2**30)):
+        log(event)
+    events = [json.loads(line)["event"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert events == ["Started", "CheckpointWritten", "Finished"]

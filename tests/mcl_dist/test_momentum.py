@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import torch
+
+from mcl_dist.encoder import EncoderConfig
+from mcl_dist.heads import HeadsConfig, Network
+from mcl_dist.momentum import MomentumEncoder
+from mcl_dist.ranks import Ranks
+
+
+def network() -> Network:
+    torch.manual_seed(0)
+    return Network(EncoderConfig(width=4, blocks=(1,)), HeadsConfig(dim=8)).train()
+
+
+def test_every_parameter_moves_by_the_complement_of_the_momentum() -> None:
+    query = network()
+    momentum = MomentumEncoder(query, Ranks(), momentum=0.75, seed=0, autocast=False)
+    before = [p.clone() for p in momentum.network.parameters()]
+    with torch.no_grad():
+        for parameter in query.parameters():
+            parameter.add_(4.0)
+    momentum.update(query)
+    for old, new in zip(before, momentum.network.parameters(), strict=True):
+        torch.testing.assert_close(new, old + 1.0)
+
+
+def test_keys_are_unit_vectors_of_the_three_key_views_without_gradient() -> None:
+    momentum = MomentumEncoder(network(), Ranks(), momentum=0.9, seed=0, autocast=False)
+    views = torch.randint(0, 256, (3, 4, 4, 16, 16, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    keys = momentum.encode(views, step=0)
+    for vectors in keys:
+        assert vectors.shape == (3, 3, 8)
+        assert not vectors.requires_grad
+        torch.testing.assert_close(vectors.norm(dim=2), torch.ones(3, 3))
+    changed = views.clone()
+    changed[:, 0] = 0
+    torch.testing.assert_close(momentum.encode(changed, step=0).inter, keys.inter)
+
+
+def test_the_shuffle_changes_with_the_step_and_the_key() -> None:
+    momentum = MomentumEncoder(network(), Ranks(), momentum=0.9, seed=0, autocast=False)
+    shuffles = [momentum._permutation(64, step, key).tolist() for step in range(2) for key in range(3)]
+    assert len({tuple(shuffle) for shuffle in shuffles}) == 6
+    assert all(sorted(shuffle) == list(range(64)) for shuffle in shuffles)

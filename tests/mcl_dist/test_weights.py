@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mcl_dist.encoder import EncoderConfig
+from mcl_dist.errors import UserError
+from mcl_dist.heads import HeadsConfig, Network
+from mcl_dist.weights import InitialConfig, initialise, to_reference
+
+SIZE = EncoderConfig(width=4, blocks=(1, 1))
+
+
+def network(encoder: EncoderConfig = SIZE, seed: int = 0) -> Network:
+    torch.manual_seed(seed)
+    return Network(encoder, HeadsConfig(dim=8))
+
+
+def flat(encoder: EncoderConfig = SIZE) -> dict[str, torch.Tensor]:
+    """The 2-D ResNet that inflates to this encoder, with MoCo-v2's MLP head."""
+    state = {}
+    for name, tensor in network(encoder, seed=1).encoder.state_dict().items():
+        if name == "conv1.weight" or (tensor.ndim == 5 and "conv2_t" not in name):
+            state[name] = tensor[:, :, 0]
+        elif "conv2_t" not in name:
+            state[name] = tensor
+    head = network(encoder, seed=2).inter
+    state |= {f"fc.0.{name}": value for name, value in head.first.named_parameters()}
+    state |= {f"fc.2.{name}": value for name, value in head.second.named_parameters()}
+    return {name: value.detach().clone().contiguous() for name, value in state.items()}
+
+
+def test_an_inflated_clip_of_one_repeated_frame_is_seen_as_the_frame_is(tmp_path: Path) -> None:
+    """Identity in time: every position of the feature map away from the borders of time agrees."""
+    save_file(flat(), tmp_path / "moco.safetensors")
+    inflated = network().eval()
+    initialise(inflated, InitialConfig(str(tmp_path / "moco.safetensors")))
+    frame = torch.randn(1, 3, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    still, longer = (inflated.encoder(frame.expand(-1, -1, frames, -1, -1)) for frames in (4, 16))
+    torch.testing.assert_close(longer.summed, still.summed.expand_as(longer.summed))
+
+
+def test_moco_checkpoints_load_through_their_wrappers_and_leave_the_heads_random(tmp_path: Path) -> None:
+    wrapped = {f"module.encoder_q.{name}": value for name, value in flat().items()}
+    wrapped |= {"module.encoder_k.conv1.weight": torch.zeros(1), "module.queue": torch.zeros(2, 2)}
+    torch.save({"arch": "resnet50", "epoch": 200, "state_dict": wrapped}, tmp_path / "moco.pth.tar")
+    for mlp_head in (True, False):
+        left = initialise(network(), InitialConfig(str(tmp_path / "moco.pth.tar"), mlp_head=mlp_head))
+        assert {name.split(".")[0] for name in left} == {"intra", "order", "order_classifier"} | (
+            set() if mlp_head else {"inter"}
+        )
+
+
+def test_the_references_checkpoints_load_whole(tmp_path: Path) -> None:
+    source, target = network(seed=1), network(seed=2)
+    state = {f"module.{name}": value for name, value in to_reference(source.state_dict()).items()}
+    torch.save({"model": state, "epoch": 3}, tmp_path / "reference.pth")
+    assert initialise(target, InitialConfig(str(tmp_path / "reference.pth"))) == []
+    for name, value in source.state_dict().items():
+        assert torch.equal(value, target.state_dict()[name]), name
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    torch.save({"state_dict": {"conv1.weight": Payload()}}, tmp_path / "poisoned.pth")
+    with pytest.raises(UserError, match=r"poisoned\.pth: holds more than tensors"):
+        initialise(network(), InitialConfig(str(tmp_path / "poisoned.pth")))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), (b"not weights", "not a readable weights file")],
+)
+def test_a_file_that_holds_no_weights_is_told(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "weights.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        initialise(network(), InitialConfig(str(path)))
+
+
+def test_weights_of_another_size_are_refused_with_both_shapes(tmp_path: Path) -> None:
+    save_file(flat(EncoderConfig(width=8, blocks=(1, 1))), tmp_path / "wide.safetensors")
+    with pytest.raises(UserError, match=r"encoder\.bn1\.bias is \(8,\), this architecture has \(4,\)"):
+        initialise(network(), InitialConfig(str(tmp_path / "wide.safetensors")))

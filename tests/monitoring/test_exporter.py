@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import socket
+import urllib.request
+
+import pytest
+
+from mcl_dist.errors import UserError
+from mcl_dist.listeners import CheckpointWritten, StepDone
+from monitoring.exporter import serve
+from monitoring.metrics import TrainingMetrics
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # the server lives as long as the process
+def test_a_scrape_shows_throughput_losses_waiting_and_checkpoints() -> None:
+    metrics, port = TrainingMetrics(), free_port()
+    serve(metrics.registry, port, "127.0.0.1")
+    metrics(StepDone(3, 0, 10, {"loss": 2.5}, 0.01, videos=8, seconds=0.4, data_wait_ratio=0.25))
+    metrics(CheckpointWritten(3, "there", 1.5))
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    for line in (
+        "mcl_videos_total 8.0",
+        "mcl_step 3.0",
+        "mcl_steps_planned 10.0",
+        'mcl_step_seconds_bucket{le="0.5"} 1.0',
+        "mcl_data_wait_ratio 0.25",
+        "mcl_learning_rate 0.01",
+        'mcl_objective{term="loss"} 2.5',
+        "mcl_checkpoint_step 3.0",
+        "mcl_checkpoint_seconds 1.5",
+    ):
+        assert line in lines
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(UserError, match=f"127.0.0.1:{port}: .*monitoring.port"):
+            serve(TrainingMetrics().registry, port, "127.0.0.1")
