@@ -101,6 +101,11 @@ def augment(clip_thwc: torch.Tensor, drawn: Augmentation) -> torch.Tensor:
     return clip_thwc.flip(-2) if drawn.mirror else clip_thwc
 
 
+def blur_radius(sigma: float) -> int:
+    """Pixels to either side that a blur reaches; a view must be larger."""
+    return math.ceil(3 * sigma)
+
+
 def mirror_flow(flow: torch.Tensor) -> torch.Tensor:
     """Flow bytes, uint8 (..., H, W, 2) horizontal then vertical, of the mirrored video: what lies left moves
     right, so the horizontal byte becomes 255 minus itself.
@@ -177,10 +182,10 @@ _JITTER = {"brightness": _brightness, "contrast": _contrast, "saturation": _satu
 
 
 def _blur(planes_cthw: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Gaussian blur, cut off at three sigma, edges reflected: one pass per axis of shifted sums, which on a
-    CPU is several times faster than a convolution with a single channel.
+    """Gaussian blur, edges reflected: one pass per axis of shifted sums, which on a CPU is several times
+    faster than a convolution with a single channel.
     """
-    radius = math.ceil(3 * sigma)
+    radius = blur_radius(sigma)
     offsets = range(-radius, radius + 1)
     weights = [math.exp(-((offset / sigma) ** 2) / 2) for offset in offsets]
     total = sum(weights)

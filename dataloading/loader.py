@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from dataloading.augment import Augmentation, AugmentConfig, augment, draw_augmentation, mirror_flow
+from dataloading.augment import (
+    Augmentation,
+    AugmentConfig,
+    augment,
+    blur_radius,
+    draw_augmentation,
+    mirror_flow,
+)
 from dataloading.motion import motion_target
 from dataloading.pipeline import StillDecoder
 from dataloading.plan import Plan, lanes_of_rank, sample_generator
@@ -71,7 +78,8 @@ class TubeletLoader:
 
     Raises:
         UserError: the set cannot be read, or has too few usable videos.
-        ConfigError: ranks do not divide the global batch, or the grid of the targets does not divide a clip.
+        ConfigError: ranks do not divide the global batch, the grid of the targets does not divide a clip, or
+            the blur is wider than a view.
     """
 
     def __init__(
@@ -86,7 +94,7 @@ class TubeletLoader:
         device: torch.device,
         start_step: int = 0,
     ) -> None:
-        _check_grid(config, grid)
+        _check(config, grid)
         self._config = config
         self._cut = CutConfig(
             frames=config.frames,
@@ -208,9 +216,12 @@ def flow_windows(box: Box, video: StoredVideo) -> list[tuple[float, ...]]:
     return [(top, left, height, width), (video.flow_height + top, left, height, width)]
 
 
-def _check_grid(config: DataConfig, grid: tuple[int, int, int]) -> None:
+def _check(config: DataConfig, grid: tuple[int, int, int]) -> None:
     time, rows, columns = grid
     if config.frames % time:
         raise ConfigError(f"data.frames: found {config.frames}, must be a multiple of {time}, the encoder's")
     if config.crop % rows or config.crop % columns:
         raise ConfigError(f"data.crop: found {config.crop}, must be a multiple of {rows}, the encoder's")
+    sigma = config.augment.blur_sigma[1]
+    if blur_radius(sigma) >= config.crop:
+        raise ConfigError(f"data.augment.blur_sigma: found {sigma}, too wide for data.crop of {config.crop}")

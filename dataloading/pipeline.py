@@ -41,7 +41,7 @@ class StillDecoder:
         on_gpu = device.type == "cuda"
         # DALI resizes colour on a CPU six times slower than PyTorch; grey it does as fast, and fractions.
         self._resized_by_dali = on_gpu or grey
-        self._pipeline: Any = _decode(
+        self._pipeline: Any = pipeline_def(_graph)(
             size=size if self._resized_by_dali else None,
             output_type=types.GRAY if grey else types.RGB,
             decoder="mixed" if on_gpu else "cpu",
@@ -110,8 +110,8 @@ def _reason(error: RuntimeError) -> str:
     return story.strip().splitlines()[0]
 
 
-@pipeline_def
-def _decode(size: tuple[int, int] | None, output_type: types.DALIImageType, decoder: str):  # type: ignore[no-untyped-def]
+def _graph(size: tuple[int, int] | None, output_type: Any, decoder: str) -> Any:
+    """What DALI is to do, resizing only to a given size."""
     encoded = fn.external_source(name="stills", dtype=types.UINT8, ndim=1)
     start, shape = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "shape"))
     window = fn.decoders.image_slice(

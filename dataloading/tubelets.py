@@ -139,8 +139,13 @@ def draw_uniform_starts(rng: np.random.Generator, *, num_frames: int, window: in
 
 
 def motion_region(mean_map: np.ndarray, height: int, width: int) -> MotionRegion:
-    """The bounding box of the strongest 4 cells of a (7, 7) map, in pixels; ties go to the earlier cell."""
+    """The bounding box of the strongest 4 cells of a (7, 7) map, in pixels; ties go to the earlier cell.
+
+    Where nothing moves at all, it is the whole frame and none of it need be covered.
+    """
     rows, columns = mean_map.shape
+    if not mean_map.any():
+        return MotionRegion(0.0, height, 0.0, width, 0.0)
     strongest = np.argsort(-mean_map.ravel(), kind="stable")[:NUM_STRONGEST_CELLS]
     row, column = np.divmod(strongest, columns)
     top, bottom = int(row.min()), int(row.max()) + 1

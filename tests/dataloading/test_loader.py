@@ -199,6 +199,11 @@ def test_a_grid_that_does_not_divide_the_clip_is_refused(
         make_loader(grid=grid)
 
 
+def test_a_blur_wider_than_a_view_is_refused(make_loader: MakeLoader) -> None:
+    with pytest.raises(ConfigError, match=r"data\.augment\.blur_sigma: found 10.0, too wide"):
+        make_loader(replace(PLAIN, blur_sigma=(0.1, 10.0)))
+
+
 def test_scores_of_another_window_say_how_to_rebuild(make_loader: MakeLoader) -> None:
     with pytest.raises(UserError, match=r"windows of 8 frames, .* is 4; build the set with .* --window 4"):
         take(make_loader(config={"stride": 1}), 1)

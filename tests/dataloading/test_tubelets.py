@@ -95,6 +95,10 @@ def test_a_larger_region_needs_less_cover(bottom: int, right: int, cover: float)
     assert motion_region(mean_map, 7, 7).cover == cover
 
 
+def test_a_clip_without_motion_asks_for_no_place() -> None:
+    assert motion_region(np.zeros((7, 7)), 70, 140) == MotionRegion(0.0, 70.0, 0.0, 140.0, 0.0)
+
+
 @pytest.mark.parametrize(("height", "width"), [(256, 340), (56, 56), (340, 256), (7, 9)])
 def test_a_crop_never_leaves_its_frame(height: int, width: int) -> None:
     rng = np.random.default_rng(1)
