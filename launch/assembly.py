@@ -61,6 +61,8 @@ def assembled(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Ite
             engine.load_optimizer_state(snapshot.optimizer, start)
         total = config.train.steps or config.train.epochs * loader.steps_per_epoch
         rate, warmup = config.optimizer.learning_rate, config.optimizer.warmup_epochs
+        if loader.num_left_out:
+            tell(listeners, Notice(f"{config.data.train}: {loader.num_left_out} videos are too short and left out"))
         tell(listeners, Started(start, total, checkpoints.step_url(start) if snapshot else None))
         yield Trainer(
             engine=engine,

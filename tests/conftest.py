@@ -17,3 +17,16 @@ def real_videos() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real clips: {folder} is missing; name a folder of class folders in MCL_VIDEOS")
     return folder
+
+
+@pytest.fixture(scope="session")
+def synthetic_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard set of 16 synthetic videos, one a class."""
+    from dataloading.synthetic import write_synthetic
+    from launch.cli import main
+
+    folder = tmp_path_factory.mktemp("synthetic")
+    write_synthetic(folder, seed=0, train_per_class=1, test_per_class=0)
+    arguments = ["shards", "build", str(folder / "train"), str(folder / "shards"), "--flow", "dis", "--short-side", "0"]
+    assert main(arguments) == 0
+    return folder / "shards"

@@ -1,0 +1,162 @@
+"""`mcl pretrain` as its user runs it: a real shard set, the DeepSpeed launcher, two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIG = str(REPOSITORY / "configs" / "pretrain" / "tiny.yaml")
+SMALL = ("data.crop=48", "encoder.width=4", "heads.dim=8", "objective.queue=64", "train.global_batch=4")
+LOSSES = ("loss", "loss_inter", "loss_intra", "loss_alignment", "loss_order")
+KEYS = ("step", "epoch", *LOSSES, "learning_rate", "videos_per_second", "data_wait_ratio")
+SECONDS = 300
+
+
+def words(shards: Path, run: Path, *more: str) -> list[str]:
+    return ["--config", CONFIG, f"data.train={shards}", f"run.dir={run}", *SMALL, *more]
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", "pretrain", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=SECONDS)
+    return process.returncode, output
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def kill_all(process: subprocess.Popen[str], run: Path) -> None:
+    """As a machine that loses power: the launcher and every rank at once."""
+    ranks = [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and f"run.dir={run}".encode() in _command_line(entry)
+    ]
+    for pid in ranks:
+        os.kill(pid, signal.SIGKILL)
+    process.wait(timeout=SECONDS)
+
+
+def _command_line(entry: Path) -> bytes:
+    try:
+        return (entry / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.fixture(scope="module")
+def finished_run(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    run = tmp_path_factory.mktemp("run")
+    code, output = finished(start(*words(synthetic_shards, run, "train.steps=6", "checkpoint.every=4"), "--ranks", "2"))
+    assert code == 0, output
+    return run, output
+
+
+@pytest.mark.slow
+def test_two_ranks_train_and_leave_a_line_a_step(finished_run: tuple[Path, str]) -> None:
+    run, output = finished_run
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(set(KEYS) <= set(line) for line in lines)
+    assert "peak memory" in output
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000000004", "step-000000006"]
+    assert (run / "config.yaml").exists()
+
+
+@pytest.mark.slow
+def test_the_deepspeed_launcher_alone_does_the_same(
+    synthetic_shards: Path, finished_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    launcher = Path(sys.executable).with_name("deepspeed")
+    arguments = words(synthetic_shards, tmp_path, "train.steps=6", "checkpoint.every=4")
+    result = subprocess.run(
+        [launcher, "--num_gpus", "2", REPOSITORY / "launch" / "pretrain.py", *arguments],
+        env={**os.environ, "MASTER_PORT": "0", "PATH": f"{launcher.parent}:{os.environ['PATH']}"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SECONDS,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [line["loss"] for line in metrics(tmp_path)] == [line["loss"] for line in metrics(finished_run[0])]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_its_checkpoint_and_says_so(
+    synthetic_shards: Path, finished_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    arguments = [*words(synthetic_shards, tmp_path, "train.steps=6", "checkpoint.every=4"), "--ranks", "2"]
+    hurt = start(*arguments)
+    assert hurt.stdout is not None
+    assert any("checkpoint of step 4" in line for line in hurt.stdout)
+    kill_all(hurt, tmp_path)
+    code, output = finished(start(*arguments))
+    assert code == 0, output
+    assert "step-000000004, 4 of 6 steps done" in output
+    assert [line["loss"] for line in metrics(tmp_path)] == [line["loss"] for line in metrics(finished_run[0])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("encoder.width=8", "holds another architecture"),
+        ("run.seed=7", "made with run.seed=0, now 7"),
+    ],
+)
+def test_a_run_folder_of_another_run_is_refused(
+    synthetic_shards: Path, finished_run: tuple[Path, str], change: str, message: str
+) -> None:
+    run, _ = finished_run
+    code, output = finished(start(*words(synthetic_shards, run, "train.steps=6", change)))
+    assert code == 1
+    assert [line for line in output.splitlines() if line.startswith("mcl: ") and message in line]
+
+
+@pytest.mark.slow
+def test_a_missing_shard_set_is_named(tmp_path: Path) -> None:
+    code, output = finished(start(*words(tmp_path / "nothing", tmp_path / "run")))
+    assert code == 1
+    (line,) = (line for line in output.splitlines() if line.startswith("mcl: "))
+    assert "nothing" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trian.steps=3", "trian: unknown key; did you mean `train`?"),
+        ("train.steps=many", "train.steps: found 'many', must be a whole number at least 1"),
+        ("train.global_batch=5", "train.global_batch: 5 is not divisible by 2 ranks"),
+        ("data.crop=50", "data.crop"),
+        ("data.frames=18", "data.frames"),
+    ],
+)
+def test_a_configuration_that_cannot_run_is_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    assert main(["pretrain", *words(tmp_path, tmp_path / "run", override), "--ranks", "2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("mcl: ")
+    assert message in line
+    assert not (tmp_path / "run").exists()
