@@ -140,8 +140,8 @@ class StoredVideo:
     def _array(self, member: str) -> np.ndarray:
         (data,) = self._read(self._index.members[self._sample, MEMBERS.index(member)][None])
         try:
-            array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
-        except (ValueError, EOFError) as error:
+            array: np.ndarray = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        except ValueError as error:
             raise self._damaged(f"{member} is not a NumPy array") from error
         return array
 
