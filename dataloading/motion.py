@@ -80,7 +80,7 @@ class MotionSummary:
         """uint8 (N, 7, 7), one per frame; at the ends the first or last whole window's."""
         num_windows = len(self._window_maps)
         starts = np.arange(num_windows + self._map_window - 1) + 1 - self._map_window // 2
-        return np.stack(self._window_maps)[starts.clip(0, num_windows - 1)]
+        return np.asarray([self._window_maps[start] for start in starts.clip(0, num_windows - 1)])
 
     def clip_scores(self) -> np.ndarray:
         """float32 (N - window + 1,), the score of the clip that starts at each frame."""
@@ -112,14 +112,24 @@ def motion_target(flow: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tenso
         raise ValueError(f"a grid of {grid} does not divide a clip of {(frames, height, width)}")
     # The boundary is linear in the flow: sum each group's frames first, filter once. Bytes add up exactly.
     groups = flow.reshape(batch * steps, frames // steps, height, width, 2).sum(dim=1, dtype=torch.int32)
-    components = groups.permute(0, 3, 1, 2).reshape(-1, 1, height, width).float()
-    slope = torch.tensor([-1.0, 0.0, 1.0], device=flow.device).expand(3, 3)
-    kernels = torch.stack((slope, slope.T)).unsqueeze(1)
-    # Repeating the edge sample is what mirroring means for a reach of one.
-    gradients = F.conv2d(F.pad(components, (1, 1, 1, 1), mode="replicate"), kernels)
-    magnitude = gradients.square().sum(dim=1).sqrt()
+    components = groups.permute(0, 3, 1, 2).float()
+    magnitude = _boundary_magnitude(components)
     blocks = magnitude.reshape(batch, steps, 2, rows, height // rows, columns, width // columns)
     return blocks.mean(dim=(4, 6)).sum(dim=2)
+
+
+def _boundary_magnitude(planes: torch.Tensor) -> torch.Tensor:
+    """Magnitude of the Prewitt gradients of float planes (N, C, H, W).
+
+    By shifted sums, which cost a tenth of a convolution with one channel.
+    """
+    # Repeating the edge sample is what mirroring means for a reach of one.
+    padded = F.pad(planes, (1, 1, 1, 1), mode="replicate")
+    rows = padded[..., :-2, :] + padded[..., 1:-1, :] + padded[..., 2:, :]
+    columns = padded[..., :-2] + padded[..., 1:-1] + padded[..., 2:]
+    across = rows[..., 2:] - rows[..., :-2]
+    down = columns[..., 2:, :] - columns[..., :-2, :]
+    return across.square_().add_(down.square_()).sqrt_()
 
 
 def _prewitt(flow_hw2: np.ndarray) -> np.ndarray:
@@ -146,4 +156,4 @@ def _cells(magnitude: np.ndarray) -> np.ndarray:
     """Block means, floored and cut to bytes: uint8 (7, 7)."""
     block = MAP_SIZE // MAP_CELLS
     means = magnitude.reshape(MAP_CELLS, block, MAP_CELLS, block).mean(axis=(1, 3))
-    return np.minimum(means, 255).astype(np.uint8)
+    return np.asarray(np.minimum(means, 255), dtype=np.uint8)

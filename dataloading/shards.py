@@ -6,12 +6,14 @@ every still lies) and `manifest.json`, written last: a folder without it is no s
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -187,12 +189,14 @@ class ShardIndex:
 class ShardWriter:
     """Writes samples into one local tar file and collects its index.
 
-    The bytes depend on the samples alone: no time, owner or host is recorded.
+    The bytes depend on the samples alone: no time, owner or host is recorded. Every method that writes
+    raises `UserError` when the disk is full or fails.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = path.open("wb")
+        self._path = path
+        with _naming(path):
+            self._file = path.open("wb")
         self._tar = webdataset.TarWriter(
             self._file, encoder=False, compress=False, mtime=0, user="", group="", mode=0o444
         )
@@ -204,12 +208,13 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            # After an error the tar's own ending would only hide it (a full disk refuses that too).
-            if kind is None:
-                self._tar.close()
-        finally:
-            self._file.close()
+        if kind is not None:
+            # What is still buffered may fail the way that brought us here; that error is the one to tell.
+            with suppress(OSError):
+                self._file.close()
+            return
+        with _naming(self._path), self._file:
+            self._tar.close()
 
     @property
     def num_bytes(self) -> int:
@@ -227,7 +232,8 @@ class ShardWriter:
         for name, data in sample.members().items():
             places.append((self.num_bytes + TAR_HEADER, len(data)))
             # One call a member: a sample written as a whole would be sorted by name.
-            self._tar.write({"__key__": sample.key, name: data})
+            with _naming(self._path):
+                self._tar.write({"__key__": sample.key, name: data})
         info = sample.info
         row = {"keys": sample.key, "labels": info["label"], "num_frames": info["frames"], "members": places}
         row |= {f"{side}s": info[side] for side in ("height", "width", "flow_height", "flow_width")}
@@ -319,6 +325,17 @@ def _still_places(stills: Sequence[bytes], start: int) -> list[tuple[int, int]]:
         places.append((start, len(still)))
         start += len(still)
     return places
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn errors of the disk into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"{path}: no space left; free some, then run the same command again") from error
+        raise UserError(f"{path}: {error.strerror}; check the disk") from error
 
 
 def _npy(array: np.ndarray) -> bytes:

@@ -1,7 +1,198 @@
-"""Being written."""
+"""`mcl shards build` and `mcl shards verify`."""
+
+from __future__ import annotations
 
 import argparse
+import json
+import os
+import sys
+import time
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mcl_dist.errors import EXIT_FAILURE, ConfigError, UserError
+
+if TYPE_CHECKING:
+    from dataloading.process import BuildConfig, Outcome
+    from dataloading.shards import Manifest
+
+BUILD_EXAMPLE = """\
+example:
+  mcl shards build videos/train s3://bucket/train --workers 16
+  (videos/train holds a folder a class, each with its videos)"""
+VERIFY_EXAMPLE = """\
+example:
+  mcl shards verify s3://bucket/train --json"""
+PLAIN_LINE_SECONDS = 30.0  # between lines of progress when nobody watches
 
 
-def register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add nothing yet."""
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `mcl shards build` and `mcl shards verify`."""
+    shards = commands.add_parser("shards", help="build and check shard sets")
+    actions = shards.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    raw = argparse.RawDescriptionHelpFormatter
+    build = actions.add_parser(
+        "build",
+        help="turn a folder of class folders of videos into a shard set",
+        description="Decode videos, estimate their flow, find where they move, and write a shard set.",
+        epilog=BUILD_EXAMPLE,
+        formatter_class=raw,
+    )
+    _add_build_arguments(build)
+    verify = actions.add_parser(
+        "verify",
+        help="check every byte of a shard set",
+        description="Check manifest, digests, index and stills of a shard set; one line a problem.",
+        epilog=VERIFY_EXAMPLE,
+        formatter_class=raw,
+    )
+    verify.add_argument("url", metavar="URL", help="folder of the shard set, at any fsspec URL")
+    verify.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    verify.set_defaults(run=run_verify)
+
+
+def _add_build_arguments(build: argparse.ArgumentParser) -> None:
+    build.add_argument("source", metavar="SRC", type=Path, help="folder of class folders of videos")
+    build.add_argument("destination", metavar="DEST", help="folder to write, at any fsspec URL")
+    build.add_argument(
+        "--flow", default="tvl1", help="flow estimator: tvl1 (half size) or dis (15 times faster, coarser)"
+    )
+    build.add_argument("--workers", type=int, default=num_cores(), help="worker processes (default: one a core)")
+    build.add_argument("--shard-megabytes", type=int, default=256, help="a shard is closed once it holds as much (256)")
+    build.add_argument("--seed", type=int, default=0, help="of the order of the videos (0)")
+    build.add_argument(
+        "--short-side", type=int, default=256, help="pixels of the shorter side, 0 keeps each video's size (256)"
+    )
+    build.add_argument("--window", type=int, default=32, help="frames a clip covers; shorter videos are refused (32)")
+    build.add_argument("--map-window", type=int, default=4, help="flows in the stack of a frame map (4; UCF101: 8)")
+    build.add_argument("--quality", type=int, default=90, help="JPEG quality of the frames (90)")
+    build.add_argument("--json", action="store_true", help="print the closing table as one JSON object")
+    build.set_defaults(run=run_build)
+
+
+def num_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_build(args: argparse.Namespace) -> int:
+    """Build a shard set; errors as in `build_shards`, and for a complete set of another make."""
+    from dataloading.build import build_shards, existing_set, scan_sources
+    from mcl_dist.storage import Folder
+
+    config = _build_config(args)
+    sources = scan_sources(args.source)
+    destination = Folder(args.destination)
+    if sources.num_others:
+        _say(f"{args.source}: {sources.num_others} files are not videos by their extension, left out")
+    manifest = existing_set(destination, sources, config)
+    if manifest is not None:
+        _say(f"{args.destination}: complete already, built from the same videos in the same way; nothing to do")
+        _report(manifest, seconds=0.0, as_json=args.json)
+        return 0
+    start = time.monotonic()
+    progress = BuildProgress(len(sources.videos))
+    try:
+        manifest = build_shards(sources, destination, config, args.workers, progress)
+    finally:
+        progress.close()
+    _report(manifest, time.monotonic() - start, as_json=args.json)
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Verify a shard set: exit code 1 when there is any problem."""
+    from dataloading.verify import Verification, verify_shards
+    from mcl_dist.storage import Folder
+
+    try:
+        result = verify_shards(Folder(args.url))
+    except UserError as error:
+        if args.json:
+            print(json.dumps(vars(Verification(0, 0, 0, (str(error),)))))
+        raise
+    for problem in result.problems:
+        _say(problem)
+    if args.json:
+        print(json.dumps(vars(result)))
+    else:
+        verdict = f"{len(result.problems)} problems" if result.problems else "no problem found"
+        print(f"{args.url}: {result.videos} videos in {result.shards} shards, {result.bytes} bytes: {verdict}")
+    return EXIT_FAILURE if result.problems else 0
+
+
+class BuildProgress:
+    """Tells standard error how a build gets on: each refusal, and one line rewritten or a line now and then."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._done = self._refused = 0
+        self._start = self._told = time.monotonic()
+        self._rewrites = sys.stderr.isatty()
+
+    def __call__(self, outcome: Outcome) -> None:
+        """Take the next video's outcome."""
+        from dataloading.shards import RefusedVideo
+
+        self._done += 1
+        if isinstance(outcome, RefusedVideo):
+            self._refused += 1
+            self._clear()
+            _say(f"{outcome.source}: refused, {outcome.reason}")
+        now = time.monotonic()
+        if self._rewrites or now - self._told >= PLAIN_LINE_SECONDS:
+            self._told = now
+            self._tell(now - self._start)
+
+    def close(self) -> None:
+        """Leave the line of progress clean for what follows."""
+        self._clear()
+
+    def _tell(self, seconds: float) -> None:
+        left = seconds / self._done * (self._total - self._done)
+        line = f"{self._done} of {self._total} videos, {self._refused} refused, about {left:.0f} s left"
+        self._clear()
+        print(line, end="" if self._rewrites else "\n", file=sys.stderr, flush=True)
+
+    def _clear(self) -> None:
+        if self._rewrites:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _build_config(args: argparse.Namespace) -> BuildConfig:
+    from dataloading.process import BuildConfig
+    from mcl_dist.config import build_config
+
+    if args.workers < 1:
+        raise ConfigError(f"--workers: found {args.workers}, must be at least 1")
+    names = {field.name for field in fields(BuildConfig)}
+    try:
+        return build_config(BuildConfig, {name: value for name, value in vars(args).items() if name in names})
+    except ConfigError as error:
+        raise ConfigError(f"--{str(error).replace('_', '-')}") from error
+
+
+def _report(manifest: Manifest, seconds: float, *, as_json: bool) -> None:
+    num_tried = manifest.num_videos + len(manifest.refused)
+    report: dict[str, Any] = {
+        "videos": manifest.num_videos,
+        "frames": manifest.num_frames,
+        "shards": len(manifest.shards),
+        "bytes": manifest.num_bytes,
+        "refused": dict(sorted(Counter(video.reason.partition(":")[0] for video in manifest.refused).items())),
+        "seconds": round(seconds, 3),
+        "seconds_per_video": round(seconds / num_tried, 3),
+    }
+    if as_json:
+        print(json.dumps(report))
+        return
+    refusals = report.pop("refused")
+    rows = {**report, **{f"refused, {reason}": count for reason, count in refusals.items()}}
+    for name, value in rows.items():
+        print(f"{name.replace('_', ' '):<30}{value:>16,}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,171 @@
+"""Frames of a video file, decoded and resized one at a time (METHOD.md, section 1.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+
+EXTENSIONS = frozenset(
+    (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".3gp")
+)
+SMALLEST_SIDE = 32  # a motion map has 7 cells a side and flow may be half as large
+WHOLE = 0.95  # containers may announce a few frames that nobody is meant to see; a cut-off file lacks many
+
+
+class VideoRefusedError(Exception):
+    """A video that cannot be used.
+
+    Attributes:
+        reason: `kind: what was found; what to do`, where few kinds exist so that they can be counted.
+    """
+
+    def __init__(self, kind: str, detail: str) -> None:
+        self.reason = f"{kind}: {detail}"
+        super().__init__(self.reason)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One video file: its path relative to the folder of class folders, and its class."""
+
+    path: str
+    label: int
+
+
+@dataclass(frozen=True)
+class SourceFolder:
+    """What a folder of class folders holds: class names by label, videos by path, number of other files."""
+
+    root: Path
+    classes: tuple[str, ...]
+    videos: tuple[Source, ...]
+    num_others: int
+
+    @classmethod
+    def scan(cls, root: Path) -> SourceFolder:
+        """List the folder; hidden files and folders are passed over."""
+        entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
+        folders = [entry for entry in entries if entry.is_dir()]
+        videos = []
+        num_others = len(entries) - len(folders)
+        for label, folder in enumerate(folders):
+            for file in sorted(folder.iterdir()):
+                if file.is_file() and file.suffix.lower() in EXTENSIONS:
+                    videos.append(Source(f"{folder.name}/{file.name}", label))
+                elif not file.name.startswith("."):
+                    num_others += 1
+        return cls(root, tuple(folder.name for folder in folders), tuple(videos), num_others)
+
+
+class Video:
+    """An open video file; iterating it gives RGB frames, uint8 (H, W, 3), all of one size.
+
+    Only one frame of the file's own size is held at a time.
+
+    Args:
+        path: the file.
+        short_side: pixels that the shorter side is resized to, by area when shrinking and cubic when
+            growing; 0 keeps the size.
+
+    Raises:
+        VideoRefusedError: here when the file cannot be opened, holds no video or is too small; while
+            iterating when it is damaged or ends early.
+    """
+
+    def __init__(self, path: Path, short_side: int) -> None:
+        try:
+            self._container = av.open(str(path))
+        except (av.error.FFmpegError, OSError) as error:
+            raise VideoRefusedError(
+                "unreadable", f"{error.strerror}; replace the file, it is no video or was cut off"
+            ) from error
+        try:
+            self._stream = _video_stream(self._container)
+            codec = self._stream.codec_context
+            self.height, self.width = target_size(codec.height, codec.width, short_side)
+        except VideoRefusedError:
+            self.close()
+            raise
+
+    def __enter__(self) -> Video:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._container.close()
+
+    @property
+    def fps(self) -> float:
+        """Frames per second on average, 0 when the file does not say."""
+        return float(self._stream.average_rate or 0)
+
+    @property
+    def num_announced(self) -> int:
+        """Frames that the container says it holds, 0 when it does not say."""
+        if self._stream.frames:
+            return int(self._stream.frames)
+        # Matroska counts no frames, but knows how long it lasts.
+        if self._container.duration is None:
+            return 0
+        return int(self._container.duration / av.time_base * self.fps)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        num_frames = 0
+        for frame in self._decoded():
+            yield resized(frame.to_ndarray(format="rgb24"), self.height, self.width)
+            num_frames += 1
+        if num_frames < WHOLE * self.num_announced:
+            raise VideoRefusedError(
+                "truncated", f"{num_frames} frames of {self.num_announced} announced; fetch the file again"
+            )
+
+    def _decoded(self) -> Iterator[Any]:
+        try:
+            for packet in self._container.demux(self._stream):
+                if packet.is_corrupt:
+                    raise VideoRefusedError("truncated", "a packet is cut off; fetch the file again")
+                yield from packet.decode()
+        except av.error.FFmpegError as error:
+            raise VideoRefusedError(
+                "truncated", f"the decoder stopped ({error.strerror}); fetch the file again"
+            ) from error
+
+
+def target_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Height and width after resizing the shorter side to `short_side` (0: as they are)."""
+    if short_side:
+        scale = short_side / min(height, width)
+        height, width = round(height * scale), round(width * scale)
+    if min(height, width) < SMALLEST_SIDE:
+        raise VideoRefusedError(
+            "too small", f"{width}x{height} pixels, {SMALLEST_SIDE} a side are needed; give a larger --short-side"
+        )
+    return height, width
+
+
+def resized(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The frame at that size: by area when shrinking, cubic when growing."""
+    if frame.shape[:2] == (height, width):
+        return frame
+    way = cv2.INTER_AREA if height < frame.shape[0] else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(frame, (width, height), interpolation=way))
+
+
+def _video_stream(container: Any) -> Any:
+    if not container.streams.video:
+        raise VideoRefusedError("no video stream", "the file holds sound or data alone; remove or replace it")
+    stream = container.streams.video[0]
+    if not stream.codec_context.height:
+        raise VideoRefusedError("unreadable", "the picture's size is unknown; replace the file")
+    # The build runs one process a core: threads of a decoder would only fight over them.
+    stream.codec_context.thread_count = 1
+    return stream
