@@ -89,7 +89,7 @@ class StillDecoder:
             low = (top_left - start).astype(np.float32)
             inputs |= {"low": low, "high": low + size.astype(np.float32)}
         try:
-            (batch,) = self._pipeline.run(stills=list(stills), **{n: list(v) for n, v in inputs.items()})
+            (batch,) = self._pipeline.run(stills=list(stills), **inputs)
         except RuntimeError as error:
             raise UserError(f"DALI cannot decode a still ({_reason(error)})") from error
         return batch
