@@ -210,8 +210,8 @@ class ShardWriter:
     ) -> None:
         if kind is not None:
             # What is still buffered may fail the way that brought us here; that error is the one to tell.
-            with suppress(OSError):
-                self._file.close()
+            with suppress(OSError), self._file:
+                self._tar.close()
             return
         with _naming(self._path), self._file:
             self._tar.close()

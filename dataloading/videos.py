@@ -50,15 +50,15 @@ class SourceFolder:
     @classmethod
     def scan(cls, root: Path) -> SourceFolder:
         """List the folder; hidden files and folders are passed over."""
-        entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
+        entries = _visible(root)
         folders = [entry for entry in entries if entry.is_dir()]
         videos = []
         num_others = len(entries) - len(folders)
         for label, folder in enumerate(folders):
-            for file in sorted(folder.iterdir()):
+            for file in _visible(folder):
                 if file.is_file() and file.suffix.lower() in EXTENSIONS:
                     videos.append(Source(f"{folder.name}/{file.name}", label))
-                elif not file.name.startswith("."):
+                else:
                     num_others += 1
         return cls(root, tuple(folder.name for folder in folders), tuple(videos), num_others)
 
@@ -158,6 +158,10 @@ def resized(frame: np.ndarray, height: int, width: int) -> np.ndarray:
         return frame
     way = cv2.INTER_AREA if height < frame.shape[0] else cv2.INTER_CUBIC
     return np.asarray(cv2.resize(frame, (width, height), interpolation=way))
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
 def _video_stream(container: Any) -> Any:

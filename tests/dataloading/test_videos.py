@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from dataloading.synthetic import write_video
+from dataloading.videos import SourceFolder, Video, VideoRefusedError, resized, target_size
+
+
+def write(path: Path, num_frames: int = 40) -> Path:
+    frames = np.random.default_rng(0).integers(0, 256, (num_frames, 48, 64), dtype=np.uint8)
+    write_video(path, frames)
+    return path
+
+
+def cut(path: Path, share: float) -> Path:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    return path
+
+
+def read(path: Path, short_side: int = 0) -> list[np.ndarray]:
+    with Video(path, short_side) as video:
+        return list(video)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_every_frame_is_read_as_rgb(tmp_path: Path, suffix: str) -> None:
+    frames = read(write(tmp_path / f"video{suffix}"))
+    assert {frame.shape for frame in frames} == {(48, 64, 3)}
+    assert len(frames) == 40
+
+
+def test_the_frames_show_what_was_written(tmp_path: Path) -> None:
+    shades = np.full((10, 48, 64), 50, dtype=np.uint8)
+    shades[:, :, 32:] = 200
+    write_video(tmp_path / "video.mp4", shades)
+    frame = read(tmp_path / "video.mp4")[5]
+    assert np.abs(frame[:, 4:28].astype(int) - 50).max() < 12
+    assert np.abs(frame[:, 36:60].astype(int) - 200).max() < 12
+
+
+@pytest.mark.parametrize("short_side", [36, 96])
+def test_the_short_side_is_resized_either_way(tmp_path: Path, short_side: int) -> None:
+    frames = read(write(tmp_path / "video.mp4", 4), short_side)
+    assert {frame.shape for frame in frames} == {(short_side, short_side * 4 // 3, 3)}
+
+
+def test_shrinking_averages_the_area() -> None:
+    checks = np.indices((8, 8)).sum(axis=0) % 2 * 200
+    frame = np.repeat(checks[..., None], 3, axis=2).astype(np.uint8)
+    assert (resized(frame, 4, 4) == 100).all()
+
+
+def test_an_upright_video_keeps_its_shape() -> None:
+    assert target_size(640, 360, 256) == (455, 256)
+
+
+def test_a_video_says_how_fast_it_runs_and_how_long(tmp_path: Path) -> None:
+    with Video(write(tmp_path / "video.mkv"), 0) as video:
+        assert video.fps > 0
+        assert video.num_announced == 40
+
+
+def test_a_video_cut_off_in_its_packets_is_refused_as_truncated(tmp_path: Path) -> None:
+    with pytest.raises(VideoRefusedError, match=r"^truncated: a packet is cut off"):
+        read(cut(write(tmp_path / "video.avi"), 0.6))
+
+
+def test_a_video_with_fewer_frames_than_announced_is_refused_as_truncated(tmp_path: Path) -> None:
+    with pytest.raises(VideoRefusedError, match=r"^truncated: \d\d frames of 40 announced"):
+        read(cut(write(tmp_path / "video.mkv"), 0.6))
+
+
+def test_a_video_cut_off_before_its_table_is_refused_as_unreadable(tmp_path: Path) -> None:
+    with pytest.raises(VideoRefusedError, match=r"^unreadable: "):
+        read(cut(write(tmp_path / "video.mp4"), 0.6))
+
+
+@pytest.mark.parametrize("data", [b"", b"no video at all"])
+def test_a_file_that_is_no_video_is_refused_as_unreadable(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "video.mp4"
+    path.write_bytes(data)
+    with pytest.raises(VideoRefusedError, match=r"^unreadable: "):
+        read(path)
+
+
+def test_a_file_of_sound_alone_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "video.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=48000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 48000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(VideoRefusedError, match=r"^no video stream: "):
+        read(path)
+
+
+def test_a_video_too_small_for_motion_maps_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(VideoRefusedError, match=r"^too small: 21x16 pixels"):
+        read(write(tmp_path / "video.mp4", 2), 16)
+
+
+def test_a_source_folder_is_listed_in_order_with_what_is_left_out(tmp_path: Path) -> None:
+    for name in ("b/2.MP4", "b/1.avi", "a/notes.txt", "c/3.webm", "b/.hidden.mp4", ".git/x.mp4", "top.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    sources = SourceFolder.scan(tmp_path)
+    assert sources.classes == ("a", "b", "c")
+    assert [(video.path, video.label) for video in sources.videos] == [("b/1.avi", 1), ("b/2.MP4", 1), ("c/3.webm", 2)]
+    assert sources.num_others == 2
