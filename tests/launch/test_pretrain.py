@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ CONFIG = str(REPOSITORY / "configs" / "pretrain" / "tiny.yaml")
 SMALL = ("data.crop=48", "encoder.width=4", "heads.dim=8", "objective.queue=64", "train.global_batch=4")
 LOSSES = ("loss", "loss_inter", "loss_intra", "loss_alignment", "loss_order")
 KEYS = ("step", "epoch", *LOSSES, "learning_rate", "videos_per_second", "data_wait_ratio")
+LENGTH = ("train.steps=24", "checkpoint.every=8")
 SECONDS = 300
 
 
@@ -54,7 +56,7 @@ def kill_all(process: subprocess.Popen[str], run: Path) -> None:
     ]
     for pid in ranks:
         os.kill(pid, signal.SIGKILL)
-    process.wait(timeout=SECONDS)
+    process.communicate(timeout=SECONDS)
 
 
 def _command_line(entry: Path) -> bytes:
@@ -67,7 +69,7 @@ def _command_line(entry: Path) -> bytes:
 @pytest.fixture(scope="module")
 def finished_run(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     run = tmp_path_factory.mktemp("run")
-    code, output = finished(start(*words(synthetic_shards, run, "train.steps=6", "checkpoint.every=4"), "--ranks", "2"))
+    code, output = finished(start(*words(synthetic_shards, run, *LENGTH), "--ranks", "2"))
     assert code == 0, output
     return run, output
 
@@ -76,10 +78,14 @@ def finished_run(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactor
 def test_two_ranks_train_and_leave_a_line_a_step(finished_run: tuple[Path, str]) -> None:
     run, output = finished_run
     lines = metrics(run)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines] == list(range(1, 25))
     assert all(set(KEYS) <= set(line) for line in lines)
     assert "peak memory" in output
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000000004", "step-000000006"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step-000000008",
+        "step-000000016",
+        "step-000000024",
+    ]
     assert (run / "config.yaml").exists()
 
 
@@ -88,7 +94,7 @@ def test_the_deepspeed_launcher_alone_does_the_same(
     synthetic_shards: Path, finished_run: tuple[Path, str], tmp_path: Path
 ) -> None:
     launcher = Path(sys.executable).with_name("deepspeed")
-    arguments = words(synthetic_shards, tmp_path, "train.steps=6", "checkpoint.every=4")
+    arguments = words(synthetic_shards, tmp_path, *LENGTH)
     result = subprocess.run(
         [launcher, "--num_gpus", "2", REPOSITORY / "launch" / "pretrain.py", *arguments],
         env={**os.environ, "MASTER_PORT": "0", "PATH": f"{launcher.parent}:{os.environ['PATH']}"},
@@ -106,14 +112,14 @@ def test_the_deepspeed_launcher_alone_does_the_same(
 def test_a_killed_run_goes_on_from_its_checkpoint_and_says_so(
     synthetic_shards: Path, finished_run: tuple[Path, str], tmp_path: Path
 ) -> None:
-    arguments = [*words(synthetic_shards, tmp_path, "train.steps=6", "checkpoint.every=4"), "--ranks", "2"]
+    arguments = [*words(synthetic_shards, tmp_path, *LENGTH), "--ranks", "2"]
     hurt = start(*arguments)
     assert hurt.stdout is not None
-    assert any("checkpoint of step 4" in line for line in hurt.stdout)
+    assert any("checkpoint of step 8" in line for line in hurt.stdout)
     kill_all(hurt, tmp_path)
     code, output = finished(start(*arguments))
     assert code == 0, output
-    assert "step-000000004, 4 of 6 steps done" in output
+    assert re.search(r"resumed from \S+/step-0000000(08, 8|16, 16) of 24 steps done", output)
     assert [line["loss"] for line in metrics(tmp_path)] == [line["loss"] for line in metrics(finished_run[0])]
 
 
@@ -129,7 +135,7 @@ def test_a_run_folder_of_another_run_is_refused(
     synthetic_shards: Path, finished_run: tuple[Path, str], change: str, message: str
 ) -> None:
     run, _ = finished_run
-    code, output = finished(start(*words(synthetic_shards, run, "train.steps=6", change)))
+    code, output = finished(start(*words(synthetic_shards, run, *LENGTH, change)))
     assert code == 1
     assert [line for line in output.splitlines() if line.startswith("mcl: ") and message in line]
 
