@@ -17,7 +17,8 @@ from mcl_dist.errors import UserError
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "pretrain" / "demo.yaml"
 MARKER = ".mcl-demo"  # a folder with it is ours to empty
 NUM_RANKS = 2
-NUM_CLIPS = 9
+NUM_CLIPS = 9  # starts 5 frames apart in 72
+PICTURED = "orbit_slow"
 EXAMPLE = """example:
   mcl demo --dir /tmp/demo --seed 1
 
@@ -122,14 +123,16 @@ def _empty(folder: Path) -> None:
 
 def _write_videos(demo: Demo) -> None:
     from dataloading.synthetic import write_synthetic
+    from launch.build_shards import num_cores
 
-    write_synthetic(demo.folder / "videos", seed=demo.seed, processes=_num_cores())
+    write_synthetic(demo.folder / "videos", seed=demo.seed, processes=num_cores())
 
 
 def _build_shards(demo: Demo) -> None:
     for split in ("train", "test"):
         source = demo.folder / "videos" / split
-        _mcl("shards", "build", source, demo.shards(split), "--flow", "dis", "--workers", _num_cores())
+        # The videos are as small as they should be: nothing is resized.
+        _mcl("shards", "build", source, demo.shards(split), "--flow", "dis", "--short-side", 0)
 
 
 def _pretrain(demo: Demo) -> None:
@@ -160,15 +163,17 @@ def _evaluate(demo: Demo) -> tuple[float, float]:
 
 
 def _draw(demo: Demo) -> Path:
-    """The picture of the first video of the training set."""
+    """The picture of a training video whose disc travels."""
     from dataloading.stream import ShardSet
     from launch.picture import draw_picture
     from launch.settings import PretrainConfig
     from mcl_dist.config import load_config
 
     config = load_config(PretrainConfig, CONFIG, demo.overrides)
+    train = ShardSet(config.data.train)
+    position = int((train.labels == train.manifest.classes.index(PICTURED)).argmax())
     path = demo.folder / "tubelets.png"
-    draw_picture(path, ShardSet(config.data.train), 0, config.data, seed=demo.seed)
+    draw_picture(path, train, position, config.data, seed=demo.seed)
     return path
 
 
@@ -187,7 +192,3 @@ def _report(demo: Demo, untrained: float, pretrained: float, picture: Path) -> N
     for name, value in (*demo.stages.items(), ("in all", seconds)):
         print(f"  {name:<26}{value:8.1f}")
     print(f"picture: {picture}")
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0))

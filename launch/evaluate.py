@@ -58,8 +58,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="FILE",
         help="pre-training configuration to take clips and encoder from (default: the run's)",
     )
-    svm.add_argument("--clips", type=_count, default=20, help="clips of a video (default: %(default)s)")
-    svm.add_argument("--cost", type=_positive, default=1.0, help="C of the SVM (default: %(default)s)")
+    svm.add_argument("--clips", type=whole_number, default=20, help="clips of a video (default: %(default)s)")
+    svm.add_argument("--cost", type=positive_number, default=1.0, help="C of the SVM (default: %(default)s)")
     svm.add_argument(
         "--recalibrate",
         action=argparse.BooleanOptionalAction,
@@ -211,7 +211,7 @@ def _clips(
 
 
 def _recalibration_clips(train: ShardSet, geometry: ClipGeometry) -> Iterator[torch.Tensor]:
-    """Batches of one clip from the middle of as many videos, spread over the set."""
+    """Batches of one clip each of as many videos; a set's order is random, so its first ones are a fair share."""
     from itertools import islice
 
     batches = _probe_clips(train, geometry, 1, batch_videos=RECALIBRATION_VIDEOS)
@@ -220,9 +220,8 @@ def _recalibration_clips(train: ShardSet, geometry: ClipGeometry) -> Iterator[to
 
 
 def _probe_clips(shard_set: ShardSet, geometry: ClipGeometry, num_clips: int, batch_videos: int = 4) -> ProbeClips:
-    import os
-
     from dataloading.clips import ProbeClips
+    from launch.build_shards import num_cores
 
     return ProbeClips(
         shard_set,
@@ -230,18 +229,20 @@ def _probe_clips(shard_set: ShardSet, geometry: ClipGeometry, num_clips: int, ba
         device=_device(),
         num_clips=num_clips,
         batch_videos=batch_videos,
-        threads=len(os.sched_getaffinity(0)),
+        threads=num_cores(),
     )
 
 
-def _count(text: str) -> int:
+def whole_number(text: str) -> int:
+    """Argument type: at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
     return value
 
 
-def _positive(text: str) -> float:
+def positive_number(text: str) -> float:
+    """Argument type: above 0."""
     value = float(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{value} is not above 0")

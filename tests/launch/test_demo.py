@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from launch.demo import CONFIG, MARKER
+from launch.picture import draw_picture
+from launch.settings import PretrainConfig, check
+from mcl_dist.config import load_config
+
+
+@pytest.mark.slow
+def test_the_demo_goes_all_the_way_and_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _shrink(monkeypatch)
+    folder = tmp_path / "demo"
+    for attempt in range(2):
+        assert main(["demo", "--dir", str(folder), "--steps", "2"]) == 0
+        output = capfd.readouterr().out
+        assert ("starting afresh" in output) == (attempt == 1)
+        for word in ("chance", "untrained", "pretrained", str(folder / "tubelets.png")):
+            assert word in output
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["chance"] == 1 / 16
+    assert 0 <= summary["untrained"] <= 1
+    assert 0 <= summary["pretrained"] <= 1
+    assert summary["seconds"] == pytest.approx(sum(summary["stages"].values()))
+
+
+def _shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same way with three videos a class in place of sixty."""
+    from dataloading import synthetic
+
+    def few(folder: Path, *, seed: int, processes: int) -> int:
+        return original(folder, seed=seed, train_per_class=2, test_per_class=1, processes=processes)
+
+    original = synthetic.write_synthetic
+    monkeypatch.setattr(synthetic, "write_synthetic", few)
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    precious = tmp_path / "videos" / "holiday.mp4"
+    precious.parent.mkdir()
+    precious.write_bytes(b"irreplaceable")
+    assert main(["demo", "--dir", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert str(tmp_path) in error
+    assert error.count("\n") == 1
+    assert precious.read_bytes() == b"irreplaceable"
+    assert not (tmp_path / MARKER).exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["demo", "--dir", str(tmp_path / "file" / "demo")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_demos_configuration_suits_its_ranks() -> None:
+    check(load_config(PretrainConfig, CONFIG), 2)
+
+
+def test_the_picture_is_a_png(synthetic_shards: Path, tmp_path: Path) -> None:
+    from dataloading.stream import ShardSet
+
+    config = load_config(PretrainConfig, CONFIG)
+    path = tmp_path / "tubelets.png"
+    draw_picture(path, ShardSet(str(synthetic_shards)), 3, config.data, seed=0)
+    assert path.read_bytes().startswith(b"\x89PNG")
