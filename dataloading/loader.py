@@ -94,7 +94,7 @@ class TubeletLoader:
         device: torch.device,
         start_step: int = 0,
     ) -> None:
-        _check(config, grid)
+        check_clips(config, grid)
         self._config = config
         self._cut = CutConfig(
             frames=config.frames,
@@ -216,7 +216,12 @@ def flow_windows(box: Box, video: StoredVideo) -> list[tuple[float, ...]]:
     return [(top, left, height, width), (video.flow_height + top, left, height, width)]
 
 
-def _check(config: DataConfig, grid: tuple[int, int, int]) -> None:
+def check_clips(config: DataConfig, grid: tuple[int, int, int]) -> None:
+    """Whether clips of this shape can be cut, and have targets on the (T', H', W') grid of the encoder.
+
+    Raises:
+        ConfigError: the grid of the targets does not divide a clip, or the blur is wider than a view.
+    """
     time, rows, columns = grid
     if config.frames % time:
         raise ConfigError(f"data.frames: found {config.frames}, must be a multiple of {time}, the encoder's")

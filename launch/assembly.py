@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from mcl_dist.errors import UserError
 from mcl_dist.heads import Network
 from mcl_dist.learner import Learner
 from mcl_dist.listeners import Console, EventLog, Listener, MetricsFile, Notice, Started, tell
-from mcl_dist.momentum import MomentumEncoder
+from mcl_dist.momentum import NUM_KEYS, MomentumEncoder
 from mcl_dist.negatives import Queue
 from mcl_dist.objective import Objective
 from mcl_dist.ranks import Ranks
@@ -41,16 +42,9 @@ def assembled(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Ite
     learner = _learner(config, ranks, device, autocast=autocast)
     snapshot = _resume(learner, checkpoints, config, listeners)
     start = snapshot.step if snapshot else 0
-    loader = TubeletLoader(
-        config.data,
-        seed=config.run.seed,
-        global_batch=config.train.global_batch,
-        rank=ranks.rank,
-        num_ranks=ranks.count,
-        grid=config.encoder.grid(config.data.frames, config.data.crop),
-        device=device,
-        start_step=start,
-    )
+    if not snapshot and config.objective.fill_queue:
+        _fill_queue(learner, config, ranks, device)
+    loader = _loader(config, ranks, device, start)
     try:
         engine = Engine(
             Objective(learner.network, temperature=config.objective.temperature, autocast=autocast),
@@ -91,6 +85,30 @@ def _learner(config: PretrainConfig, ranks: Ranks, device: torch.device, *, auto
     momentum = MomentumEncoder(network, ranks, momentum=config.objective.momentum, seed=seed, autocast=autocast)
     queue = Queue.random(config.objective.queue, config.heads.dim, torch.Generator().manual_seed(seed), device)
     return Learner(network, momentum, queue)
+
+
+def _loader(config: PretrainConfig, ranks: Ranks, device: torch.device, start: int) -> TubeletLoader:
+    return TubeletLoader(
+        config.data,
+        seed=config.run.seed,
+        global_batch=config.train.global_batch,
+        rank=ranks.rank,
+        num_ranks=ranks.count,
+        grid=config.encoder.grid(config.data.frames, config.data.crop),
+        device=device,
+        start_step=start,
+    )
+
+
+def _fill_queue(learner: Learner, config: PretrainConfig, ranks: Ranks, device: torch.device) -> None:
+    """Enqueue keys of the first batches, as many as the queue takes; training then sees these batches again."""
+    num_batches = math.ceil(config.objective.queue / (NUM_KEYS * config.train.global_batch))
+    loader = _loader(config, ranks, device, start=0)
+    try:
+        for step, batch in zip(range(num_batches), loader, strict=False):
+            learner.queue.enqueue(learner.momentum.encode(batch.views, step).inter_all)
+    finally:
+        loader.close()
 
 
 def _resume(

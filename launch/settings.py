@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dataloading.loader import DataConfig
+from dataloading.loader import DataConfig, check_clips
 from mcl_dist.checkpoint import CheckpointConfig
 from mcl_dist.config import number
-from mcl_dist.encoder import STEM_STRIDE, EncoderConfig
+from mcl_dist.encoder import EncoderConfig
 from mcl_dist.engine import OptimizerConfig
-from mcl_dist.errors import ConfigError
 from mcl_dist.heads import HeadsConfig
 from mcl_dist.objective import ObjectiveConfig
 from mcl_dist.trainer import TrainConfig
@@ -53,12 +52,4 @@ def check(config: PretrainConfig, num_ranks: int) -> None:
         ConfigError: when ranks do not divide the batch, or clips do not fit the encoder.
     """
     config.train.batch_per_rank(num_ranks)
-    data = config.data
-    frames, side, _ = config.encoder.grid(data.frames, data.crop)
-    if data.frames % STEM_STRIDE[0]:
-        raise ConfigError(f"data.frames: {data.frames} is not divisible by {STEM_STRIDE[0]}, the stem's time stride")
-    if data.crop % side:
-        raise ConfigError(
-            f"data.crop: {data.crop} is not divisible by {side}, the side of the encoder's {frames}×{side}×{side} "
-            f"feature map, on which motion targets are means of blocks; try {data.crop - data.crop % side}"
-        )
+    check_clips(config.data, config.encoder.grid(config.data.frames, config.data.crop))

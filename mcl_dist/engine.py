@@ -156,5 +156,7 @@ def _deepspeed() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside DeepSpeed that nobody here can act on
         import deepspeed
+    # It gathers through a function that PyTorch has renamed.
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed

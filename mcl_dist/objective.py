@@ -23,6 +23,8 @@ class ObjectiveConfig:
     Attributes:
         temperature: τ of inter and intra.
         queue: K, number of negatives.
+        fill_queue: start with keys of the starting encoder, so that the loss begins at what guessing costs and falls;
+            else with random directions, which are easy to tell apart until keys replace them.
         momentum: of the key encoder's moving average.
         intra, alignment: weights of the two terms; 0 leaves a term out of the total.
         order: `ramp` weighs the order term by epoch/epochs (UCF101), `none` by 0 (Kinetics).
@@ -30,6 +32,7 @@ class ObjectiveConfig:
 
     temperature: float = number(0.1, minimum=1e-3)
     queue: int = number(131072, minimum=1)
+    fill_queue: bool = False
     momentum: float = number(0.999, minimum=0, maximum=1)
     intra: float = number(1.0, minimum=0)
     alignment: float = number(1.0, minimum=0)
