@@ -77,7 +77,6 @@ class VideoProcessor:
 
     def _sample(self, source: Source, video: Video) -> Sample:
         config = self._config
-        self._check_length(video.num_announced or config.window)
         estimate = FlowEstimator(config.flow)
         motion = MotionSummary(config.map_window, config.window)
         frames: list[bytes] = []

@@ -108,25 +108,25 @@ class Video:
         """Frames per second on average, 0 when the file does not say."""
         return float(self._stream.average_rate or 0)
 
-    @property
-    def num_announced(self) -> int:
-        """Frames that the container says it holds, 0 when it does not say."""
-        if self._stream.frames:
-            return int(self._stream.frames)
-        # Matroska counts no frames, but knows how long it lasts.
-        if self._container.duration is None:
-            return 0
-        return int(self._container.duration / av.time_base * self.fps)
-
     def __iter__(self) -> Iterator[np.ndarray]:
         num_frames = 0
+        times = []
         for frame in self._decoded():
             yield resized(frame.to_ndarray(format="rgb24"), self.height, self.width)
             num_frames += 1
-        if num_frames < WHOLE * self.num_announced:
-            raise VideoRefusedError(
-                "truncated", f"{num_frames} frames of {self.num_announced} announced; fetch the file again"
-            )
+            times.append(frame.time or 0.0)
+        self._check_whole(num_frames, max(times, default=0.0) - min(times, default=0.0))
+
+    def _check_whole(self, num_frames: int, seconds: float) -> None:
+        """Compare what was decoded with what the container announced: frames, or else a duration."""
+        num_announced = self._stream.frames
+        duration = (self._container.duration or 0) / av.time_base
+        advice = "fetch the file again"
+        if num_announced and num_frames < WHOLE * num_announced:
+            raise VideoRefusedError("truncated", f"{num_frames} frames of {num_announced} announced; {advice}")
+        # Matroska counts no frames, and an average rate says little of a video whose rate varies.
+        if not num_announced and self.fps and seconds + 1 / self.fps < WHOLE * duration:
+            raise VideoRefusedError("truncated", f"{seconds:.1f} s of {duration:.1f} s announced; {advice}")
 
     def _decoded(self) -> Iterator[Any]:
         try:

@@ -67,6 +67,7 @@ def test_webdataset_alone_iterates_a_built_set(source: Path, tmp_path: Path) -> 
         assert np.load(io.BytesIO(sample["scores.npy"])).shape == (info["frames"] - 7,)
 
 
+@pytest.mark.slow
 def test_the_bytes_do_not_depend_on_the_number_of_workers(source: Path, tmp_path: Path) -> None:
     build(source, tmp_path / "alone", workers=1)
     build(source, tmp_path / "many", workers=3)

@@ -143,6 +143,7 @@ def test_a_person_watching_sees_one_line_rewritten(monkeypatch: pytest.MonkeyPat
     assert "\r\033[K1 of 2 videos, 1 refused, about 0 s left\r\033[K" in told
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_worker_and_nothing_half_written(source: Path, tmp_path: Path) -> None:
     for number in range(2):
         write_video(source / "a" / f"{number}.mp4", np.zeros((2000, 96, 128), dtype=np.uint8))
