@@ -152,11 +152,11 @@ def _optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimi
 
 
 def _deepspeed() -> Any:
-    """DeepSpeed, imported once the accelerator is chosen, its own talk kept to warnings."""
+    """DeepSpeed, imported once the accelerator is chosen, its own talk kept to errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside DeepSpeed that nobody here can act on
         import deepspeed
     # It gathers through a function that PyTorch has renamed.
     warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed

@@ -61,7 +61,8 @@ class Folder:
         """Write a file so that readers see all of it or nothing; on local disks it is synced."""
         with _naming(f"{self.url}/{name}"):
             if self.is_local:
-                self._write_local(Path(self.path(name)), data)
+                with _whole(Path(self.path(name))) as partial:
+                    partial.write_bytes(data)
             else:
                 self._filesystem.pipe_file(self.path(name), data)
 
@@ -69,21 +70,15 @@ class Folder:
         """Copy a local file here, visible only when complete; the local file stays."""
         with _naming(f"{self.url}/{name}"):
             if self.is_local:
-                target = Path(self.path(name))
-                partial = _partial(target)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                self._filesystem.cp_file(str(local), str(partial))
-                _commit(partial, target)
+                with _whole(Path(self.path(name))) as partial:
+                    self._filesystem.cp_file(str(local), str(partial))
             else:
                 self._filesystem.put_file(str(local), self.path(name))
 
     def get(self, name: str, local: Path) -> None:
         """Copy a file from here to a local path, visible only when complete."""
-        with _naming(f"{self.url}/{name}"):
-            partial = _partial(local)
-            local.parent.mkdir(parents=True, exist_ok=True)
+        with _naming(f"{self.url}/{name}"), _whole(local) as partial:
             self._filesystem.get_file(self.path(name), str(partial))
-            _commit(partial, local)
 
     def remove(self, name: str) -> None:
         """Remove a file, or a folder with everything below it; no error when it is not there."""
@@ -91,33 +86,27 @@ class Folder:
             if self._filesystem.exists(self.path(name)):
                 self._filesystem.rm(self.path(name), recursive=True)
 
-    @staticmethod
-    def _write_local(target: Path, data: bytes) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = _partial(target)
-        try:
-            partial.write_bytes(data)
-            _commit(partial, target)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """A name beside the target to write to; it becomes the target when all went well, and goes when not."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        _sync(partial)
+        partial.replace(target)
+        _sync(target.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def _partial(target: Path) -> Path:
-    """A name beside the target that no reader looks for; one per process."""
-    return target.with_name(f".{target.name}.{os.getpid()}.partial")
-
-
-def _commit(partial: Path, target: Path) -> None:
-    """Make the bytes durable, then the name."""
-    for path, flags in ((partial, os.O_RDONLY), (target.parent, os.O_RDONLY | os.O_DIRECTORY)):
-        descriptor = os.open(path, flags)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        if path is partial:
-            partial.replace(target)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -141,6 +141,18 @@ def test_a_run_folder_of_another_run_is_refused(
 
 
 @pytest.mark.slow
+def test_a_full_disk_ends_the_run_in_one_line(synthetic_shards: Path, tmp_path: Path) -> None:
+    mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs -o size=200k none "$0" && exec "$@"']
+    if subprocess.run([*mount, tmp_path, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a small disk in a namespace")
+    command = [sys.executable, "-m", "launch.cli", "pretrain", *words(synthetic_shards, tmp_path, *LENGTH)]
+    result = subprocess.run([*mount, tmp_path, *command], capture_output=True, text=True, check=False, timeout=SECONDS)
+    assert result.returncode == 1, result.stdout + result.stderr
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("mcl: "))
+    assert "no space left; free some" in line
+
+
+@pytest.mark.slow
 def test_a_missing_shard_set_is_named(tmp_path: Path) -> None:
     code, output = finished(start(*words(tmp_path / "nothing", tmp_path / "run")))
     assert code == 1

@@ -60,3 +60,12 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(
         folder.write("state", b"new")
     assert folder.names() == ["state"]
     assert folder.read("state") == b"old"
+
+
+def test_a_copy_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    source, target = Folder(f"memory://{tmp_path.name}"), tmp_path / "cache" / "shard"
+    with pytest.raises(UserError, match="no such file"):
+        source.get("shard", target)
+    with pytest.raises(UserError, match="no such file"):
+        Folder(str(tmp_path / "set")).put(tmp_path / "nothing", "shard")
+    assert list(target.parent.iterdir()) == list((tmp_path / "set").iterdir()) == []
