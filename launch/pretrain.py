@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -77,16 +78,19 @@ def pretrain(config_path: str, overrides: Sequence[str]) -> None:
     """Run this rank's part of the training from the newest checkpoint, or from the start, to the end."""
     from launch.assembly import assembled
     from launch.settings import PretrainConfig, check
+    from launch.supervise import end_with_launcher, only_run
     from mcl_dist.config import load_config
     from mcl_dist.engine import join_process_group, pick_device
     from mcl_dist.ranks import Ranks
 
+    end_with_launcher()
     config = load_config(PretrainConfig, config_path, overrides)
     device = pick_device()
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
     join_process_group(device)
     ranks = Ranks(device)
-    with assembled(config, ranks, device) as trainer:
+    alone = only_run(Path(config.run.dir)) if ranks.is_first else nullcontext()
+    with alone, assembled(config, ranks, device) as trainer:
         trainer.fit()
         ranks.barrier()
 

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,8 +48,8 @@ def metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def kill_all(process: subprocess.Popen[str], run: Path) -> None:
-    """As a machine that loses power: the launcher and every rank at once."""
+def kill_everything(process: subprocess.Popen[str], run: Path) -> None:
+    """As a machine that loses power: the launchers and every rank at once."""
     ranks = [
         int(entry.name)
         for entry in Path("/proc").iterdir()
@@ -56,6 +57,12 @@ def kill_all(process: subprocess.Popen[str], run: Path) -> None:
     ]
     for pid in ranks:
         os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=SECONDS)
+
+
+def kill_the_command(process: subprocess.Popen[str], run: Path) -> None:  # noqa: ARG001
+    """What a person's `kill -9` hits."""
+    process.kill()
     process.communicate(timeout=SECONDS)
 
 
@@ -109,14 +116,18 @@ def test_the_deepspeed_launcher_alone_does_the_same(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kill", [kill_everything, kill_the_command])
 def test_a_killed_run_goes_on_from_its_checkpoint_and_says_so(
-    synthetic_shards: Path, finished_run: tuple[Path, str], tmp_path: Path
+    synthetic_shards: Path,
+    finished_run: tuple[Path, str],
+    tmp_path: Path,
+    kill: Callable[[subprocess.Popen[str], Path], None],
 ) -> None:
     arguments = [*words(synthetic_shards, tmp_path, *LENGTH), "--ranks", "2"]
     hurt = start(*arguments)
     assert hurt.stdout is not None
     assert any("checkpoint of step 8" in line for line in hurt.stdout)
-    kill_all(hurt, tmp_path)
+    kill(hurt, tmp_path)
     code, output = finished(start(*arguments))
     assert code == 0, output
     assert re.search(r"resumed from \S+/step-0000000(08, 8|16, 16) of 24 steps done", output)
