@@ -13,13 +13,14 @@ import torch
 
 from dataloading.loader import TubeletLoader
 from launch.settings import PretrainConfig
+from mcl_dist.batch import TubeletBatch
 from mcl_dist.checkpoint import Checkpoints, Snapshot
 from mcl_dist.config import dump_config
 from mcl_dist.engine import Engine
-from mcl_dist.errors import UserError
+from mcl_dist.errors import RankError, UserError
 from mcl_dist.heads import Network
 from mcl_dist.learner import Learner
-from mcl_dist.listeners import Console, EventLog, Listener, MetricsFile, Notice, Started, tell
+from mcl_dist.listeners import Console, EventLog, Failed, Listener, MetricsFile, Notice, Started, tell
 from mcl_dist.momentum import NUM_KEYS, MomentumEncoder
 from mcl_dist.negatives import Queue
 from mcl_dist.objective import Objective
@@ -35,44 +36,44 @@ from monitoring.metrics import TrainingMetrics
 @contextmanager
 def assembled(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Iterator[Trainer]:
     """The run's parts, put together and brought to where the newest checkpoint left off."""
-    listeners = _listeners(config) if ranks.is_first else []
-    folder = config.checkpoint.folder or f"{config.run.dir}/checkpoints"
-    checkpoints = Checkpoints(folder, ranks, keep=config.checkpoint.keep)
     autocast = config.train.precision == "bfloat16"
     learner = _learner(config, ranks, device, autocast=autocast)
-    snapshot = _resume(learner, checkpoints, config, listeners)
-    start = snapshot.step if snapshot else 0
-    if not snapshot and config.objective.fill_queue:
-        _fill_queue(learner, config, ranks, device)
-    loader = _loader(config, ranks, device, start)
-    try:
-        engine = Engine(
-            Objective(learner.network, temperature=config.objective.temperature, autocast=autocast),
-            config.optimizer,
-            batch_per_rank=config.train.batch_per_rank(ranks.count),
-        )
-        if snapshot:
-            engine.load_optimizer_state(snapshot.optimizer, start)
-        total = config.train.steps or config.train.epochs * loader.steps_per_epoch
-        rate, warmup = config.optimizer.learning_rate, config.optimizer.warmup_epochs
-        if loader.num_left_out:
-            tell(listeners, Notice(f"{config.data.train}: {loader.num_left_out} videos are too short and left out"))
-        tell(listeners, Started(start, total, checkpoints.step_url(start) if snapshot else None))
-        yield Trainer(
-            engine=engine,
-            learner=learner,
-            ranks=ranks,
-            schedule=Schedule(rate, loader.steps_per_epoch, total, warmup),
-            losses=config.objective,
-            checkpoints=checkpoints,
-            checkpoint_every=config.checkpoint.every,
-            config=dataclasses.asdict(config),
-            batches=iter(loader),
-            listeners=listeners,
-            start=start,
-        )
-    finally:
-        loader.close()
+    folder = config.checkpoint.folder or f"{config.run.dir}/checkpoints"
+    checkpoints = Checkpoints(folder, ranks, keep=config.checkpoint.keep)
+    with _listening(config, ranks) as listeners:
+        snapshot = _resume(learner, checkpoints, config, listeners)
+        start = snapshot.step if snapshot else 0
+        if ranks.is_first:
+            Folder(config.run.dir).write("config.yaml", dump_config(config).encode())
+        if not snapshot and config.objective.fill_queue:
+            _fill_queue(learner, config, ranks, device)
+        with _loading(config, ranks, device, start) as loader:
+            objective = Objective(learner.network, temperature=config.objective.temperature, autocast=autocast)
+            engine = Engine(objective, config.optimizer, batch_per_rank=config.train.batch_per_rank(ranks.count))
+            if snapshot:
+                engine.load_optimizer_state(snapshot.optimizer, start)
+            schedule = _schedule(config, loader.steps_per_epoch)
+            if loader.num_left_out:
+                tell(listeners, Notice(f"{config.data.train}: {loader.num_left_out} videos are too short, left out"))
+            tell(listeners, Started(start, schedule.total_steps, checkpoints.step_url(start) if snapshot else None))
+            yield Trainer(
+                engine=engine,
+                learner=learner,
+                ranks=ranks,
+                schedule=schedule,
+                losses=config.objective,
+                checkpoints=checkpoints,
+                checkpoint_every=config.checkpoint.every,
+                config=dataclasses.asdict(config),
+                batches=_batches(loader, ranks),
+                listeners=listeners,
+                start=start,
+            )
+
+
+def _schedule(config: PretrainConfig, steps_per_epoch: int) -> Schedule:
+    total = config.train.steps or config.train.epochs * steps_per_epoch
+    return Schedule(config.optimizer.learning_rate, steps_per_epoch, total, config.optimizer.warmup_epochs)
 
 
 def _learner(config: PretrainConfig, ranks: Ranks, device: torch.device, *, autocast: bool) -> Learner:
@@ -87,8 +88,9 @@ def _learner(config: PretrainConfig, ranks: Ranks, device: torch.device, *, auto
     return Learner(network, momentum, queue)
 
 
-def _loader(config: PretrainConfig, ranks: Ranks, device: torch.device, start: int) -> TubeletLoader:
-    return TubeletLoader(
+@contextmanager
+def _loading(config: PretrainConfig, ranks: Ranks, device: torch.device, start: int) -> Iterator[TubeletLoader]:
+    loader = TubeletLoader(
         config.data,
         seed=config.run.seed,
         global_batch=config.train.global_batch,
@@ -98,17 +100,26 @@ def _loader(config: PretrainConfig, ranks: Ranks, device: torch.device, start: i
         device=device,
         start_step=start,
     )
+    try:
+        yield loader
+    finally:
+        loader.close()
+
+
+def _batches(loader: TubeletLoader, ranks: Ranks) -> Iterator[TubeletBatch]:
+    try:
+        yield from loader
+    except UserError as error:
+        # No other rank reads what this one reads.
+        raise RankError(f"rank {ranks.rank}: {error}") from error
 
 
 def _fill_queue(learner: Learner, config: PretrainConfig, ranks: Ranks, device: torch.device) -> None:
     """Enqueue keys of the first batches, as many as the queue takes; training then sees these batches again."""
     num_batches = math.ceil(config.objective.queue / (NUM_KEYS * config.train.global_batch))
-    loader = _loader(config, ranks, device, start=0)
-    try:
-        for step, batch in zip(range(num_batches), loader, strict=False):
+    with _loading(config, ranks, device, start=0) as loader:
+        for step, batch in zip(range(num_batches), _batches(loader, ranks), strict=False):
             learner.queue.enqueue(learner.momentum.encode(batch.views, step).inter_all)
-    finally:
-        loader.close()
 
 
 def _resume(
@@ -141,13 +152,19 @@ def _check_same_run(stored: dict[str, Any], config: PretrainConfig, url: str) ->
             )
 
 
-def _listeners(config: PretrainConfig) -> list[Listener]:
-    """Those of the first rank: the terminal, the run folder's files, and Prometheus where asked for."""
+@contextmanager
+def _listening(config: PretrainConfig, ranks: Ranks) -> Iterator[list[Listener]]:
+    """A log on every rank; on the first also the terminal, the metrics, and Prometheus where asked for."""
     folder = Path(config.run.dir)
-    Folder(str(folder)).write("config.yaml", dump_config(config).encode())
-    listeners: list[Listener] = [Console(), MetricsFile(folder / "metrics.jsonl"), EventLog(folder / "log.jsonl")]
-    if config.monitoring.port is not None:
+    listeners: list[Listener] = [EventLog(folder / ("log.jsonl" if ranks.is_first else f"log-{ranks.rank:05d}.jsonl"))]
+    if ranks.is_first:
+        listeners += [Console(), MetricsFile(folder / "metrics.jsonl")]
+    if ranks.is_first and config.monitoring.port is not None:
         metrics = TrainingMetrics()
         serve(metrics.registry, config.monitoring.port, config.monitoring.address)
         listeners.append(metrics)
-    return listeners
+    try:
+        yield listeners
+    except UserError as error:
+        tell(listeners, Failed(str(error)))
+        raise

@@ -12,8 +12,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from mcl_dist.errors import EXIT_FAILURE, UserError
+from mcl_dist.errors import EXIT_FAILURE, RankError, UserError
 
+LOST_RANK = "Connection closed by peer"  # what gloo says of it
 EXAMPLE = """example:
   mcl pretrain --config configs/pretrain/ucf101.yaml --ranks 4 data.train=s3://bucket/ucf101 run.dir=runs/ucf101
   deepspeed --num_gpus 4 launch/pretrain.py --config configs/pretrain/ucf101.yaml data.train=s3://bucket/ucf101
@@ -65,10 +66,14 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     try:
         pretrain(arguments.config, arguments.overrides)
     except UserError as error:
-        # Ranks meet the same mistake in the configuration or data together: the first one tells.
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             print(f"mcl: {error}", file=sys.stderr)
         _leave(error.exit_code)
+    except RuntimeError as error:
+        if LOST_RANK not in str(error):
+            raise
+        print("mcl: a rank has gone, and with it this run; the line of that rank says why", file=sys.stderr)
+        _leave(EXIT_FAILURE)
     except KeyboardInterrupt:
         _leave(EXIT_FAILURE)
     _leave(0)

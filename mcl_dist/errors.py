@@ -17,3 +17,7 @@ class ConfigError(UserError):
     """A configuration or command line that cannot be used."""
 
     exit_code = EXIT_USAGE
+
+
+class RankError(UserError):
+    """What one rank alone met, and so has to tell; other errors all ranks meet, and the first tells."""

@@ -77,7 +77,14 @@ class Finished:
     peak_bytes: int
 
 
-Event = Started | StepDone | CheckpointWritten | Notice | Finished
+@dataclass(frozen=True)
+class Failed:
+    """The run ends early, and why."""
+
+    reason: str
+
+
+Event = Started | StepDone | CheckpointWritten | Notice | Finished | Failed
 Listener = Callable[[Event], None]
 
 
@@ -166,6 +173,7 @@ class EventLog:
     """`log.jsonl`: what happened to a run other than its steps, a line an event, with the time."""
 
     def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
 
     def __call__(self, event: Event) -> None:

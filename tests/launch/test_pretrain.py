@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,6 +150,24 @@ def test_a_run_folder_of_another_run_is_refused(
     code, output = finished(start(*words(synthetic_shards, run, *LENGTH, change)))
     assert code == 1
     assert [line for line in output.splitlines() if line.startswith("mcl: ") and message in line]
+
+
+@pytest.mark.slow
+def test_a_damaged_video_is_named_by_the_rank_that_met_it(synthetic_shards: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(synthetic_shards, tmp_path / "shards"))
+    tar = damaged / "shard-000000.tar"
+    data = bytearray(tar.read_bytes())
+    still = data.rfind(b"\xff\xd8\xff")  # the last still of the last video, which the last rank reads
+    data[still : still + 4096] = bytes(len(data[still : still + 4096]))
+    tar.chmod(0o644)
+    tar.write_bytes(data)
+    run = tmp_path / "run"
+    code, output = finished(start(*words(damaged, run, "train.steps=99"), "--ranks", "2"))
+    assert code == 1
+    (line,) = (line for line in output.splitlines() if line.startswith("mcl: rank 1: "))
+    assert f"run `mcl shards verify {damaged}`" in line
+    assert "Traceback" not in output
+    assert '"event": "Failed"' in (run / "log-00001.jsonl").read_text()
 
 
 @pytest.mark.slow
