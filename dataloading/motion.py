@@ -36,7 +36,7 @@ class MotionBoundary:
         """Take the next flow, uint8 (H, W, 2).
 
         Returns:
-            float64 (H, W), mean magnitude of the two components with its rim set to zero, of the
+            float32 (H, W, 2), magnitudes of the two components with their rim set to zero, of the
             window that ends here; None until a whole window has been seen.
         """
         gradients = _prewitt(flow_hw2)
@@ -48,8 +48,8 @@ class MotionBoundary:
             self._sums -= self._gradients.popleft()
         if len(self._gradients) < self._window:
             return None
-        across, down = self._sums.astype(np.float64)
-        return _without_rim(np.sqrt(across**2 + down**2).mean(axis=2))
+        across, down = self._sums.astype(np.float32)
+        return _without_rim(np.asarray(cv2.magnitude(across, down)))
 
 
 class MotionSummary:
@@ -74,7 +74,8 @@ class MotionSummary:
             self._window_maps.append(_cells(magnitude))
         magnitude = self._clip_boundary.add(flow_hw2)
         if magnitude is not None:
-            self._scores.append(float(magnitude.mean()))
+            height, width, components = magnitude.shape
+            self._scores.append(sum(cv2.sumElems(magnitude)) / (height * width * components))
 
     def frame_maps(self) -> np.ndarray:
         """uint8 (N, 7, 7), one per frame; at the ends the first or last whole window's."""
@@ -143,17 +144,16 @@ def _resized(flow_hw2: np.ndarray) -> np.ndarray:
     # In float, because OpenCV's fixed-point cubic of bytes moves one cell in 20 of the frame maps.
     size = (MAP_SIZE, MAP_SIZE)
     resized = cv2.resize(flow_hw2.astype(np.float32), size, interpolation=cv2.INTER_CUBIC)
-    return np.rint(resized).clip(0, 255).astype(np.uint8)
+    return np.asarray(cv2.convertScaleAbs(resized.clip(min=0)))  # rounds half to even and cuts to 255
 
 
 def _without_rim(magnitude: np.ndarray) -> np.ndarray:
-    inside = np.zeros_like(magnitude)
-    inside[RIM:-RIM, RIM:-RIM] = magnitude[RIM:-RIM, RIM:-RIM]
-    return inside
+    for edge in (np.s_[:RIM], np.s_[-RIM:], np.s_[:, :RIM], np.s_[:, -RIM:]):
+        magnitude[edge] = 0
+    return magnitude
 
 
 def _cells(magnitude: np.ndarray) -> np.ndarray:
-    """Block means, floored and cut to bytes: uint8 (7, 7)."""
-    block = MAP_SIZE // MAP_CELLS
-    means = magnitude.reshape(MAP_CELLS, block, MAP_CELLS, block).mean(axis=(1, 3))
+    """Block means of both components together, floored and cut to bytes: uint8 (7, 7)."""
+    means = np.asarray(cv2.resize(magnitude, (MAP_CELLS, MAP_CELLS), interpolation=cv2.INTER_AREA)).mean(axis=2)
     return np.asarray(np.minimum(means, 255), dtype=np.uint8)

@@ -10,6 +10,7 @@ from typing import Any
 import av
 import cv2
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 EXTENSIONS = frozenset(
     (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".3gp")
@@ -111,8 +112,11 @@ class Video:
     def __iter__(self) -> Iterator[np.ndarray]:
         num_frames = 0
         times = []
+        # One converter for all frames: `to_ndarray` would set up a new one for each, which costs more than decoding.
+        converter = VideoReformatter()
         for frame in self._decoded():
-            yield resized(frame.to_ndarray(format="rgb24"), self.height, self.width)
+            rgb = converter.reformat(frame, format="rgb24").to_ndarray()
+            yield resized(rgb, self.height, self.width)
             num_frames += 1
             times.append(frame.time or 0.0)
         self._check_whole(num_frames, max(times, default=0.0) - min(times, default=0.0))
