@@ -8,8 +8,10 @@ TORCH_INDEX ?=
 STAMP := $(VENV)/.installed-cuda$(CUDA)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# Tests and checks run many small tensor operations: more threads only get in each other's way.
+# Demo and tests run many small tensor operations: more threads only get in each other's way, and threads that
+# wait by spinning keep the cores from whoever could use them.
 export OMP_NUM_THREADS ?= 2
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: install demo test check clean
 .DEFAULT_GOAL := install

@@ -45,14 +45,15 @@ def draw_picture(path: Path, shard_set: ShardSet, position: int, config: DataCon
     )
     figure = Figure(figsize=(2 * (NUM_SHOWN + 1), 2.15 * len(VIEWS)), layout="constrained")
     half = "first" if order else "second"
-    figure.suptitle(f"{shard_set.keys[position]}: the first clip is from the {half} half of {video.num_frames} frames")
+    name = shard_set.manifest.classes[int(shard_set.labels[position])]
+    figure.suptitle(f"a video of class {name}: the first clip is from the {half} half of its {video.num_frames} frames")
     rows = figure.subplots(len(VIEWS), NUM_SHOWN + 1)
-    for axes, name, tubelet in zip(rows, VIEWS, tubelets, strict=True):
-        _draw_view(axes, name, video, tubelet, config.crop)
+    for axes, view, tubelet in zip(rows, VIEWS, tubelets, strict=True):
+        _draw_view(axes, view, video, tubelet, config.crop)
     figure.savefig(path, dpi=100)
 
 
-def _draw_view(axes: np.ndarray, name: str, video: StoredVideo, tubelet: Tubelet, crop: int) -> None:
+def _draw_view(axes: np.ndarray, view: str, video: StoredVideo, tubelet: Tubelet, crop: int) -> None:
     shown = tubelet.frames[np.linspace(0, len(tubelet.frames) - 1, NUM_SHOWN).round().astype(int)]
     whole = _decoded(video, shown, (0, 0, video.height, video.width), (video.height, video.width))
     strongest = max(int(video.frame_maps[tubelet.frames].max()), 1)
@@ -72,7 +73,7 @@ def _draw_view(axes: np.ndarray, name: str, video: StoredVideo, tubelet: Tubelet
     (cut_out,) = _decoded(video, shown[:1], tubelet.box, (crop, crop))
     axes[-1].imshow(cut_out)
     _finish(axes[-1], "cut out")
-    axes[0].set_ylabel(name)
+    axes[0].set_ylabel(view)
 
 
 def _decoded(
