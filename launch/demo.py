@@ -11,8 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mcl_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from launch.settings import PretrainConfig
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "pretrain" / "demo.yaml"
 MARKER = ".mcl-demo"  # a folder with it is ours to empty
@@ -76,6 +80,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(arguments: argparse.Namespace) -> int:
     """Run all stages afresh; returns 0."""
     demo = Demo(arguments.dir.resolve(), arguments.seed, arguments.steps, _num_ranks(arguments.device))
+    _pretrain_config(demo)  # a mistake in the options is told before anything is touched
     _empty(demo.folder)
     with demo.stage("write the synthetic videos"):
         _write_videos(demo)
@@ -135,6 +140,13 @@ def _build_shards(demo: Demo) -> None:
         _mcl("shards", "build", source, demo.shards(split), "--flow", "dis", "--short-side", 0)
 
 
+def _pretrain_config(demo: Demo) -> PretrainConfig:
+    from launch.settings import PretrainConfig
+    from mcl_dist.config import load_config
+
+    return load_config(PretrainConfig, CONFIG, demo.overrides)
+
+
 def _pretrain(demo: Demo) -> None:
     _mcl("pretrain", "--config", CONFIG, "--ranks", demo.num_ranks, *demo.overrides)
 
@@ -166,14 +178,11 @@ def _draw(demo: Demo) -> Path:
     """The picture of a training video whose disc travels."""
     from dataloading.stream import ShardSet
     from launch.picture import draw_picture
-    from launch.settings import PretrainConfig
-    from mcl_dist.config import load_config
 
-    config = load_config(PretrainConfig, CONFIG, demo.overrides)
-    train = ShardSet(config.data.train)
+    train = ShardSet(str(demo.shards("train")))
     position = int((train.labels == train.manifest.classes.index(PICTURED)).argmax())
     path = demo.folder / "tubelets.png"
-    draw_picture(path, train, position, config.data, seed=demo.seed)
+    draw_picture(path, train, position, _pretrain_config(demo).data, seed=demo.seed)
     return path
 
 

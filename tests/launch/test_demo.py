@@ -12,6 +12,12 @@ from launch.settings import PretrainConfig, check
 from mcl_dist.config import load_config
 
 
+@pytest.fixture(autouse=True)
+def kept_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo hides GPUs from its process; other tests are not to feel it."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 @pytest.mark.slow
 def test_the_demo_goes_all_the_way_and_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -52,6 +58,17 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path: Path, capsys: pytest.Ca
     assert error.count("\n") == 1
     assert precious.read_bytes() == b"irreplaceable"
     assert not (tmp_path / MARKER).exists()
+
+
+@pytest.mark.parametrize("option", [("--seed", "-1"), ("--steps", "0")])
+def test_a_wrong_option_is_told_before_an_earlier_demonstration_is_emptied(
+    option: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (MARKER, "summary.json"):
+        (tmp_path / name).touch()
+    assert main(["demo", "--dir", str(tmp_path), *option]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert (tmp_path / "summary.json").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_told_in_one_line(
