@@ -86,20 +86,29 @@ def test_torch_and_what_we_build_on_are_pinned_exactly() -> None:
         assert re.search(rf"^{name}==[\d.]+$", pins, re.MULTILINE), name
 
 
-def test_every_file_of_the_readmes_tree_exists() -> None:
-    tree = re.search(r"```\nmcl-dist/\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    assert tree
-    missing, folder = [], ""
-    for line in tree[1].splitlines():
+@pytest.fixture
+def tree() -> set[str]:
+    """Paths that the README's tree names."""
+    found = re.search(r"```\nmcl-dist/\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    assert found
+    paths, folder = set(), ""
+    for line in found[1].splitlines():
         name = line.split()[0]
-        if not line.startswith(" " * 4):
-            folder = name if name.endswith("/") else ""
-            path = name
-        else:
-            path = folder + name
-        if not (REPOSITORY / path).exists():
-            missing.append(path)
-    assert not missing
+        is_inside = line.startswith(" " * 4)
+        folder = folder if is_inside else name
+        paths.add(folder + name if is_inside else name)
+    return paths
+
+
+def test_every_file_of_the_readmes_tree_exists(tree: set[str]) -> None:
+    assert not [path for path in tree if not (REPOSITORY / path).exists()]
+
+
+def test_every_module_stands_in_the_readmes_tree(tree: set[str]) -> None:
+    packages = ("mcl_dist", "dataloading", "monitoring", "launch")
+    modules = (path for package in packages for path in (REPOSITORY / package).rglob("*.py"))
+    own = {str(path.relative_to(REPOSITORY)) for path in modules if path.name != "__init__.py"}
+    assert not own - tree
 
 
 @pytest.mark.parametrize("words", [(), ("demo",), ("pretrain",), ("evaluate", "svm"), ("shards", "build")])
