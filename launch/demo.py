@@ -18,7 +18,7 @@ from mcl_dist.errors import UserError
 if TYPE_CHECKING:
     from launch.settings import PretrainConfig
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "pretrain" / "demo.yaml"
+CONFIG = Path(__file__).with_name("demo.yaml")  # inside the package, so that an installed wheel has it
 MARKER = ".mcl-demo"  # a folder with it is ours to empty
 NUM_RANKS = 2
 NUM_CLIPS = 9  # starts 5 frames apart in 72
@@ -47,7 +47,7 @@ class Demo:
 
     @property
     def overrides(self) -> list[str]:
-        """What this run changes in `configs/pretrain/demo.yaml`."""
+        """What this run changes in `launch/demo.yaml`."""
         changes = [f"run.dir={self.folder / 'pretrain'}", f"run.seed={self.seed}", f"data.train={self.shards('train')}"]
         return changes + ([] if self.steps is None else [f"train.steps={self.steps}"])
 
@@ -70,7 +70,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument("--dir", type=Path, default=Path("runs/demo"), help="folder to work in (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the videos and of training (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="length of pre-training (default: as configs/pretrain/demo.yaml)")
+    parser.add_argument("--steps", type=int, help="length of pre-training (default: as launch/demo.yaml)")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="so tiny an encoder gains little from a GPU"
     )
