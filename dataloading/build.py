@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import shutil
 import tempfile
@@ -27,7 +26,7 @@ from dataloading.shards import (
     read_manifest,
     sha256,
 )
-from dataloading.videos import Source, SourceFolder
+from dataloading.sources import Source, SourceFolder
 from dataloading.workers import ordered_map
 from mcl_dist.errors import UserError
 from mcl_dist.storage import Folder
@@ -63,17 +62,6 @@ def build_shards(
     return manifest
 
 
-def scan_sources(source: Path) -> SourceFolder:
-    """List the source folder; `UserError` when it is missing or holds no video."""
-    try:
-        sources = SourceFolder.scan(source)
-    except OSError as error:
-        raise UserError(f"{source}: {error.strerror}; name a folder of class folders of videos") from error
-    if not sources.videos:
-        raise UserError(f"{source}: no videos in its class folders; lay them out as CLASS/VIDEO.mp4")
-    return sources
-
-
 def existing_set(destination: Folder, sources: SourceFolder, config: BuildConfig) -> Manifest | None:
     """The complete set that is there already, when it is the one that would be built.
 
@@ -95,8 +83,7 @@ def existing_set(destination: Folder, sources: SourceFolder, config: BuildConfig
 
 def build_record(sources: SourceFolder, config: BuildConfig) -> dict[str, Any]:
     """What the manifest says a set was built from: the configuration and a digest of the list of videos."""
-    listing = [(video.path, (sources.root / video.path).stat().st_size) for video in sources.videos]
-    return {**asdict(config), "flow_bound": BOUND, "sources": sha256(json.dumps(listing).encode())}
+    return {**asdict(config), "flow_bound": BOUND, "sources": sources.digest()}
 
 
 def _shuffled(sources: SourceFolder, config: BuildConfig) -> list[Source]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,12 @@ import numpy as np
 from dataloading.flow import BOUND, DIS, TVL1, FlowEstimator, stacked
 from dataloading.motion import MotionSummary
 from dataloading.shards import RefusedVideo, Sample
-from dataloading.videos import Source, Video, VideoRefusedError
+from dataloading.sources import Source
+from dataloading.videos import Video, VideoRefusedError
 from dataloading.workers import leave_if_stopped
 from mcl_dist.config import choice, number
+from mcl_dist.errors import UserError
+from mcl_dist.storage import Folder
 
 # At 95 the flow is off by 0.06 to 0.08 px (root mean square) on real clips, half a step of its bytes (0.157 px),
 # and targets by 3 to 7 %, for a sixth of what the frames take; at 75 it is 0.10 to 0.13 px, and 5 to 22 %.
@@ -55,18 +60,24 @@ class BuildConfig:
 class VideoProcessor:
     """Turns one video into a sample, or says why it cannot; runs in a worker process."""
 
-    def __init__(self, root: Path, classes: Sequence[str], config: BuildConfig) -> None:
-        self._root = root
+    def __init__(self, root: str | Path, classes: Sequence[str], config: BuildConfig) -> None:
+        self._root = str(root)
         self._classes = classes
         self._config = config
 
     def __call__(self, source: Source) -> Outcome:
-        """The sample that `source` is stored as; the same bytes in any process."""
+        """The sample that `source` is stored as; the same bytes in any process.
+
+        Raises:
+            UserError: the store of the source failed; a video that is merely not there is refused.
+        """
         # DIS gives other flow with other numbers of threads; and there is a worker for every core.
         threads = cv2.getNumThreads()
         cv2.setNumThreads(1)
         try:
-            with Video(self._root / source.path, self._config.short_side) as video:
+            if source.refusal:
+                return RefusedVideo(source.path, source.refusal)
+            with local_file(self._root, source.path) as file, Video(file, self._config.short_side) as video:
                 return self._sample(source, video)
         except VideoRefusedError as error:
             return RefusedVideo(source.path, error.reason)
@@ -120,6 +131,33 @@ class VideoProcessor:
             "flow": self._config.flow,
             "flow_bound": BOUND,
         }
+
+
+@contextmanager
+def local_file(root: str, path: str) -> Iterator[Path]:
+    """The file at `path` below the folder: itself on this machine, else a copy that goes when the block ends.
+
+    Raises:
+        VideoRefusedError: it is not there.
+        UserError: the store or the disk failed.
+    """
+    folder = Folder(root)
+    gone = VideoRefusedError("missing", "it was listed but is gone; fetch it or leave it out")
+    if folder.is_local:
+        local = Path(folder.path(path))
+        if not local.exists():
+            raise gone
+        yield local
+        return
+    with tempfile.TemporaryDirectory(prefix="mcl-video-") as temporary:
+        file = Path(temporary) / f"video{Path(path).suffix}"
+        try:
+            folder.get(path, file)
+        except UserError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise gone from error
+            raise
+        yield file
 
 
 def key_of(source: Source) -> str:

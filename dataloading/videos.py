@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,39 +28,6 @@ class VideoRefusedError(Exception):
     def __init__(self, kind: str, detail: str) -> None:
         self.reason = f"{kind}: {detail}"
         super().__init__(self.reason)
-
-
-@dataclass(frozen=True)
-class Source:
-    """One video file: its path relative to the folder of class folders, and its class."""
-
-    path: str
-    label: int
-
-
-@dataclass(frozen=True)
-class SourceFolder:
-    """What a folder of class folders holds: class names by label, videos by path, number of other files."""
-
-    root: Path
-    classes: tuple[str, ...]
-    videos: tuple[Source, ...]
-    num_others: int
-
-    @classmethod
-    def scan(cls, root: Path) -> SourceFolder:
-        """List the folder; hidden files and folders are passed over."""
-        entries = _visible(root)
-        folders = [entry for entry in entries if entry.is_dir()]
-        videos = []
-        num_others = len(entries) - len(folders)
-        for label, folder in enumerate(folders):
-            for file in _visible(folder):
-                if file.is_file() and file.suffix.lower() in EXTENSIONS:
-                    videos.append(Source(f"{folder.name}/{file.name}", label))
-                else:
-                    num_others += 1
-        return cls(root, tuple(folder.name for folder in folders), tuple(videos), num_others)
 
 
 class Video:
@@ -162,10 +128,6 @@ def resized(frame: np.ndarray, height: int, width: int) -> np.ndarray:
         return frame
     way = cv2.INTER_AREA if height < frame.shape[0] else cv2.INTER_CUBIC
     return np.asarray(cv2.resize(frame, (width, height), interpolation=way))
-
-
-def _visible(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
 def _video_stream(container: Any) -> Any:

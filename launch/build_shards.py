@@ -9,19 +9,20 @@ import sys
 import time
 from collections import Counter
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcl_dist.errors import EXIT_FAILURE, ConfigError, UserError
 
 if TYPE_CHECKING:
+    from dataloading.lists import ListChoice
     from dataloading.process import BuildConfig, Outcome
     from dataloading.shards import Manifest
 
 BUILD_EXAMPLE = """\
 example:
   mcl shards build videos/train s3://bucket/train --workers 16
-  (videos/train holds a folder a class, each with its videos)"""
+  (videos/train holds a folder a class, each with its videos)
+  mcl shards build videos s3://bucket/train --list train.csv --split train"""
 VERIFY_EXAMPLE = """\
 example:
   mcl shards verify s3://bucket/train --json"""
@@ -54,8 +55,11 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _add_build_arguments(build: argparse.ArgumentParser) -> None:
-    build.add_argument("source", metavar="SRC", type=Path, help="folder of class folders of videos")
+    build.add_argument(
+        "source", metavar="SRC", help="folder of class folders of videos, or what --list names, at any fsspec URL"
+    )
     build.add_argument("destination", metavar="DEST", help="folder to write, at any fsspec URL")
+    _add_list_arguments(build)
     build.add_argument(
         "--flow", default="tvl1", help="flow estimator: tvl1 (half size) or dis (15 times faster, coarser)"
     )
@@ -79,11 +83,12 @@ def num_cores() -> int:
 
 def run_build(args: argparse.Namespace) -> int:
     """Build a shard set; errors as in `build_shards`, and for a complete set of another make."""
-    from dataloading.build import build_shards, existing_set, scan_sources
+    from dataloading.build import build_shards, existing_set
+    from dataloading.sources import scan_sources
     from mcl_dist.storage import Folder
 
     config = _build_config(args)
-    sources = scan_sources(args.source)
+    sources = scan_sources(args.source, _list_choice(args))
     destination = Folder(args.destination)
     if sources.num_others:
         _say(f"{args.source}: {sources.num_others} files are not videos by their extension, left out")
@@ -159,6 +164,37 @@ class BuildProgress:
     def _clear(self) -> None:
         if self._rewrites:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _add_list_arguments(build: argparse.ArgumentParser) -> None:
+    lists = build.add_argument_group("lists", "Videos named by a list, in place of a folder a class.")
+    lists.add_argument(
+        "--list",
+        metavar="URL",
+        help="Kinetics' CSV, UCF101's trainlist01.txt, the folder of UCF101's or HMDB51's split files, or a text file "
+        "with a path a line and perhaps a label",
+    )
+    lists.add_argument(
+        "--list-format", default="", help="kinetics, ucf101, hmdb51 or plain (default: seen from the list)"
+    )
+    lists.add_argument("--split", default="", help="train, test or validate (default: all that is listed)")
+    lists.add_argument("--fold", type=int, default=1, help="which split of a folder of split files (1)")
+    lists.add_argument(
+        "--classes", metavar="URL", default="", help="class names, a line each, numbered in this order (the list's own)"
+    )
+
+
+def _list_choice(args: argparse.Namespace) -> ListChoice | None:
+    from dataloading.lists import FORMATS, SPLITS, ListChoice
+
+    for option, value, known in (("list-format", args.list_format, FORMATS), ("split", args.split, SPLITS)):
+        if value and value not in known:
+            raise ConfigError(f"--{option}: found {value!r}, must be one of {', '.join(known)}")
+        if value and not args.list:
+            raise ConfigError(f"--{option}: found {value!r} without --list; name the list too")
+    if not args.list:
+        return None
+    return ListChoice(args.list, args.list_format, args.split, args.fold, args.classes)
 
 
 def _build_config(args: argparse.Namespace) -> BuildConfig:

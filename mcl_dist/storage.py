@@ -42,6 +42,21 @@ class Folder:
                 return []
             return sorted(Path(entry).name for entry in self._filesystem.ls(self._root, detail=False))
 
+    def is_folder(self) -> bool:
+        """Whether the URL is a folder: neither a file nor missing."""
+        with _naming(self.url):
+            return bool(self._filesystem.isdir(self._root))
+
+    def files(self) -> dict[str, int]:
+        """Sizes in bytes of all files below, by their path relative to the folder; links are followed."""
+        with _naming(self.url):
+            if self.is_local:
+                return dict(_local_files(Path(self._root)))
+            self._filesystem.invalidate_cache()
+            found = self._filesystem.find(self._root, detail=True)
+            start = len(self._root.rstrip("/")) + 1
+            return {path[start:]: int(entry.get("size") or 0) for path, entry in found.items()}
+
     def exists(self, name: str) -> bool:
         """Whether a file of that name is there."""
         with _naming(f"{self.url}/{name}"):
@@ -85,6 +100,20 @@ class Folder:
         with _naming(f"{self.url}/{name}"):
             if self._filesystem.exists(self.path(name)):
                 self._filesystem.rm(self.path(name), recursive=True)
+
+
+def _local_files(root: Path) -> Iterator[tuple[str, int]]:
+    # Not fsspec's own walk, which takes a link to a folder for a file.
+    waiting: list[tuple[Path, frozenset[Path]]] = [(root, frozenset())]
+    while waiting:
+        folder, above = waiting.pop()
+        if (identity := folder.resolve()) in above:
+            continue  # a link to a folder above would never end
+        for entry in folder.iterdir():
+            if entry.is_dir():
+                waiting.append((entry, above | {identity}))
+            elif entry.is_file():
+                yield entry.relative_to(root).as_posix(), entry.stat().st_size
 
 
 @contextmanager

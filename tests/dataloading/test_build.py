@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import webdataset
 
-from dataloading.build import build_shards, existing_set, scan_sources
+from dataloading.build import build_shards, existing_set
 from dataloading.process import BuildConfig, Outcome, key_of
 from dataloading.shards import KEY, MEMBERS, Manifest, RefusedVideo, ShardWriter, read_manifest
+from dataloading.sources import Source, scan_sources
 from dataloading.synthetic import write_video
 from dataloading.verify import verify_shards
-from dataloading.videos import Source
 from mcl_dist.errors import UserError
 from mcl_dist.storage import Folder
 
@@ -35,7 +35,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def build(source: Path, destination: Path | str, workers: int = 1, config: BuildConfig = CONFIG) -> Manifest:
-    return build_shards(scan_sources(source), Folder(str(destination)), config, workers, lambda _: None)
+    return build_shards(scan_sources(str(source)), Folder(str(destination)), config, workers, lambda _: None)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -83,7 +83,7 @@ def test_the_seed_decides_the_order(source: Path, tmp_path: Path) -> None:
             sources.append(outcome.source if isinstance(outcome, RefusedVideo) else outcome.info["source"])
 
         config = BuildConfig(flow="dis", short_side=0, window=8, seed=seed)
-        build_shards(scan_sources(source), Folder(str(tmp_path / str(seed))), config, 1, listen)
+        build_shards(scan_sources(str(source)), Folder(str(tmp_path / str(seed))), config, 1, listen)
     assert sorted(told[0]) == sorted(told[1])
     assert told[0] != told[1]
 
@@ -120,28 +120,28 @@ def test_a_source_without_a_usable_video_leaves_nothing_behind(tmp_path: Path) -
 def test_a_source_that_is_missing_or_empty_is_refused(tmp_path: Path, make: bool) -> None:
     if make:
         (tmp_path / "source").mkdir()
-    with pytest.raises(UserError, match=r"source: (No such file|no videos)"):
-        scan_sources(tmp_path / "source")
+    with pytest.raises(UserError, match=r"source: (no such file|no videos)"):
+        scan_sources(str(tmp_path / "source"))
 
 
 def test_a_complete_set_is_recognised(source: Path, tmp_path: Path) -> None:
     folder = Folder(str(tmp_path / "set"))
-    assert existing_set(folder, scan_sources(source), CONFIG) is None
+    assert existing_set(folder, scan_sources(str(source)), CONFIG) is None
     manifest = build(source, tmp_path / "set")
-    assert existing_set(folder, scan_sources(source), CONFIG) == manifest
+    assert existing_set(folder, scan_sources(str(source)), CONFIG) == manifest
 
 
 def test_a_set_of_another_configuration_is_not_touched(source: Path, tmp_path: Path) -> None:
     build(source, tmp_path / "set")
     with pytest.raises(UserError, match="built with another seed; name another folder"):
-        existing_set(Folder(str(tmp_path / "set")), scan_sources(source), BuildConfig("dis", 9, 0, 8))
+        existing_set(Folder(str(tmp_path / "set")), scan_sources(str(source)), BuildConfig("dis", 9, 0, 8))
 
 
 def test_a_set_of_other_videos_is_not_touched(source: Path, tmp_path: Path) -> None:
     build(source, tmp_path / "set")
     (source / "a" / "1.mp4").unlink()
     with pytest.raises(UserError, match="built with another sources"):
-        existing_set(Folder(str(tmp_path / "set")), scan_sources(source), CONFIG)
+        existing_set(Folder(str(tmp_path / "set")), scan_sources(str(source)), CONFIG)
 
 
 def test_a_full_disk_ends_in_one_line_and_no_manifest(

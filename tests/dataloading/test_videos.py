@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dataloading.synthetic import FPS, write_video
-from dataloading.videos import SourceFolder, Video, VideoRefusedError, resized, target_size
+from dataloading.videos import Video, VideoRefusedError, resized, target_size
 
 
 def write(path: Path, num_frames: int = 40) -> Path:
@@ -101,16 +101,6 @@ def test_a_file_of_sound_alone_is_refused(tmp_path: Path) -> None:
 def test_a_video_too_small_for_motion_maps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(VideoRefusedError, match=r"^too small: 21x16 pixels"):
         read(write(tmp_path / "video.mp4", 2), 16)
-
-
-def test_a_source_folder_is_listed_in_order_with_what_is_left_out(tmp_path: Path) -> None:
-    for name in ("b/2.MP4", "b/1.avi", "a/notes.txt", "c/3.webm", "b/.hidden.mp4", ".git/x.mp4", "top.mp4"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    sources = SourceFolder.scan(tmp_path)
-    assert sources.classes == ("a", "b", "c")
-    assert [(video.path, video.label) for video in sources.videos] == [("b/1.avi", 1), ("b/2.MP4", 1), ("c/3.webm", 2)]
-    assert sources.num_others == 2
 
 
 def test_a_video_cut_off_between_two_packets_is_refused_as_truncated(tmp_path: Path) -> None:

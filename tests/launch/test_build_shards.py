@@ -79,7 +79,7 @@ def test_building_otherwise_over_a_complete_set_is_refused(
 def test_a_missing_source_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert build(tmp_path / "none", tmp_path / "set") == EXIT_FAILURE
     told = capsys.readouterr().err
-    assert told == f"mcl: {tmp_path}/none: No such file or directory; name a folder of class folders of videos\n"
+    assert told == f"mcl: {tmp_path}/none: no such file or folder; check the path\n"
 
 
 @pytest.mark.parametrize(
@@ -159,3 +159,21 @@ def test_ctrl_c_leaves_no_worker_and_nothing_half_written(source: Path, tmp_path
     told = process.communicate(timeout=60)[1]
     assert told.splitlines()[-1] == "mcl: interrupted"
     assert not (tmp_path / "set").exists()
+
+
+def test_a_listed_video_that_is_missing_is_counted_as_refused(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "list.csv").write_text(
+        "label,youtube_id,time_start,time_end,split\na,good,1,11,train\na,gone,1,11,train\nb,broken,1,11,test\n"
+    )
+    assert build(source, tmp_path / "set", "--list", str(tmp_path / "list.csv"), "--split", "train", "--json") == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["refused"] == {"missing": 1}
+    assert json.loads((tmp_path / "set" / "manifest.json").read_bytes())["classes"] == ["a", "b"]
+    assert "gone_000001_000011: refused, missing: no such file below SRC" in told.err
+
+
+@pytest.mark.parametrize("options", [["--split", "train"], ["--list", "x", "--split", "dev"], ["--list-format", "csv"]])
+def test_list_options_that_make_no_sense_are_wrong_usage(source: Path, tmp_path: Path, options: list[str]) -> None:
+    assert build(source, tmp_path / "set", *options) == EXIT_USAGE
