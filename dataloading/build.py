@@ -4,61 +4,85 @@ from __future__ import annotations
 
 import hashlib
 import random
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dataloading.claim import LEASE, Claim, claimed
 from dataloading.flow import BOUND
+from dataloading.journal import FinishedShard, check_record, read_finished, remove_journals
 from dataloading.process import BuildConfig, Outcome, VideoProcessor
 from dataloading.shards import (
     MANIFEST,
     SHARD_NAME,
     Manifest,
     RefusedVideo,
-    Sample,
     ShardEntry,
     ShardWriter,
     index_name,
     read_manifest,
     sha256,
+    shard_name,
 )
 from dataloading.sources import Source, SourceFolder
 from dataloading.workers import ordered_map
 from mcl_dist.errors import UserError
 from mcl_dist.storage import Folder
 
-WORK_FOLDER = ".building"
 MEGABYTE = 1_000_000
-Listener = Callable[[Outcome], None]
+
+
+@dataclass(frozen=True)
+class GoingOn:
+    """Told first when an earlier run left something: whose lease had run out, and what is kept of its shards."""
+
+    taken_from: str | None
+    shards: int
+    videos: int
+    refused: int
+
+
+Listener = Callable[[Outcome | GoingOn], None]
 
 
 def build_shards(
     sources: SourceFolder, destination: Folder, config: BuildConfig, workers: int, listen: Listener
 ) -> Manifest:
-    """Build the shard set of a folder of class folders of videos.
+    """Build the shard set of a folder of class folders of videos, or go on with an unfinished build of it.
 
-    `listen` is told every video's outcome, in the order of the set. Bytes depend on the sources and
-    `config` alone, not on `workers`. Nothing counts before the manifest, which is written last.
+    `listen` is told every video's outcome, in the order of the set, but for those in shards that an earlier
+    run finished. Bytes depend on the sources and `config` alone, not on `workers` or interruptions. Nothing
+    counts before the manifest, which is written last.
 
     Raises:
         UserError: none of the videos is usable (nothing is left behind then), storage that fails or is
-            full, a worker that died.
+            full, a worker that died, another builder at the destination, an unfinished build or a complete
+            set of other videos or another configuration there.
     """
+    record = build_record(sources, config)
     processor = VideoProcessor(sources.root, sources.classes, config)
-    refused: list[RefusedVideo] = []
     videos = _shuffled(sources, config)
-    with _work_folder(destination) as work, ordered_map(processor, videos, workers) as outcomes:
-        samples = _stored(outcomes, refused, listen)
-        shards = tuple(_write_shards(samples, destination, work, config))
-    if not shards:
-        raise UserError(f"{sources.root}: none of its {len(sources.videos)} videos can be used; nothing was written")
-    manifest = Manifest(build_record(sources, config), sources.classes, shards, tuple(refused))
-    _remove_strays(destination, manifest)
-    destination.write(MANIFEST, manifest.to_json())
+    with claimed(destination) as claim:
+        manifest = _complete(destination, record)
+        if manifest is not None:  # finished by another builder since the caller looked
+            return manifest
+        shards = read_finished(destination, record)
+        _tell_kept(shards, claim, listen)
+        taken = shards[-1].taken if shards else 0
+        with ordered_map(processor, videos[taken:], workers) as outcomes:
+            rest = _Rest(destination, claim, config, record, shards, taken)
+            rest.build(_told(outcomes, listen))
+        if not shards:
+            raise UserError(
+                f"{sources.root}: none of its {len(sources.videos)} videos can be used; nothing was written"
+            )
+        refused = [video for shard in shards for video in shard.refused] + rest.refused
+        manifest = Manifest(record, sources.classes, tuple(shard.entry for shard in shards), tuple(refused))
+        _remove_strays(destination, manifest)
+        claim.check()
+        destination.write(MANIFEST, manifest.to_json())
+        remove_journals(destination)
     return manifest
 
 
@@ -68,17 +92,13 @@ def existing_set(destination: Folder, sources: SourceFolder, config: BuildConfig
     Raises:
         UserError: a complete set of other videos or another configuration, or a damaged one, is there.
     """
-    if not destination.exists(MANIFEST):
-        return None
-    manifest = read_manifest(destination)
-    record = build_record(sources, config)
-    differing = [name for name in sorted(record | manifest.build) if record.get(name) != manifest.build.get(name)]
-    if differing:
-        raise UserError(
-            f"{destination.url}: holds a shard set built with another {', '.join(differing)}; "
-            "name another folder, or remove this one"
-        )
-    return manifest
+    return _complete(destination, build_record(sources, config))
+
+
+def remove_traces(destination: Folder) -> None:
+    """Remove from a complete set what its builder, killed right after the manifest, could not."""
+    remove_journals(destination)
+    destination.remove(LEASE)
 
 
 def build_record(sources: SourceFolder, config: BuildConfig) -> dict[str, Any]:
@@ -92,50 +112,78 @@ def _shuffled(sources: SourceFolder, config: BuildConfig) -> list[Source]:
     return videos
 
 
-@contextmanager
-def _work_folder(destination: Folder) -> Iterator[Path]:
-    """A folder for shards being written: on the destination's own disk where it has one."""
-    if not destination.is_local:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
-        return
-    work = Path(destination.path(WORK_FOLDER))
-    is_new = not work.parent.exists()
-    try:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{destination.url}: {error.strerror}; name a folder that can be written to") from error
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        if is_new and not any(work.parent.iterdir()):
-            work.parent.rmdir()
+def _complete(destination: Folder, record: dict[str, Any]) -> Manifest | None:
+    if not destination.exists(MANIFEST):
+        return None
+    manifest = read_manifest(destination)
+    check_record(destination, "a shard set built with", manifest.build, record)
+    return manifest
 
 
-def _stored(outcomes: Iterator[Outcome], refused: list[RefusedVideo], listen: Listener) -> Iterator[Sample]:
+def _tell_kept(shards: list[FinishedShard], claim: Claim, listen: Listener) -> None:
+    if shards or claim.taken_from:
+        num_stored = sum(shard.entry.samples for shard in shards)
+        num_refused = sum(len(shard.refused) for shard in shards)
+        listen(GoingOn(claim.taken_from, len(shards), num_stored, num_refused))
+
+
+def _told(outcomes: Iterator[Outcome], listen: Listener) -> Iterator[Outcome]:
     for outcome in outcomes:
         listen(outcome)
-        if isinstance(outcome, Sample):
-            yield outcome
-        else:
-            refused.append(outcome)
+        yield outcome
 
 
-def _write_shards(
-    samples: Iterator[Sample], destination: Folder, work: Path, config: BuildConfig
-) -> Iterator[ShardEntry]:
-    sample = next(samples, None)
-    number = 0
-    while sample is not None:
-        name = f"shard-{number:06d}.tar"
-        with ShardWriter(work / name) as writer:
-            while sample is not None and writer.num_bytes < config.shard_megabytes * MEGABYTE:
-                writer.add(sample)
-                sample = next(samples, None)
-        yield _publish(writer, destination, work / name)
-        number += 1
+class _Rest:
+    """Builds the shards that are still missing, and adds them to `shards`.
+
+    A shard ends with the video that fills it: where shards begin and end does not depend on interruptions.
+
+    Attributes:
+        refused: videos refused since the last finished shard.
+    """
+
+    def __init__(
+        self,
+        destination: Folder,
+        claim: Claim,
+        config: BuildConfig,
+        record: dict[str, Any],
+        shards: list[FinishedShard],
+        taken: int,
+    ) -> None:
+        self._destination = destination
+        self._claim = claim
+        self._num_bytes = config.shard_megabytes * MEGABYTE
+        self._record = record
+        self._shards = shards
+        self._taken = taken
+        self.refused: list[RefusedVideo] = []
+
+    def build(self, outcomes: Iterator[Outcome]) -> None:
+        """Take all outcomes that are left."""
+        while True:
+            shard = self._claim.work / shard_name(len(self._shards))
+            with ShardWriter(shard) as writer:
+                self._fill(writer, outcomes)
+            if not writer.num_samples:
+                shard.unlink()
+                return
+            self._claim.check()
+            entry = _publish(writer, self._destination, shard)
+            finished = FinishedShard(self._record, entry, tuple(self.refused), self._taken)
+            finished.write(self._destination)
+            self._shards.append(finished)
+            self.refused.clear()
+
+    def _fill(self, writer: ShardWriter, outcomes: Iterator[Outcome]) -> None:
+        for outcome in outcomes:
+            self._taken += 1
+            if isinstance(outcome, RefusedVideo):
+                self.refused.append(outcome)
+                continue
+            writer.add(outcome)
+            if writer.num_bytes >= self._num_bytes:
+                return
 
 
 def _publish(writer: ShardWriter, destination: Folder, shard: Path) -> ShardEntry:

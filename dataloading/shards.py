@@ -251,6 +251,11 @@ class ShardWriter:
         return ShardIndex(**arrays)
 
 
+def shard_name(number: int) -> str:
+    """`0` → `shard-000000.tar`."""
+    return f"shard-{number:06d}.tar"
+
+
 def index_name(shard: str) -> str:
     """`shard-000000.tar` → `shard-000000.index.npz`."""
     return f"{shard.removesuffix('.tar')}.index.npz"

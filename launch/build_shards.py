@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mcl_dist.errors import EXIT_FAILURE, ConfigError, UserError
 
 if TYPE_CHECKING:
+    from dataloading.build import GoingOn
     from dataloading.lists import ListChoice
     from dataloading.process import BuildConfig, Outcome
     from dataloading.shards import Manifest
@@ -30,8 +31,8 @@ PLAIN_LINE_SECONDS = 30.0  # between lines of progress when nobody watches
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `mcl shards build` and `mcl shards verify`."""
-    shards = commands.add_parser("shards", help="build and check shard sets")
+    """Add `mcl shards` and its commands."""
+    shards = commands.add_parser("shards", help="build, check and look into shard sets")
     actions = shards.add_subparsers(title="commands", metavar="COMMAND", required=True)
     raw = argparse.RawDescriptionHelpFormatter
     build = actions.add_parser(
@@ -83,7 +84,7 @@ def num_cores() -> int:
 
 def run_build(args: argparse.Namespace) -> int:
     """Build a shard set; errors as in `build_shards`, and for a complete set of another make."""
-    from dataloading.build import build_shards, existing_set
+    from dataloading.build import build_shards, existing_set, remove_traces
     from dataloading.sources import scan_sources
     from mcl_dist.storage import Folder
 
@@ -95,6 +96,7 @@ def run_build(args: argparse.Namespace) -> int:
     manifest = existing_set(destination, sources, config)
     if manifest is not None:
         _say(f"{args.destination}: complete already, built from the same videos in the same way; nothing to do")
+        remove_traces(destination)
         _report(manifest, seconds=0.0, as_json=args.json)
         return 0
     start = time.monotonic()
@@ -133,14 +135,18 @@ class BuildProgress:
 
     def __init__(self, total: int) -> None:
         self._total = total
-        self._done = self._refused = 0
+        self._done = self._refused = self._kept = 0
         self._start = self._told = time.monotonic()
         self._rewrites = sys.stderr.isatty()
 
-    def __call__(self, outcome: Outcome) -> None:
-        """Take the next video's outcome."""
+    def __call__(self, outcome: Outcome | GoingOn) -> None:
+        """Take the next video's outcome, or first of all what an earlier run left."""
+        from dataloading.build import GoingOn
         from dataloading.shards import RefusedVideo
 
+        if isinstance(outcome, GoingOn):
+            self._go_on(outcome)
+            return
         self._done += 1
         if isinstance(outcome, RefusedVideo):
             self._refused += 1
@@ -155,9 +161,18 @@ class BuildProgress:
         """Leave the line of progress clean for what follows."""
         self._clear()
 
+    def _go_on(self, found: GoingOn) -> None:
+        if found.taken_from:
+            _say(f"the build before ({found.taken_from}) is gone without a word; taking over")
+        if found.shards:
+            _say(f"going on after {found.shards} finished shards with {found.videos} videos, {found.refused} refused")
+        self._kept = found.videos + found.refused
+        self._refused += found.refused
+
     def _tell(self, seconds: float) -> None:
-        left = seconds / self._done * (self._total - self._done)
-        line = f"{self._done} of {self._total} videos, {self._refused} refused, about {left:.0f} s left"
+        done = self._kept + self._done
+        left = seconds / self._done * (self._total - done)
+        line = f"{done} of {self._total} videos, {self._refused} refused, about {left:.0f} s left"
         self._clear()
         print(line, end="" if self._rewrites else "\n", file=sys.stderr, flush=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from mcl_dist.errors import UserError
+
+PARTIAL = re.compile(r"\..+\.\d+\.partial")
 
 
 class Folder:
@@ -81,6 +84,15 @@ class Folder:
             else:
                 self._filesystem.pipe_file(self.path(name), data)
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file unless it is there already, which stores that know exclusive writes do in one step."""
+        with _naming(f"{self.url}/{name}"):
+            try:
+                self._filesystem.pipe_file(self.path(name), data, mode="create")
+            except FileExistsError:
+                return False
+        return True
+
     def put(self, local: Path, name: str) -> None:
         """Copy a local file here, visible only when complete; the local file stays."""
         with _naming(f"{self.url}/{name}"):
@@ -94,6 +106,13 @@ class Folder:
         """Copy a file from here to a local path, visible only when complete."""
         with _naming(f"{self.url}/{name}"), _whole(local) as partial:
             self._filesystem.get_file(self.path(name), str(partial))
+
+    def remove_partials(self) -> None:
+        """Remove what killed writers left half-written on a local disk; nobody else may be writing here."""
+        if self.is_local:
+            for name in self.names():
+                if PARTIAL.fullmatch(name):
+                    self.remove(name)
 
     def remove(self, name: str) -> None:
         """Remove a file, or a folder with everything below it; no error when it is not there."""

@@ -1,0 +1,344 @@
+"""Builds that are stopped at any moment, and builders that meet."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+
+from dataloading import claim
+from dataloading.build import GoingOn, build_shards, remove_traces
+from dataloading.claim import LEASE, claimed
+from dataloading.process import BuildConfig, Outcome, VideoProcessor
+from dataloading.shards import Manifest, RefusedVideo
+from dataloading.sources import scan_sources
+from dataloading.synthetic import write_video
+from dataloading.verify import verify_shards
+from mcl_dist.errors import UserError
+from mcl_dist.storage import Folder
+
+CONFIG = BuildConfig(flow="dis", short_side=0, window=8, shard_megabytes=1)
+SHARD_BYTES = 60_000  # a "megabyte" in these tests: two videos a shard
+BUILDER = f"""
+import sys
+import dataloading.build as build
+from dataloading.process import BuildConfig
+from dataloading.sources import scan_sources
+from mcl_dist.storage import Folder
+
+def listen(event):
+    print(event.source if hasattr(event, "source") else type(event).__name__, flush=True)
+
+if __name__ == "__main__":
+    build.MEGABYTE = {SHARD_BYTES}
+    config = BuildConfig("dis", short_side=0, window=8, shard_megabytes=1)
+    build.build_shards(scan_sources(sys.argv[1]), Folder(sys.argv[2]), config, int(sys.argv[3]), listen)
+"""
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: no clean-up that catches errors of ours may see it."""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight good videos, and four that are refused."""
+    folder = tmp_path_factory.mktemp("resume") / "source" / "a"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(5)
+    for number in range(12):
+        num_frames = 7 if number % 3 == 2 else 10 + number
+        write_video(folder / f"{number}.mp4", rng.integers(0, 256, (num_frames, 48, 64), dtype=np.uint8))
+    return folder.parent
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dataloading.build.MEGABYTE", SHARD_BYTES)
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The contents of a set built without interruption."""
+    folder = tmp_path_factory.mktemp("whole") / "set"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dataloading.build.MEGABYTE", SHARD_BYTES)
+        build(source, folder)
+    return contents(folder)
+
+
+def build(
+    source: Path,
+    destination: Path | str,
+    config: BuildConfig = CONFIG,
+    listen: Callable[[Outcome | GoingOn], None] = lambda _: None,
+) -> Manifest:
+    return build_shards(scan_sources(str(source)), Folder(str(destination)), config, 1, listen)
+
+
+def contents(folder: Path | str) -> dict[str, bytes]:
+    there = Folder(str(folder))
+    return {name: there.read(name) for name in there.names()}
+
+
+def stop_at(number: int, error: type[BaseException] = Killed) -> Callable[[Outcome | GoingOn], None]:
+    """A listener that ends the build when it is told its n-th outcome."""
+    left = [number]
+
+    def listen(_: Outcome | GoingOn) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+
+    return listen
+
+
+def start(source: Path, destination: Path | str, workers: int = 1) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", BUILDER, str(source), str(destination), str(workers)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def end(process: subprocess.Popen[str], number: int) -> None:
+    os.kill(process.pid, number)
+    process.communicate()
+
+
+@pytest.mark.parametrize("url", ["{}/set", "memory://resume/{}"])
+@pytest.mark.parametrize("number", [0, 1, 5, 8, 11])
+def test_a_build_goes_on_to_the_same_set_without_repeating_a_finished_shard(
+    source: Path, tmp_path: Path, whole: dict[str, bytes], url: str, number: int
+) -> None:
+    destination = url.format(tmp_path)
+    with pytest.raises(Killed):
+        build(source, destination, listen=stop_at(number))
+    told: list[Outcome | GoingOn] = []
+    build(source, destination, listen=told.append)
+    assert contents(destination) == whole
+    kept = told[0].videos + told[0].refused if isinstance(told[0], GoingOn) else 0
+    assert (kept > 0) == (number > 4)
+    assert kept + sum(not isinstance(event, GoingOn) for event in told) == 12
+
+
+def test_a_set_interrupted_again_and_again_is_the_uninterrupted_one(
+    source: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    for _ in range(12):
+        # Each run gets as far as its next shard but one.
+        with suppress(Killed):
+            build(source, tmp_path / "set", listen=stop_at(8))
+    assert contents(tmp_path / "set") == whole
+
+
+def test_refused_videos_of_finished_shards_are_not_opened_again(
+    source: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Killed):
+        build(source, tmp_path / "set", listen=stop_at(11))
+    opened = []
+    process = VideoProcessor.__call__
+
+    def watched(processor: VideoProcessor, video: Any) -> Outcome:
+        opened.append(video.path)
+        return process(processor, video)
+
+    monkeypatch.setattr(VideoProcessor, "__call__", watched)
+    manifest = build(source, tmp_path / "set")
+    assert 0 < len(opened) < 6
+    assert len(manifest.refused) == 4
+    assert contents(tmp_path / "set") == whole
+
+
+@pytest.mark.parametrize("when", ["before", "half", "after"])
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 7, 11, 12, 13, 16])
+def test_an_end_in_the_middle_of_any_write_leaves_nothing_half_written(
+    source: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, number: int, when: str
+) -> None:
+    """The n-th write to the destination (shard, index, journal, manifest, removals) is the last thing done."""
+    destination = tmp_path / "set"
+    with monkeypatch.context() as patch:
+        _end_at_write(patch, number, when)
+        with suppress(Killed):
+            build(source, destination)
+    visible = {path.name: path.read_bytes() for path in destination.iterdir() if path.name in whole}
+    assert all(whole[name] == data for name, data in visible.items())
+    build(source, destination)
+    remove_traces(Folder(str(destination)))
+    assert contents(destination) == whole
+
+
+def _end_at_write(patch: pytest.MonkeyPatch, number: int, when: str) -> None:
+    """Let the process "end" at the n-th `Folder.write`, `put` or `remove`: nothing is cleaned up afterwards."""
+    left = [number]
+
+    def ending(method: Callable[..., None]) -> Callable[..., None]:
+        def call(folder: Folder, *arguments: Any) -> None:
+            left[0] -= 1
+            if left[0] >= 0:
+                method(folder, *arguments)
+            if left[0] < 0:
+                if when == "after" and left[0] == -1:
+                    method(folder, *arguments)
+                if when == "half" and left[0] == -1:
+                    name = str(arguments[-1] if isinstance(arguments[0], Path) else arguments[0])
+                    Path(folder.path(f".{name}.123.partial")).write_bytes(b"half")
+                raise Killed
+
+        return call
+
+    for name in ("write", "put", "remove"):
+        patch.setattr(Folder, name, ending(getattr(Folder, name)))
+    patch.setattr(claim.shutil, "rmtree", lambda *_a, **_k: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"), [({"quality": 50}, "quality"), ({"seed": 1}, "seed"), ({"window": 9}, "window")]
+)
+def test_another_configuration_over_an_unfinished_build_is_refused(
+    source: Path, tmp_path: Path, change: dict[str, int], what: str
+) -> None:
+    with pytest.raises(Killed):
+        build(source, tmp_path / "set", listen=stop_at(8))
+    before = contents(tmp_path / "set")
+    options = {"flow": "dis", "short_side": 0, "window": 8, "shard_megabytes": 1, **change}
+    with pytest.raises(UserError, match=f"holds an unfinished build with another {what}; name another folder"):
+        build(source, tmp_path / "set", BuildConfig(**options))
+    assert contents(tmp_path / "set") == before
+
+
+def test_other_videos_over_an_unfinished_build_are_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        build(source, tmp_path / "set", listen=stop_at(8))
+    (tmp_path / "other" / "a").mkdir(parents=True)
+    write_video(tmp_path / "other" / "a" / "1.mp4", np.zeros((9, 48, 64), np.uint8))
+    with pytest.raises(UserError, match="an unfinished build with another sources"):
+        build(tmp_path / "other", tmp_path / "set")
+
+
+@pytest.mark.parametrize("name", ["shard-000001.tar", "shard-000001.index.npz", "shard-000001.done.json"])
+def test_a_finished_shard_that_was_damaged_since_is_built_again(
+    source: Path, tmp_path: Path, whole: dict[str, bytes], name: str
+) -> None:
+    with pytest.raises(Killed):
+        build(source, tmp_path / "set", listen=stop_at(11))
+    (tmp_path / "set" / name).write_bytes(b"damaged")
+    build(source, tmp_path / "set")
+    assert contents(tmp_path / "set") == whole
+
+
+@pytest.mark.slow
+def test_a_build_killed_twenty_times_at_random_moments_equals_the_uninterrupted_one(
+    source: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    draw = random.Random(3)
+    destination = tmp_path / "set"
+    num_killed = 0
+    while num_killed < 20:
+        process = start(source, destination, workers=1 + num_killed % 2)
+        assert process.stdout is not None
+        # A run needs some seconds to start: the moment is drawn from its work, not from its imports.
+        select.select([process.stdout], [], [], 30)
+        time.sleep(draw.uniform(0, 0.25))
+        if process.poll() is None:
+            num_killed += 1
+        end(process, signal.SIGKILL) if process.poll() is None else process.communicate()
+        if (destination / "manifest.json").exists():
+            assert verify_shards(Folder(str(destination))).videos == 8
+            for path in destination.iterdir():
+                if path.is_file() and draw.random() < 0.9:
+                    path.unlink()  # begin again: twenty kills are more than one build lasts
+    build(source, destination)
+    remove_traces(Folder(str(destination)))
+    assert {path.name: path.read_bytes() for path in destination.iterdir() if path.is_file()} == whole
+
+
+def test_a_second_builder_on_a_local_folder_is_refused_while_the_first_lives(source: Path, tmp_path: Path) -> None:
+    with claimed(Folder(str(tmp_path / "set"))), pytest.raises(UserError, match=f"process {os.getpid()} on "):
+        build(source, tmp_path / "set")
+    build(source, tmp_path / "set")
+
+
+@pytest.mark.slow
+def test_a_killed_builder_holds_its_lock_no_longer(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    process = start(source, tmp_path / "set", workers=2)
+    assert process.stdout is not None
+    process.stdout.readline()
+    with pytest.raises(UserError, match=rf"another build is writing there \(process {process.pid} on"):
+        build(source, tmp_path / "set")
+    end(process, signal.SIGKILL)
+    build(source, tmp_path / "set")
+    assert contents(tmp_path / "set") == whole
+
+
+def test_a_second_builder_on_an_object_store_is_refused(source: Path) -> None:
+    url = "memory://claims/two"
+    with claimed(Folder(url)), pytest.raises(UserError, match="another build is writing there"):
+        build(source, url)
+    assert LEASE not in contents(url)
+
+
+def hold(url: str, **changes: Any) -> None:
+    lease = {"host": "elsewhere", "pid": 1, "id": "other", "time": time.time(), **changes}
+    with fsspec.open(f"{url}/{LEASE}", "wb") as file:
+        file.write(json.dumps(lease).encode())
+
+
+def test_a_lease_that_ran_out_is_taken_over_and_said(source: Path, whole: dict[str, bytes]) -> None:
+    url = "memory://claims/stale"
+    hold(url, time=time.time() - claim.STALE_SECONDS - 1)
+    told: list[Outcome | GoingOn] = []
+    build(source, url, listen=told.append)
+    assert told[0] == GoingOn("process 1 on elsewhere", 0, 0, 0)
+    assert contents(url) == whole
+
+
+def test_a_fresh_lease_of_another_host_is_respected(source: Path) -> None:
+    hold("memory://claims/fresh")
+    with pytest.raises(UserError, match=r"another build is writing there \(process 1 on elsewhere\)"):
+        build(source, "memory://claims/fresh")
+
+
+def test_the_lease_of_a_process_of_this_host_that_is_gone_is_taken_over_at_once(source: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    url = "memory://claims/gone"
+    hold(url, host=claim.socket.gethostname(), pid=process.pid)
+    told: list[Outcome | GoingOn] = []
+    build(source, url, listen=told.append)
+    assert isinstance(told[0], GoingOn)
+
+
+def test_a_builder_whose_lease_was_taken_writes_no_more(source: Path) -> None:
+    url = "memory://claims/lost"
+
+    def lose(outcome: Outcome | GoingOn) -> None:
+        if isinstance(outcome, RefusedVideo):
+            hold(url)
+
+    with pytest.raises(UserError, match="this build's lease was lost to process 1 on elsewhere"):
+        build(source, url, listen=lose)
+    assert "manifest.json" not in contents(url)
+    assert LEASE in contents(url)
+
+
+def test_a_lease_is_refreshed_while_it_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "REFRESH_SECONDS", 0.01)
+    folder = Folder("memory://claims/refreshed")
+    with claimed(folder):
+        first = folder.read(LEASE)
+        deadline = time.monotonic() + 30
+        while folder.read(LEASE) == first:
+            assert time.monotonic() < deadline
+    assert not folder.exists(LEASE)
