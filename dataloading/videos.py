@@ -15,7 +15,9 @@ EXTENSIONS = frozenset(
     (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".3gp")
 )
 SMALLEST_SIDE = 32  # a motion map has 7 cells a side and flow may be half as large
+MAX_PIXELS = 2**25  # of a frame, before or after resizing: 8K fits, and what a damaged header claims does not
 WHOLE = 0.95  # containers may announce a few frames that nobody is meant to see; a cut-off file lacks many
+DECODER_OPTIONS = {"max_pixels": str(MAX_PIXELS)}
 
 
 class VideoRefusedError(Exception):
@@ -31,9 +33,13 @@ class VideoRefusedError(Exception):
 
 
 class Video:
-    """An open video file; iterating it gives RGB frames, uint8 (H, W, 3), all of one size.
+    """An open video file; iterating it gives RGB frames, uint8 (H, W, 3), all of one size, turned as they are shown.
 
-    Only one frame of the file's own size is held at a time.
+    Only one frame of the file's own size is held at a time. A variable frame rate changes nothing: every frame
+    counts as one.
+
+    Attributes:
+        height, width: of the frames given out; of a video that is shown turned they are known with its first frame.
 
     Args:
         path: the file.
@@ -41,13 +47,14 @@ class Video:
             growing; 0 keeps the size.
 
     Raises:
-        VideoRefusedError: here when the file cannot be opened, holds no video or is too small; while
+        VideoRefusedError: here when the file cannot be opened, holds no video or is too small or large; while
             iterating when it is damaged or ends early.
     """
 
     def __init__(self, path: Path, short_side: int) -> None:
         try:
-            self._container = av.open(str(path))
+            # What a playlist in a video's clothes names is not opened, and no frame is made room for that is too large.
+            self._container = av.open(str(path), options={"protocol_whitelist": "file", **DECODER_OPTIONS})
         except (av.error.FFmpegError, OSError) as error:
             raise VideoRefusedError(
                 "unreadable", f"{error.strerror}; replace the file, it is no video or was cut off"
@@ -55,6 +62,7 @@ class Video:
         try:
             self._stream = _video_stream(self._container)
             codec = self._stream.codec_context
+            self._short_side = short_side
             self.height, self.width = target_size(codec.height, codec.width, short_side)
         except VideoRefusedError:
             self.close()
@@ -81,7 +89,9 @@ class Video:
         # One converter for all frames: `to_ndarray` would set up a new one for each, which costs more than decoding.
         converter = VideoReformatter()
         for frame in self._decoded():
-            rgb = converter.reformat(frame, format="rgb24").to_ndarray()
+            rgb = turned(converter.reformat(frame, format="rgb24").to_ndarray(), frame.rotation)
+            if not num_frames:
+                self.height, self.width = target_size(rgb.shape[0], rgb.shape[1], self._short_side)
             yield resized(rgb, self.height, self.width)
             num_frames += 1
             times.append(frame.time or 0.0)
@@ -119,7 +129,14 @@ def target_size(height: int, width: int, short_side: int) -> tuple[int, int]:
         raise VideoRefusedError(
             "too small", f"{width}x{height} pixels, {SMALLEST_SIDE} a side are needed; give a larger --short-side"
         )
+    if height * width > MAX_PIXELS:
+        raise VideoRefusedError("too large", f"{width}x{height} pixels, at most {MAX_PIXELS} are taken; scale it down")
     return height, width
+
+
+def turned(frame: np.ndarray, degrees: int) -> np.ndarray:
+    """The frame turned counterclockwise, by quarters: as a phone's video says that it is to be shown."""
+    return np.ascontiguousarray(np.rot90(frame, round(degrees / 90)))
 
 
 def resized(frame: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -135,7 +152,10 @@ def _video_stream(container: Any) -> Any:
         raise VideoRefusedError("no video stream", "the file holds sound or data alone; remove or replace it")
     stream = container.streams.video[0]
     if not stream.codec_context.height:
-        raise VideoRefusedError("unreadable", "the picture's size is unknown; replace the file")
+        raise VideoRefusedError(
+            "unreadable", f"the picture's size is unknown or above {MAX_PIXELS} pixels; replace the file"
+        )
+    stream.codec_context.options = DECODER_OPTIONS
     # The build runs one process a core: threads of a decoder would only fight over them.
     stream.codec_context.thread_count = 1
     return stream

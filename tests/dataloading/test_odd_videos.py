@@ -1,0 +1,136 @@
+"""Videos as the world has them, each written here; whatever they are, they are stored or refused with a reason."""
+
+from __future__ import annotations
+
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from dataloading.process import BuildConfig, VideoProcessor
+from dataloading.shards import RefusedVideo, Sample
+from dataloading.sources import Source
+from dataloading.videos import MAX_PIXELS, Video, VideoRefusedError, target_size
+
+HEIGHT, WIDTH, NUM_FRAMES = 48, 64, 10
+CORNER = 16  # pixels; where the frames are white at the top left
+
+
+def write(
+    path: Path,
+    *,
+    codec: str = "mpeg4",
+    pixels: str = "yuv420p",
+    size: tuple[int, int] = (HEIGHT, WIDTH),
+    times: range | list[int] = range(NUM_FRAMES),
+    turn: int = 0,
+) -> Path:
+    """A video with a white top left corner, its frames shown at these 25ths of a second."""
+    picture = np.full((*size, 3), 40, np.uint8)
+    picture[:CORNER, :CORNER] = 255
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width = size
+        stream.pix_fmt = pixels
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 25)
+        if turn:
+            stream.set_display_rotation(turn)
+        container.start_encoding()
+        for time in times:
+            frame = av.VideoFrame.from_ndarray(picture)
+            frame.pts = time
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def outcome(path: Path, **options: int) -> Sample | RefusedVideo:
+    config = BuildConfig(**{"flow": "dis", "short_side": 0, "window": 4, **options})
+    return VideoProcessor(path.parent, ("a",), config)(Source(path.name, 0))
+
+
+def refusal(path: Path) -> str:
+    result = outcome(path)
+    assert isinstance(result, RefusedVideo)
+    return result.reason
+
+
+@pytest.mark.parametrize(("turn", "row", "column"), [(-90, 0, -1), (90, -1, 0), (180, -1, -1)])
+def test_a_video_is_turned_as_it_is_shown(tmp_path: Path, turn: int, row: int, column: int) -> None:
+    with Video(write(tmp_path / "turned.mp4", turn=turn), 0) as video:
+        frames = list(video)
+        shape = (HEIGHT, WIDTH) if turn == 180 else (WIDTH, HEIGHT)
+        assert (video.height, video.width) == frames[0].shape[:2] == shape
+    corners = [(y, x) for y in (0, -1) for x in (0, -1) if frames[0][y, x].mean() > 150]
+    assert corners == [(row, column)]
+
+
+def test_a_turned_video_is_stored_upright(tmp_path: Path) -> None:
+    sample = outcome(write(tmp_path / "turned.mp4", turn=90), short_side=36)
+    assert isinstance(sample, Sample)
+    assert (sample.info["height"], sample.info["width"]) == (48, 36)
+    assert (sample.info["flow_height"], sample.info["flow_width"]) == (48, 36)
+
+
+def test_of_a_variable_rate_every_frame_is_stored_once(tmp_path: Path) -> None:
+    sample = outcome(write(tmp_path / "variable.mkv", codec="ffv1", times=[0, 1, 2, 10, 30, 31, 50, 51, 52, 90]))
+    assert isinstance(sample, Sample)
+    assert sample.info["frames"] == NUM_FRAMES
+    assert sample.info["fps"] > 0
+
+
+def test_the_rate_of_a_variable_one_is_the_average(tmp_path: Path) -> None:
+    sample = outcome(write(tmp_path / "variable.mp4", times=[0, 1, 2, 10, 30, 31, 50, 51, 52, 99]))
+    assert isinstance(sample, Sample)
+    assert sample.info["fps"] == pytest.approx(NUM_FRAMES / 4, rel=0.05)
+
+
+def test_ten_bits_a_colour_are_brought_down_to_eight(tmp_path: Path) -> None:
+    with Video(write(tmp_path / "deep.mkv", codec="ffv1", pixels="yuv420p10le"), 0) as video:
+        frame = next(iter(video))
+    assert frame.dtype == np.uint8
+    assert np.abs(frame[:CORNER, :CORNER].astype(int) - 255).max() < 5
+    assert np.abs(frame[CORNER:, CORNER:].astype(int) - 40).max() < 5
+
+
+@pytest.mark.parametrize("flow", ["dis", "tvl1"])
+def test_odd_sizes_are_kept(tmp_path: Path, flow: str) -> None:
+    path = write(tmp_path / "odd.mkv", codec="ffv1", pixels="yuv444p", size=(49, 67))
+    sample = VideoProcessor(tmp_path, ("a",), BuildConfig(flow, short_side=0, window=4))(Source(path.name, 0))
+    assert isinstance(sample, Sample)
+    assert (sample.info["height"], sample.info["width"]) == (49, 67)
+
+
+@pytest.mark.parametrize("num_frames", [0, 1])
+@pytest.mark.parametrize("suffix", ["avi", "mkv", "mp4"])
+def test_a_video_without_frames_or_with_one_is_refused(tmp_path: Path, num_frames: int, suffix: str) -> None:
+    reason = refusal(write(tmp_path / f"few.{suffix}", times=range(num_frames)))
+    assert reason.partition(":")[0] in ("too short", "unreadable", "no video stream")
+
+
+@pytest.mark.parametrize("size", [(100_000, 100_000), (30_000, 8_000), (2**31 - 1, 1), (0, 0)])
+@pytest.mark.parametrize(("codec", "pixels"), [("rawvideo", "bgr24"), ("ffv1", "yuv420p")])
+def test_a_header_that_claims_an_enormous_size_is_refused_before_room_is_made(
+    tmp_path: Path, size: tuple[int, int], codec: str, pixels: str
+) -> None:
+    path = write(tmp_path / "huge.avi", codec=codec, pixels=pixels)
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<ii", data, data.index(b"strf") + 12, *size)
+    path.write_bytes(data)
+    assert refusal(path).partition(":")[0] in ("unreadable", "too large", "truncated")
+
+
+def test_a_strip_that_resizing_would_make_enormous_is_refused() -> None:
+    assert target_size(4320, 7680, 0) == (4320, 7680)
+    with pytest.raises(VideoRefusedError, match=rf"^too large: \d+x256 pixels, at most {MAX_PIXELS} are taken"):
+        target_size(2, 30_000, 256)
+
+
+def test_a_playlist_in_a_videos_clothes_opens_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "other.mp4")
+    playlist = tmp_path / "playlist.mp4"
+    playlist.write_text("ffconcat version 1.0\nfile 'http://127.0.0.1:9/other.mp4'\n")
+    assert refusal(playlist).startswith("unreadable: ")
