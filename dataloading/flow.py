@@ -43,6 +43,11 @@ def flow_bytes(flow: np.ndarray) -> np.ndarray:
     return np.asarray(np.rint(coded), dtype=np.uint8)
 
 
+def flow_pixels(coded: np.ndarray) -> np.ndarray:
+    """Bytes to pixels, float32 of the same shape: what `flow_bytes` took, to half a step (0.08 px)."""
+    return coded.astype(np.float32) * np.float32(2 * BOUND / 255) - np.float32(BOUND)
+
+
 def stacked(flow_hw2: np.ndarray) -> np.ndarray:
     """The grey picture (2H, W) that flow is stored as: across above down, so that neither bleeds into the other."""
     return np.concatenate([flow_hw2[..., 0], flow_hw2[..., 1]])

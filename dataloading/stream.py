@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -118,6 +120,16 @@ class StoredVideo:
         if self.frame_maps.shape != (self.num_frames, 7, 7) or self.clip_scores.ndim != 1:
             raise self._damaged("its maps or scores do not fit its frames")
 
+    def info(self) -> dict[str, Any]:
+        """What the set says of the video itself: class, source, fps, flow…; `UserError` when it is not JSON."""
+        try:
+            info = json.loads(self._member("json"))
+        except ValueError as error:
+            raise self._damaged("its json cannot be read") from error
+        if not isinstance(info, dict):
+            raise self._damaged("its json is no object")
+        return info
+
     def frames(self, indices: Iterable[int]) -> list[np.ndarray]:
         """JPEG stills of these frames, uint8 (bytes,) each; `UserError` when one is no such JPEG."""
         return self._stills("frames", indices, self.height, self.width)
@@ -138,12 +150,15 @@ class StoredVideo:
         return [np.frombuffer(still, dtype=np.uint8) for still in stills]
 
     def _array(self, member: str) -> np.ndarray:
-        (data,) = self._read(self._index.members[self._sample, MEMBERS.index(member)][None])
         try:
-            array: np.ndarray = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+            array: np.ndarray = np.lib.format.read_array(io.BytesIO(self._member(member)), allow_pickle=False)
         except ValueError as error:
             raise self._damaged(f"{member} is not a NumPy array") from error
         return array
+
+    def _member(self, name: str) -> bytes:
+        (data,) = self._read(self._index.members[self._sample, MEMBERS.index(name)][None])
+        return data
 
     def _read(self, places: np.ndarray) -> list[bytes]:
         """The bytes at each (offset, size) of the shard."""

@@ -113,13 +113,22 @@ def draw_motion_starts(
     """
     if num_frames < 2 * window:
         return draw_uniform_starts(rng, num_frames=num_frames, window=window, order=order)
+    return _halves_to_starts(rng, *best_starts(clip_scores, num_frames=num_frames, window=window), order)
+
+
+def best_starts(clip_scores: np.ndarray, *, num_frames: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """The starts that a motion-focused draw chooses among in each half of a video of two windows or more.
+
+    Returns:
+        int64 (any,) of the first half and of the second, best first.
+    """
     middle = num_frames // 2
     first = np.arange(1, middle - window + 1)
     second = np.arange(middle, num_frames - window)
     if not len(first) or not len(second):
-        return _halves_to_starts(rng, np.array([1]), np.array([window]), order)
+        return np.array([1]), np.array([window])
     num_best = int(BEST_SHARE * len(first)) + 1
-    return _halves_to_starts(rng, _best(first, clip_scores, num_best), _best(second, clip_scores, num_best), order)
+    return _best(first, clip_scores, num_best), _best(second, clip_scores, num_best)
 
 
 def draw_uniform_starts(rng: np.random.Generator, *, num_frames: int, window: int, order: int) -> np.ndarray:

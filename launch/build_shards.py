@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from launch import inspect_shards
 from mcl_dist.errors import EXIT_FAILURE, ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     verify.add_argument("url", metavar="URL", help="folder of the shard set, at any fsspec URL")
     verify.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     verify.set_defaults(run=run_verify)
+    inspect_shards.register(actions)
 
 
 def _add_build_arguments(build: argparse.ArgumentParser) -> None:

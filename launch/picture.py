@@ -5,18 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from dataloading.inspect import VIEWS, decoded, decoded_frames
 from dataloading.loader import DataConfig
-from dataloading.pipeline import StillDecoder
 from dataloading.plan import sample_generator
 from dataloading.stream import ShardSet, StoredVideo
 from dataloading.tubelets import CutConfig, Tubelet, draw_tubelets
 
-VIEWS = ("query", "first key", "second key", "third key")
 NUM_SHOWN = 5  # frames of each clip
 CROP_COLOUR = "#00d8ff"
 
@@ -55,7 +53,7 @@ def draw_picture(path: Path, shard_set: ShardSet, position: int, config: DataCon
 
 def _draw_view(axes: np.ndarray, view: str, video: StoredVideo, tubelet: Tubelet, crop: int) -> None:
     shown = tubelet.frames[np.linspace(0, len(tubelet.frames) - 1, NUM_SHOWN).round().astype(int)]
-    whole = _decoded(video, shown, (0, 0, video.height, video.width), (video.height, video.width))
+    whole = decoded_frames(video, shown.tolist())
     strongest = max(int(video.frame_maps[tubelet.frames].max()), 1)
     for axis, frame, image in zip(axes, shown, whole, strict=False):
         axis.imshow(image)
@@ -70,21 +68,10 @@ def _draw_view(axes: np.ndarray, view: str, video: StoredVideo, tubelet: Tubelet
         top, left, height, width = tubelet.box
         axis.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=CROP_COLOUR, lw=2))
         _finish(axis, f"frame {frame}")
-    (cut_out,) = _decoded(video, shown[:1], tubelet.box, (crop, crop))
+    (cut_out,) = decoded(video.frames(shown[:1]), np.array([tubelet.box]), (crop, crop))
     axes[-1].imshow(cut_out)
     _finish(axes[-1], "cut out")
     axes[0].set_ylabel(view)
-
-
-def _decoded(
-    video: StoredVideo, frames: np.ndarray, window: tuple[int, int, int, int], size: tuple[int, int]
-) -> np.ndarray:
-    """Pixels of a window of these frames at a size, uint8 (N, height, width, 3)."""
-    decoder = StillDecoder(size=size, grey=False, device=torch.device("cpu"), threads=1)
-    try:
-        return decoder(video.frames(frames), np.tile(window, (len(frames), 1))).numpy()
-    finally:
-        decoder.close()
 
 
 def _finish(axis: Axes, title: str) -> None:
