@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from dataloading.journal import FinishedShard, check_record, read_finished, remo
 from dataloading.process import BuildConfig, Outcome, VideoProcessor
 from dataloading.shards import (
     MANIFEST,
+    REPORT,
     SHARD_NAME,
     Manifest,
     RefusedVideo,
@@ -60,6 +64,7 @@ def build_shards(
             full, a worker that died, another builder at the destination, an unfinished build or a complete
             set of other videos or another configuration there.
     """
+    start = time.monotonic()
     record = build_record(sources, config)
     processor = VideoProcessor(sources.root, sources.classes, config)
     videos = _shuffled(sources, config)
@@ -81,6 +86,8 @@ def build_shards(
         manifest = Manifest(record, sources.classes, tuple(shard.entry for shard in shards), tuple(refused))
         _remove_strays(destination, manifest)
         claim.check()
+        report = {**summary(manifest, time.monotonic() - start, len(videos) - taken), "workers": workers}
+        destination.write(REPORT, json.dumps(report, indent=1).encode() + b"\n")
         destination.write(MANIFEST, manifest.to_json())
         remove_journals(destination)
     return manifest
@@ -93,6 +100,21 @@ def existing_set(destination: Folder, sources: SourceFolder, config: BuildConfig
         UserError: a complete set of other videos or another configuration, or a damaged one, is there.
     """
     return _complete(destination, build_record(sources, config))
+
+
+def summary(manifest: Manifest, seconds: float, num_built: int) -> dict[str, Any]:
+    """What a person wants to know at the end: the set in figures, and what `num_built` of its videos took now."""
+    kinds = Counter(video.reason.partition(":")[0] for video in manifest.refused)
+    return {
+        "videos": manifest.num_videos,
+        "frames": manifest.num_frames,
+        "hours": round(manifest.num_seconds / 3600, 3),
+        "shards": len(manifest.shards),
+        "bytes": manifest.num_bytes,
+        "refused": dict(sorted(kinds.items())),
+        "seconds": round(seconds, 3),
+        "seconds_per_video": round(seconds / num_built, 3) if num_built else 0.0,
+    }
 
 
 def remove_traces(destination: Folder) -> None:
@@ -157,6 +179,7 @@ class _Rest:
         self._record = record
         self._shards = shards
         self._taken = taken
+        self._seconds = 0.0
         self.refused: list[RefusedVideo] = []
 
     def build(self, outcomes: Iterator[Outcome]) -> None:
@@ -169,11 +192,12 @@ class _Rest:
                 shard.unlink()
                 return
             self._claim.check()
-            entry = _publish(writer, self._destination, shard)
+            entry = replace(_publish(writer, self._destination, shard), seconds=round(self._seconds, 3))
             finished = FinishedShard(self._record, entry, tuple(self.refused), self._taken)
             finished.write(self._destination)
             self._shards.append(finished)
             self.refused.clear()
+            self._seconds = 0.0
 
     def _fill(self, writer: ShardWriter, outcomes: Iterator[Outcome]) -> None:
         for outcome in outcomes:
@@ -182,6 +206,7 @@ class _Rest:
                 self.refused.append(outcome)
                 continue
             writer.add(outcome)
+            self._seconds += outcome.seconds
             if writer.num_bytes >= self._num_bytes:
                 return
 

@@ -28,6 +28,7 @@ from mcl_dist.storage import Folder
 FORMAT = "mcl-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
+REPORT = "build.json"  # what the build took: times differ, so it is no part of the set
 MEMBERS = ("json", "frames.mjpg", "flow.mjpg", "motion.npy", "scores.npy")
 SHARD_NAME = re.compile(r"shard-\d{6,}\.tar")
 KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -39,7 +40,7 @@ StillKind = Literal["frames", "flow"]
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What the manifest says of one shard."""
+    """What the manifest says of one shard; `seconds` is its videos' playing time, as far as their files tell a rate."""
 
     name: str
     samples: int
@@ -47,6 +48,7 @@ class ShardEntry:
     bytes: int
     sha256: str
     index_sha256: str
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ class Manifest:
         """Bytes of all tar files."""
         return sum(shard.bytes for shard in self.shards)
 
+    @property
+    def num_seconds(self) -> float:
+        """Playing time of all videos."""
+        return sum(shard.seconds for shard in self.shards)
+
     def to_json(self) -> bytes:
         """The text of `manifest.json`."""
         totals = {"videos": self.num_videos, "frames": self.num_frames, "bytes": self.num_bytes}
@@ -106,6 +113,17 @@ class Sample:
     flow: list[bytes]
     motion: np.ndarray
     scores: np.ndarray
+
+    @property
+    def seconds(self) -> float:
+        """Playing time; 0 when the video's file does not tell its rate."""
+        rate = self.info["fps"]
+        return float(self.info["frames"] * self.info["keep_every"] / rate) if rate else 0.0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all stills, which is nearly all that is stored."""
+        return sum(map(len, self.frames)) + sum(map(len, self.flow))
 
     def members(self) -> dict[str, bytes]:
         """Bytes of the tar members, in the order of `MEMBERS`."""

@@ -16,6 +16,7 @@ from dataloading.shards import (
     KEY,
     MANIFEST,
     MEMBERS,
+    REPORT,
     Manifest,
     ShardEntry,
     ShardIndex,
@@ -24,6 +25,7 @@ from dataloading.shards import (
     parse_manifest,
     sha256,
 )
+from dataloading.workers import ordered_map
 from mcl_dist.errors import UserError
 from mcl_dist.storage import Folder
 
@@ -42,20 +44,33 @@ class Verification:
     problems: tuple[str, ...]
 
 
-def verify_shards(folder: Folder) -> Verification:
-    """Read the whole set and collect its problems.
+def verify_shards(folder: Folder, workers: int = 1) -> Verification:
+    """Read the whole set, in as many processes, and collect its problems; each holds one shard in memory.
 
     Raises:
         UserError: there is no manifest, or none that this program reads.
     """
     manifest = parse_manifest(folder)
-    problems = [problem for entry in manifest.shards for problem in _shard_problems(folder, entry, manifest)]
+    check = _ShardCheck(folder.url, len(manifest.classes))
+    with ordered_map(check, manifest.shards, max(1, min(workers, len(manifest.shards)))) as found:
+        problems = [problem for of_shard in found for problem in of_shard]
     problems += _stray_problems(folder, manifest)
     return Verification(manifest.num_videos, len(manifest.shards), manifest.num_bytes, tuple(problems))
 
 
+@dataclass(frozen=True)
+class _ShardCheck:
+    """Collects one shard's problems; runs in a worker process."""
+
+    url: str
+    num_classes: int
+
+    def __call__(self, entry: ShardEntry) -> list[str]:
+        return list(_shard_problems(Folder(self.url), entry, self.num_classes))
+
+
 def _stray_problems(folder: Folder, manifest: Manifest) -> Iterator[str]:
-    named = {MANIFEST}
+    named = {MANIFEST, REPORT}
     for entry in manifest.shards:
         named |= {entry.name, index_name(entry.name)}
     for name in folder.names():
@@ -63,7 +78,7 @@ def _stray_problems(folder: Folder, manifest: Manifest) -> Iterator[str]:
             yield f"{folder.url}/{name}: the manifest does not name it; remove it"
 
 
-def _shard_problems(folder: Folder, entry: ShardEntry, manifest: Manifest) -> Iterator[str]:
+def _shard_problems(folder: Folder, entry: ShardEntry, num_classes: int) -> Iterator[str]:
     where = f"{folder.url}/{entry.name}"
     try:
         data = folder.read(entry.name)
@@ -77,7 +92,7 @@ def _shard_problems(folder: Folder, entry: ShardEntry, manifest: Manifest) -> It
         yield f"{where}: its sha256 is not the manifest's; rebuild the set"
     yield from (f"{where}: {problem}" for problem in _tar_problems(data, index))
     for sample, key in enumerate(index.keys):
-        problems = _sample_problems(data, index, sample, len(manifest.classes))
+        problems = _sample_problems(data, index, sample, num_classes)
         yield from (f"{where}: {key}: {problem}" for problem in problems)
 
 

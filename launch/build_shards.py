@@ -7,11 +7,9 @@ import json
 import os
 import sys
 import time
-from collections import Counter
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from launch import inspect_shards
 from mcl_dist.errors import EXIT_FAILURE, ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -52,9 +50,11 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         formatter_class=raw,
     )
     verify.add_argument("url", metavar="URL", help="folder of the shard set, at any fsspec URL")
+    verify.add_argument(
+        "--workers", type=int, default=num_cores(), help="processes, each with a shard in memory (default: one a core)"
+    )
     verify.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     verify.set_defaults(run=run_verify)
-    inspect_shards.register(actions)
 
 
 def _add_build_arguments(build: argparse.ArgumentParser) -> None:
@@ -99,7 +99,7 @@ def run_build(args: argparse.Namespace) -> int:
     if manifest is not None:
         _say(f"{args.destination}: complete already, built from the same videos in the same way; nothing to do")
         remove_traces(destination)
-        _report(manifest, seconds=0.0, as_json=args.json)
+        _report(manifest, seconds=0.0, num_built=0, as_json=args.json)
         return 0
     start = time.monotonic()
     progress = BuildProgress(len(sources.videos))
@@ -107,7 +107,7 @@ def run_build(args: argparse.Namespace) -> int:
         manifest = build_shards(sources, destination, config, args.workers, progress)
     finally:
         progress.close()
-    _report(manifest, time.monotonic() - start, as_json=args.json)
+    _report(manifest, time.monotonic() - start, progress.num_built, as_json=args.json)
     return 0
 
 
@@ -116,8 +116,10 @@ def run_verify(args: argparse.Namespace) -> int:
     from dataloading.verify import Verification, verify_shards
     from mcl_dist.storage import Folder
 
+    if args.workers < 1:
+        raise ConfigError(f"--workers: found {args.workers}, must be at least 1")
     try:
-        result = verify_shards(Folder(args.url))
+        result = verify_shards(Folder(args.url), args.workers)
     except UserError as error:
         if args.json:
             print(json.dumps(vars(Verification(0, 0, 0, (str(error),)))))
@@ -133,11 +135,16 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 class BuildProgress:
-    """Tells standard error how a build gets on: each refusal, and one line rewritten or a line now and then."""
+    """Tells standard error how a build gets on: each refusal, and one line rewritten or a line now and then.
+
+    Attributes:
+        num_built: videos stored or refused by this run.
+    """
 
     def __init__(self, total: int) -> None:
         self._total = total
-        self._done = self._refused = self._kept = 0
+        self.num_built = 0
+        self._refused = self._kept = self._bytes = 0
         self._start = self._told = time.monotonic()
         self._rewrites = sys.stderr.isatty()
 
@@ -149,8 +156,10 @@ class BuildProgress:
         if isinstance(outcome, GoingOn):
             self._go_on(outcome)
             return
-        self._done += 1
-        if isinstance(outcome, RefusedVideo):
+        self.num_built += 1
+        if not isinstance(outcome, RefusedVideo):
+            self._bytes += outcome.num_bytes
+        else:
             self._refused += 1
             self._clear()
             _say(f"{outcome.source}: refused, {outcome.reason}")
@@ -172,9 +181,12 @@ class BuildProgress:
         self._refused += found.refused
 
     def _tell(self, seconds: float) -> None:
-        done = self._kept + self._done
-        left = seconds / self._done * (self._total - done)
-        line = f"{done} of {self._total} videos, {self._refused} refused, about {left:.0f} s left"
+        done = self._kept + self.num_built
+        speed = self.num_built / max(seconds, 1e-9)
+        line = (
+            f"{done} of {self._total} videos, {self._refused} refused, {speed:.1f} videos/s, "
+            f"{self._bytes / max(seconds, 1e-9) / 1e6:.1f} MB/s, about {_duration((self._total - done) / speed)} left"
+        )
         self._clear()
         print(line, end="" if self._rewrites else "\n", file=sys.stderr, flush=True)
 
@@ -214,6 +226,13 @@ def _list_choice(args: argparse.Namespace) -> ListChoice | None:
     return ListChoice(args.list, args.list_format, args.split, args.fold, args.classes)
 
 
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def _build_config(args: argparse.Namespace) -> BuildConfig:
     from dataloading.process import BuildConfig
     from mcl_dist.config import build_config
@@ -227,17 +246,10 @@ def _build_config(args: argparse.Namespace) -> BuildConfig:
         raise ConfigError(f"--{str(error).replace('_', '-')}") from error
 
 
-def _report(manifest: Manifest, seconds: float, *, as_json: bool) -> None:
-    num_tried = manifest.num_videos + len(manifest.refused)
-    report: dict[str, Any] = {
-        "videos": manifest.num_videos,
-        "frames": manifest.num_frames,
-        "shards": len(manifest.shards),
-        "bytes": manifest.num_bytes,
-        "refused": dict(sorted(Counter(video.reason.partition(":")[0] for video in manifest.refused).items())),
-        "seconds": round(seconds, 3),
-        "seconds_per_video": round(seconds / num_tried, 3),
-    }
+def _report(manifest: Manifest, seconds: float, num_built: int, *, as_json: bool) -> None:
+    from dataloading.build import summary
+
+    report = summary(manifest, seconds, num_built)
     if as_json:
         print(json.dumps(report))
         return

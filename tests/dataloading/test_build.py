@@ -12,7 +12,7 @@ import webdataset
 
 from dataloading.build import build_shards, existing_set
 from dataloading.process import BuildConfig, Outcome, key_of
-from dataloading.shards import KEY, MEMBERS, Manifest, RefusedVideo, ShardWriter, read_manifest
+from dataloading.shards import KEY, MEMBERS, REPORT, Manifest, RefusedVideo, ShardWriter, read_manifest
 from dataloading.sources import Source, scan_sources
 from dataloading.synthetic import write_video
 from dataloading.verify import verify_shards
@@ -39,7 +39,8 @@ def build(source: Path, destination: Path | str, workers: int = 1, config: Build
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """All but the report, whose times differ."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != REPORT}
 
 
 def test_a_built_set_is_whole_and_names_what_was_refused(source: Path, tmp_path: Path) -> None:
@@ -96,6 +97,15 @@ def test_a_full_shard_is_closed_and_the_next_begun(
     assert len(manifest.shards) > 1
     assert all(shard.bytes > 60_000 for shard in manifest.shards[:-1])
     assert verify_shards(Folder(str(tmp_path / "set"))).problems == ()
+
+
+def test_the_report_beside_a_set_says_what_it_holds_and_took(source: Path, tmp_path: Path) -> None:
+    manifest = build(source, tmp_path / "set")
+    report = json.loads((tmp_path / "set" / REPORT).read_bytes())
+    assert (report["videos"], report["frames"], report["workers"]) == (4, 43, 1)
+    assert report["refused"] == {"too short": 1, "unreadable": 1}
+    assert manifest.num_seconds == pytest.approx(43 / 25, abs=0.01)  # synthetic videos play at 25 frames a second
+    assert report["seconds"] > 0
 
 
 def test_any_fsspec_url_will_do(source: Path) -> None:

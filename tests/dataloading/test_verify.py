@@ -43,6 +43,15 @@ def test_a_sound_set_has_no_problem(folder: Folder) -> None:
     assert result.bytes == folder.size(SHARD) + folder.size("shard-000001.tar")
 
 
+@pytest.mark.slow
+def test_many_processes_find_what_one_finds(folder: Folder) -> None:
+    flip(folder, SHARD, place(folder, "flow.mjpg"))
+    flip(folder, "shard-000001.index.npz", 200)
+    alone = verify_shards(folder)
+    assert len(alone.problems) > 2
+    assert verify_shards(folder, workers=2) == alone
+
+
 @pytest.mark.parametrize("member", MEMBERS[1:])
 def test_a_flipped_byte_of_a_member_is_found_and_named(folder: Folder, member: str) -> None:
     flip(folder, SHARD, place(folder, member))
