@@ -10,6 +10,7 @@ import time
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from launch import inspect_shards
 from mcl_dist.errors import EXIT_FAILURE, ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     verify.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     verify.set_defaults(run=run_verify)
+    inspect_shards.register(actions)
 
 
 def _add_build_arguments(build: argparse.ArgumentParser) -> None:
