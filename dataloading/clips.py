@@ -39,7 +39,11 @@ class ClipBatch:
 
 
 class ProbeClips:
-    """Every video of a shard set in its order, a few at a time, as `num_clips` clips each."""
+    """Every video of a shard set in its order, a few at a time, as `num_clips` clips each.
+
+    Raises:
+        ConfigError: the set does not store the frames that the geometry's stride asks for.
+    """
 
     def __init__(
         self,
@@ -52,6 +56,7 @@ class ProbeClips:
         threads: int = 2,
     ) -> None:
         self.geometry = geometry
+        self._stride = shard_set.stored_stride(geometry.stride)
         self.num_clips = num_clips
         self._shard_set = shard_set
         self._device = device
@@ -80,7 +85,7 @@ class ProbeClips:
     def _clips(self, decoder: StillDecoder, video: StoredVideo) -> torch.Tensor:
         """(num_clips, T, H, W, 3) of one video; a still that several clips share is decoded once."""
         shape = self.geometry
-        wanted = clip_frames(video.num_frames, shape.frames, shape.stride, self.num_clips)
+        wanted = clip_frames(video.num_frames, shape.frames, self._stride, self.num_clips)
         needed, places = np.unique(wanted, return_inverse=True)
         window = centre_window(video.height, video.width, shape.crop)
         stills = decoder(video.frames(needed), np.tile(window, (len(needed), 1)))

@@ -34,7 +34,8 @@ class DataConfig:
 
     Attributes:
         train: URL of the shard set.
-        frames, stride, crop: of a clip, in frames, source frames and pixels.
+        frames, stride, crop: of a clip, in frames, source frames (whether the set stores them all or not) and
+            pixels.
         min_windows: videos under so many windows (frames x stride) are left out.
         motion_probability: chance that a video's starts are motion-focused.
         shuffle_window: videos of a lane that an epoch shuffles among themselves.
@@ -78,8 +79,8 @@ class TubeletLoader:
 
     Raises:
         UserError: the set cannot be read, or has too few usable videos.
-        ConfigError: ranks do not divide the global batch, the grid of the targets does not divide a clip, or
-            the blur is wider than a view.
+        ConfigError: ranks do not divide the global batch, the grid of the targets does not divide a clip, the
+            blur is wider than a view, or the set does not store the frames that the stride asks for.
     """
 
     def __init__(
@@ -96,9 +97,10 @@ class TubeletLoader:
     ) -> None:
         check_clips(config, grid)
         self._config = config
+        self._set = ShardSet(config.train, config.cache)
         self._cut = CutConfig(
             frames=config.frames,
-            stride=config.stride,
+            stride=self._set.stored_stride(config.stride),
             motion_probability=config.motion_probability,
             area=config.augment.area,
             aspect=config.augment.aspect,
@@ -107,7 +109,6 @@ class TubeletLoader:
         self._grid = grid
         self._device = device
         self._lanes = lanes_of_rank(rank, num_ranks=num_ranks, lanes=global_batch)
-        self._set = ShardSet(config.train, config.cache)
         self._usable = np.flatnonzero(self._set.num_frames >= config.min_windows * self._cut.window)
         self.num_left_out = len(self._set) - len(self._usable)
         self._plan = Plan(len(self._usable), lanes=global_batch, seed=seed, shuffle_window=config.shuffle_window)
@@ -201,9 +202,11 @@ class TubeletLoader:
     def _check_window(self, video: StoredVideo) -> None:
         stored = video.num_frames - len(video.clip_scores) + 1
         if stored != self._cut.window:
+            keep_every = self._set.keep_every
+            window = self._cut.window * keep_every
             raise UserError(
-                f"{video.where}: its clip scores are of windows of {stored} frames, data.frames x data.stride "
-                f"is {self._cut.window}; build the set with `mcl shards build … --window {self._cut.window}`"
+                f"{video.where}: its clip scores are of windows of {stored * keep_every} frames, data.frames x "
+                f"data.stride is {window}; build the set with `mcl shards build … --window {window}`"
             )
 
 

@@ -22,7 +22,7 @@ from dataloading.sources import Source
 from dataloading.videos import Video, VideoRefusedError
 from dataloading.workers import leave_if_stopped
 from mcl_dist.config import choice, number
-from mcl_dist.errors import UserError
+from mcl_dist.errors import ConfigError, UserError
 from mcl_dist.storage import Folder
 
 # At 95 the flow is off by 0.06 to 0.08 px (root mean square) on real clips, half a step of its bytes (0.157 px),
@@ -45,6 +45,11 @@ class BuildConfig:
         quality: JPEG quality of the frames.
         flow_quality: JPEG quality of the flow.
         shard_megabytes: a shard is closed once it holds as much.
+        keep_every: every so many frames one is stored, with the flow to its successor in the video; its map and
+            score are those that it would have if all were stored. It divides the window.
+
+    Raises:
+        ConfigError: `keep_every` does not divide the window.
     """
 
     flow: str = choice(TVL1, DIS)
@@ -55,6 +60,11 @@ class BuildConfig:
     quality: int = number(90, minimum=1, maximum=100)
     flow_quality: int = number(FLOW_QUALITY, minimum=1, maximum=100)
     shard_megabytes: int = number(256, minimum=1)
+    keep_every: int = number(1, minimum=1)
+
+    def __post_init__(self) -> None:
+        if self.window % self.keep_every:
+            raise ConfigError(f"keep_every: found {self.keep_every}, must divide the window, {self.window} frames")
 
 
 class VideoProcessor:
@@ -93,21 +103,28 @@ class VideoProcessor:
         frames: list[bytes] = []
         flow_stills: list[bytes] = []
         earlier = flow = None
+        num_frames = 0
         for frame in video:
             leave_if_stopped()
-            frames.append(_jpeg(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), config.quality))
+            if num_frames % config.keep_every == 0:
+                frames.append(_jpeg(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), config.quality))
             if earlier is not None:
                 flow = estimate(earlier, frame)
-                flow_stills.append(_jpeg(stacked(flow), config.flow_quality))
                 motion.add(flow)
+                if (num_frames - 1) % config.keep_every == 0:
+                    flow_stills.append(_jpeg(stacked(flow), config.flow_quality))
             earlier = frame
-        self._check_length(len(frames))
+            num_frames += 1
+        self._check_length(num_frames)
         if flow is not None:
             # The last frame has no successor: it repeats its predecessor's flow.
             flow_stills.append(flow_stills[-1])
             motion.add(flow)
-        info = self._info(source, video, len(frames), estimate.size(video.height, video.width))
-        return Sample(key_of(source), info, frames, flow_stills, motion.frame_maps(), motion.clip_scores())
+        # Frames over at the end have no score of their own: a clip that held them would reach past it.
+        num_stored = num_frames // config.keep_every
+        info = self._info(source, video, num_stored, estimate.size(video.height, video.width))
+        maps, scores = motion.frame_maps()[:: config.keep_every], motion.clip_scores()[:: config.keep_every]
+        return Sample(key_of(source), info, frames[:num_stored], flow_stills[:num_stored], maps[:num_stored], scores)
 
     def _check_length(self, num_frames: int) -> None:
         needed = max(self._config.window, self._config.map_window)
@@ -121,13 +138,13 @@ class VideoProcessor:
             "label": source.label,
             "class": self._classes[source.label],
             "source": source.path,
-            "fps": video.fps,
+            "fps": video.fps / self._config.keep_every,
             "height": video.height,
             "width": video.width,
             "flow_height": flow_size[0],
             "flow_width": flow_size[1],
             "frames": num_frames,
-            "keep_every": 1,
+            "keep_every": self._config.keep_every,
             "flow": self._config.flow,
             "flow_bound": BOUND,
         }

@@ -29,6 +29,7 @@ class ShardSet:
 
     Attributes:
         manifest: what the set says of itself.
+        keep_every: of how many frames of a video one is stored; all numbers of frames here are of stored ones.
         keys: str (videos,).
         labels, num_frames, heights, widths, flow_heights, flow_widths: int64 (videos,).
 
@@ -45,6 +46,7 @@ class ShardSet:
             )
         self._cache = None if self._folder.is_local or cache is None else Path(cache)
         self.manifest = read_manifest(self._folder)
+        self.keep_every = int(self.manifest.build.get("keep_every", 1))
         self._indices = [ShardIndex.read(self._folder, entry) for entry in self.manifest.shards]
         self._first_position = np.cumsum([0, *(len(index) for index in self._indices)])
         self.keys = self._column("keys")
@@ -57,6 +59,19 @@ class ShardSet:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def stored_stride(self, stride: int) -> int:
+        """Stored frames from one to the next of a clip, for a stride in frames of the videos themselves.
+
+        Raises:
+            ConfigError: the frames between are not stored.
+        """
+        if stride % self.keep_every:
+            raise ConfigError(
+                f"data.stride: found {stride}, must be a multiple of {self.keep_every}: of that many frames "
+                "the set stores one (--keep-every)"
+            )
+        return stride // self.keep_every
 
     def read(self, position: int) -> StoredVideo:
         """The video at a position of the set: its maps and scores at once, its stills when asked for.

@@ -76,6 +76,7 @@ def _add_build_arguments(build: argparse.ArgumentParser) -> None:
     )
     build.add_argument("--window", type=int, default=32, help="frames a clip covers; shorter videos are refused (32)")
     build.add_argument("--map-window", type=int, default=4, help="flows in the stack of a frame map (4; UCF101: 8)")
+    build.add_argument("--keep-every", type=int, default=1, help="of so many frames one is stored (1: all)")
     build.add_argument("--quality", type=int, default=90, help="JPEG quality of the frames (90)")
     build.add_argument("--json", action="store_true", help="print the closing table as one JSON object")
     build.set_defaults(run=run_build)

@@ -28,7 +28,7 @@ def draw_picture(path: Path, shard_set: ShardSet, position: int, config: DataCon
     video = shard_set.read(position)
     cut = CutConfig(
         frames=config.frames,
-        stride=config.stride,
+        stride=shard_set.stored_stride(config.stride),
         motion_probability=config.motion_probability,
         area=config.augment.area,
         aspect=config.augment.aspect,

@@ -1,0 +1,146 @@
+"""A set that stores every second frame against the set of the same videos that stores all."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dataloading.augment import AugmentConfig
+from dataloading.build import build_shards
+from dataloading.clips import ClipGeometry, ProbeClips
+from dataloading.loader import DataConfig, TubeletLoader
+from dataloading.process import BuildConfig, VideoProcessor
+from dataloading.shards import Sample
+from dataloading.sources import Source, scan_sources
+from dataloading.stream import ShardSet
+from dataloading.synthetic import FPS, write_video
+from dataloading.verify import verify_shards
+from mcl_dist.batch import TubeletBatch
+from mcl_dist.errors import ConfigError, UserError
+from mcl_dist.storage import Folder
+
+WINDOW = 8  # frames of the video: 4 of a clip at stride 2
+CPU = torch.device("cpu")
+
+
+def write_source(folder: Path, lengths: list[int]) -> Path:
+    rng = np.random.default_rng(3)
+    for number, length in enumerate(lengths):
+        path = folder / "a" / f"{number}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_video(path, rng.integers(0, 256, (length, 48, 64), dtype=np.uint8))
+    return folder
+
+
+def build(source: Path, destination: Path, keep_every: int) -> Path:
+    config = BuildConfig("dis", short_side=0, window=WINDOW, keep_every=keep_every)
+    build_shards(scan_sources(str(source)), Folder(str(destination)), config, 1, lambda _: None)
+    assert verify_shards(Folder(str(destination))).problems == ()
+    return destination
+
+
+@pytest.fixture
+def one_window(tmp_path: Path) -> tuple[Path, Path]:
+    """Sets of all frames and of every second, of videos that have one possible clip each."""
+    source = write_source(tmp_path / "source", [WINDOW] * 4)
+    return build(source, tmp_path / "all", 1), build(source, tmp_path / "half", 2)
+
+
+def data(folder: Path, stride: int = 2) -> DataConfig:
+    return DataConfig(str(folder), frames=4, stride=stride, crop=28, augment=AugmentConfig())
+
+
+def batches(folder: Path, stride: int = 2) -> list[TubeletBatch]:
+    loader = TubeletLoader(
+        data(folder, stride), seed=0, global_batch=2, rank=0, num_ranks=1, grid=(2, 7, 7), device=CPU
+    )
+    try:
+        return list(islice(loader, 3))
+    finally:
+        loader.close()
+
+
+@pytest.mark.parametrize("length", [16, 17, 22])
+@pytest.mark.parametrize("keep_every", [2, 4])
+def test_what_is_stored_is_what_a_set_of_all_frames_has_there(tmp_path: Path, length: int, keep_every: int) -> None:
+    root = write_source(tmp_path, [length])
+    configs = (BuildConfig("dis", short_side=0, window=WINDOW, keep_every=k) for k in (keep_every, 1))
+    kept, whole = (VideoProcessor(root, ("a",), config)(Source("a/0.mp4", 0)) for config in configs)
+    assert isinstance(kept, Sample)
+    assert isinstance(whole, Sample)
+    num_stored = length // keep_every
+    assert kept.frames == whole.frames[::keep_every][:num_stored]
+    assert kept.flow == whole.flow[::keep_every][:num_stored]
+    assert np.array_equal(kept.motion, whole.motion[::keep_every][:num_stored])
+    assert np.array_equal(kept.scores, whole.scores[::keep_every])
+    assert len(kept.scores) == num_stored - WINDOW // keep_every + 1
+    assert (kept.info["frames"], kept.info["fps"], kept.info["keep_every"]) == (
+        num_stored,
+        FPS / keep_every,
+        keep_every,
+    )
+
+
+def test_the_same_configuration_trains_on_either_set_alike(one_window: tuple[Path, Path]) -> None:
+    for whole, half in zip(*(batches(folder) for folder in one_window), strict=True):
+        assert torch.equal(whole.views, half.views)
+        assert torch.equal(whole.motion, half.motion)
+        assert torch.equal(whole.order, half.order)
+
+
+def test_probes_see_the_same_clips_of_either_set(one_window: tuple[Path, Path]) -> None:
+    whole, half = (
+        next(iter(ProbeClips(ShardSet(str(folder)), ClipGeometry(4, 2, 28), device=CPU, num_clips=2)))
+        for folder in one_window
+    )
+    assert torch.equal(whole.clips, half.clips)
+
+
+def test_clips_of_longer_videos_stay_within_what_is_stored(tmp_path: Path) -> None:
+    folder = build(write_source(tmp_path / "source", [33, 19, 16, 40]), tmp_path / "half", 2)
+    assert ShardSet(str(folder)).num_frames.tolist().count(16) == 1
+    for batch in batches(folder):
+        assert batch.views.shape[:3] == (2, 4, 4)
+
+
+def test_a_stride_whose_frames_are_not_stored_is_refused(one_window: tuple[Path, Path]) -> None:
+    message = "data.stride: found 3, must be a multiple of 2"
+    with pytest.raises(ConfigError, match=message):
+        batches(one_window[1], stride=3)
+    with pytest.raises(ConfigError, match=message):
+        ProbeClips(ShardSet(str(one_window[1])), ClipGeometry(4, 3, 28), device=CPU)
+
+
+def test_scores_of_another_window_are_told_in_frames_of_the_video(one_window: tuple[Path, Path]) -> None:
+    loader = TubeletLoader(
+        DataConfig(str(one_window[1]), frames=2, stride=2, crop=28, augment=AugmentConfig()),
+        seed=0,
+        global_batch=2,
+        rank=0,
+        num_ranks=1,
+        grid=(2, 7, 7),
+        device=CPU,
+    )
+    try:
+        with pytest.raises(UserError, match=r"windows of 8 frames, .* is 4; build the set with .* --window 4"):
+            next(iter(loader))
+    finally:
+        loader.close()
+
+
+def test_a_stride_that_does_not_divide_the_window_cannot_be_stored() -> None:
+    with pytest.raises(ConfigError, match="keep_every: found 3, must divide the window, 8 frames"):
+        BuildConfig("dis", window=WINDOW, keep_every=3)
+
+
+def test_the_set_says_what_it_keeps(one_window: tuple[Path, Path]) -> None:
+    manifest = json.loads((one_window[1] / "manifest.json").read_bytes())
+    assert manifest["build"]["keep_every"] == 2
+    assert ShardSet(str(one_window[1])).keep_every == 2
+    maps = ShardSet(str(one_window[1])).read(0).frame_maps
+    assert maps.shape == (WINDOW // 2, 7, 7)
