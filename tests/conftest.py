@@ -13,9 +13,19 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="session")
 def real_videos() -> Path:
     """A folder of class folders of real clips, which a user's clone does not have."""
-    folder = Path(os.environ.get("MCL_VIDEOS", REPOSITORY.parent / "shared" / "videos"))
+    return _folder_beside("MCL_VIDEOS", "videos", "real clips")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of vectors that the reference implementation computed, which a user's clone does not have."""
+    return _folder_beside("MCL_GOLDEN", "golden", "golden vectors")
+
+
+def _folder_beside(variable: str, name: str, what: str) -> Path:
+    folder = Path(os.environ.get(variable, REPOSITORY.parent / "shared" / name))
     if not folder.is_dir():
-        pytest.skip(f"no real clips: {folder} is missing; name a folder of class folders in MCL_VIDEOS")
+        pytest.skip(f"no {what}: {folder} is missing; name their folder in {variable}")
     return folder
 
 
