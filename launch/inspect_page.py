@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from datetime import timedelta
 from itertools import groupby
 
 import numpy as np
@@ -109,6 +110,7 @@ def _summary(shard_set: ShardSet) -> Markup:
     totals = {
         "videos": f"{manifest.num_videos:,}",
         "frames": f"{manifest.num_frames:,}",
+        "playing time": timedelta(seconds=round(manifest.num_seconds)),
         "frames a video": f"{frames.min():,} to {frames.max():,}, median {np.median(frames):,.0f}",
         "frame sizes": sizes.pop() if len(sizes) == 1 else f"{len(sizes)} different",
         "shards": f"{len(manifest.shards):,}",

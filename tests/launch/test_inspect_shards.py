@@ -74,6 +74,7 @@ def test_the_path_is_printed(shards: Path, tmp_path: Path, capsys: pytest.Captur
 def test_the_page_tells_what_the_set_is(html: str) -> None:
     for name, value in (("videos", "2"), ("frames", "60"), ("flow", "dis"), ("window", "8"), ("refused", "1")):
         assert f"<dt>{name}</dt><dd>{value}</dd>" in html
+    assert "<dt>playing time</dt><dd>0:00:02</dd>" in html
     assert "<summary>unreadable: 1</summary>" in html
     assert "2 of 2 videos, drawn with seed 4" in html
 
