@@ -34,7 +34,7 @@ class ShardSet:
         labels, num_frames, heights, widths, flow_heights, flow_widths: int64 (videos,).
 
     Raises:
-        UserError: as `read_manifest` and `ShardIndex.read`.
+        UserError: as `read_manifest` and `ShardIndex.read`, and for a set of no videos.
         ConfigError: the set is elsewhere and there is no cache.
     """
 
@@ -46,6 +46,8 @@ class ShardSet:
             )
         self._cache = None if self._folder.is_local or cache is None else Path(cache)
         self.manifest = read_manifest(self._folder)
+        if not self.manifest.shards:
+            raise UserError(f"{self._folder.url}: holds no video; rebuild the set")
         self.keep_every = int(self.manifest.build.get("keep_every", 1))
         self._indices = [ShardIndex.read(self._folder, entry) for entry in self.manifest.shards]
         self._first_position = np.cumsum([0, *(len(index) for index in self._indices)])

@@ -110,7 +110,7 @@ def _summary(shard_set: ShardSet) -> Markup:
     totals = {
         "videos": f"{manifest.num_videos:,}",
         "frames": f"{manifest.num_frames:,}",
-        "playing time": timedelta(seconds=round(manifest.num_seconds)),
+        "playing time": timedelta(seconds=round(manifest.num_seconds)) if manifest.num_seconds else "not said",
         "frames a video": f"{frames.min():,} to {frames.max():,}, median {np.median(frames):,.0f}",
         "frame sizes": sizes.pop() if len(sizes) == 1 else f"{len(sizes)} different",
         "shards": f"{len(manifest.shards):,}",

@@ -9,7 +9,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from dataloading.shards import ShardIndex
+from dataloading.shards import Manifest, ShardIndex
 from dataloading.stream import ShardSet
 from mcl_dist.errors import ConfigError, UserError
 
@@ -142,3 +142,21 @@ def test_a_remote_shard_of_other_bytes_is_refused_and_not_kept(folder: Path, tmp
 def test_a_remote_set_needs_a_cache(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.cache: missing; memory://elsewhere is not on this machine"):
         ShardSet(remote(folder, "elsewhere"))
+
+
+def test_a_set_of_no_videos_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_bytes(Manifest({}, (), (), ()).to_json())
+    with pytest.raises(UserError, match="holds no video"):
+        ShardSet(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"), [(b"\xff\xff", "its json cannot be read"), (b"[]", "its json is no object")]
+)
+def test_a_json_that_is_none_is_named(folder: Path, damage: bytes, found: str) -> None:
+    shards = ShardSet(str(folder))
+    offset, size = shards._indices[0].members[0, 0]
+    overwrite(folder, "shard-000000.tar", (offset, size), damage.ljust(size))
+
+    with pytest.raises(UserError, match=f"video video-0: {found}"):
+        shards.read(0).info()
