@@ -76,6 +76,9 @@ def _add_build_arguments(build: argparse.ArgumentParser) -> None:
     )
     build.add_argument("--window", type=int, default=32, help="frames a clip covers; shorter videos are refused (32)")
     build.add_argument("--map-window", type=int, default=4, help="flows in the stack of a frame map (4; UCF101: 8)")
+    build.add_argument(
+        "--drop-duplicates", action="store_true", help="of videos with the same bytes store the first alone"
+    )
     build.add_argument("--keep-every", type=int, default=1, help="of so many frames one is stored (1: all)")
     build.add_argument("--quality", type=int, default=90, help="JPEG quality of the frames (90)")
     build.add_argument("--json", action="store_true", help="print the closing table as one JSON object")
@@ -90,19 +93,26 @@ def num_cores() -> int:
 def run_build(args: argparse.Namespace) -> int:
     """Build a shard set; errors as in `build_shards`, and for a complete set of another make."""
     from dataloading.build import build_shards, existing_set, remove_traces
+    from dataloading.duplicates import find_duplicates, without
     from dataloading.sources import scan_sources
     from mcl_dist.storage import Folder
 
     config = _build_config(args)
     sources = scan_sources(args.source, _list_choice(args))
+    duplicates = find_duplicates(sources)
+    if args.drop_duplicates:
+        sources = without(sources, duplicates)
     destination = Folder(args.destination)
     if sources.num_others:
         _say(f"{args.source}: {sources.num_others} files are not videos by their extension, left out")
+    if not args.drop_duplicates:
+        for path, first in duplicates.items():
+            _say(f"{path}: the same bytes as {first}; --drop-duplicates would leave it out")
     manifest = existing_set(destination, sources, config)
     if manifest is not None:
         _say(f"{args.destination}: complete already, built from the same videos in the same way; nothing to do")
         remove_traces(destination)
-        _report(manifest, seconds=0.0, num_built=0, as_json=args.json)
+        _report(manifest, seconds=0.0, num_built=0, duplicates=len(duplicates), as_json=args.json)
         return 0
     start = time.monotonic()
     progress = BuildProgress(len(sources.videos))
@@ -110,7 +120,7 @@ def run_build(args: argparse.Namespace) -> int:
         manifest = build_shards(sources, destination, config, args.workers, progress)
     finally:
         progress.close()
-    _report(manifest, time.monotonic() - start, progress.num_built, as_json=args.json)
+    _report(manifest, time.monotonic() - start, progress.num_built, len(duplicates), as_json=args.json)
     return 0
 
 
@@ -249,10 +259,10 @@ def _build_config(args: argparse.Namespace) -> BuildConfig:
         raise ConfigError(f"--{str(error).replace('_', '-')}") from error
 
 
-def _report(manifest: Manifest, seconds: float, num_built: int, *, as_json: bool) -> None:
+def _report(manifest: Manifest, seconds: float, num_built: int, duplicates: int, *, as_json: bool) -> None:
     from dataloading.build import summary
 
-    report = summary(manifest, seconds, num_built)
+    report = {**summary(manifest, seconds, num_built), "duplicates": duplicates}
     if as_json:
         print(json.dumps(report))
         return

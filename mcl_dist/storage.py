@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -74,6 +75,19 @@ class Folder:
         """The whole file."""
         with _naming(f"{self.url}/{name}"):
             return bytes(self._filesystem.cat_file(self.path(name)))
+
+    def head(self, name: str, num_bytes: int) -> bytes:
+        """The first bytes of a file, all of it when it has no more."""
+        with _naming(f"{self.url}/{name}"):
+            return bytes(self._filesystem.cat_file(self.path(name), start=0, end=num_bytes))
+
+    def sha256(self, name: str) -> str:
+        """Hexadecimal digest of a file, which is never held as a whole."""
+        digest = hashlib.sha256()
+        with _naming(f"{self.url}/{name}"), self._filesystem.open(self.path(name), "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+        return digest.hexdigest()
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file so that readers see all of it or nothing; on local disks it is synced."""

@@ -180,3 +180,18 @@ def test_a_listed_video_that_is_missing_is_counted_as_refused(
 @pytest.mark.parametrize("options", [["--split", "train"], ["--list", "x", "--split", "dev"], ["--list-format", "csv"]])
 def test_list_options_that_make_no_sense_are_wrong_usage(source: Path, tmp_path: Path, options: list[str]) -> None:
     assert build(source, tmp_path / "set", *options) == EXIT_USAGE
+
+
+def test_duplicates_are_told_and_left_out_on_demand(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (source / "b").mkdir()
+    (source / "b" / "copy.mp4").write_bytes((source / "a" / "good.mp4").read_bytes())
+    assert build(source, tmp_path / "both", "--json") == 0
+    told = capsys.readouterr()
+    assert "b/copy.mp4: the same bytes as a/good.mp4; --drop-duplicates would leave it out" in told.err
+    report = json.loads(told.out)
+    assert (report["videos"], report["duplicates"]) == (2, 1)
+    assert build(source, tmp_path / "one", "--json", "--drop-duplicates") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["videos"], report["duplicates"], report["refused"]["duplicate"]) == (1, 1, 1)
