@@ -118,7 +118,7 @@ class Sample:
     def seconds(self) -> float:
         """Playing time; 0 when the video's file does not tell its rate."""
         rate = self.info["fps"]
-        return float(self.info["frames"] * self.info["keep_every"] / rate) if rate else 0.0
+        return float(self.info["frames"] / rate) if rate else 0.0
 
     @property
     def num_bytes(self) -> int:

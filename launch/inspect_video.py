@@ -45,8 +45,8 @@ def _video_facts(video: InspectedVideo) -> list[tuple[str, object]]:
     info = video.info
     num_frames, fps, keep_every = len(video.frame_maps), info.get("fps"), info.get("keep_every", 1)
     length = f"{num_frames} frames"
-    if isinstance(fps, int | float) and isinstance(keep_every, int) and fps > 0:
-        length += f" at {fps / keep_every:.4g} a second, {num_frames * keep_every / fps:.1f} s"
+    if isinstance(fps, int | float) and fps > 0:
+        length += f" at {fps:.4g} a second, {num_frames / fps:.1f} s"
     half = ("second", "first")[video.order]
     return [
         ("source", info.get("source", "not said")),

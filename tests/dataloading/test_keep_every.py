@@ -13,6 +13,7 @@ import torch
 from dataloading.augment import AugmentConfig
 from dataloading.build import build_shards
 from dataloading.clips import ClipGeometry, ProbeClips
+from dataloading.inspect import inspect_video
 from dataloading.loader import DataConfig, TubeletLoader
 from dataloading.process import BuildConfig, VideoProcessor
 from dataloading.shards import Sample
@@ -63,6 +64,16 @@ def batches(folder: Path, stride: int = 2) -> list[TubeletBatch]:
         return list(islice(loader, 3))
     finally:
         loader.close()
+
+
+def test_the_playing_time_is_the_videos_own(one_window: tuple[Path, Path]) -> None:
+    for folder in one_window:
+        assert ShardSet(str(folder)).manifest.num_seconds == pytest.approx(4 * WINDOW / FPS, abs=0.01)
+
+
+def test_a_page_counts_the_frames_that_are_stored(one_window: tuple[Path, Path]) -> None:
+    windows = [inspect_video(ShardSet(str(folder)), 0, seed=0).window for folder in one_window]
+    assert windows == [WINDOW, WINDOW // 2]
 
 
 @pytest.mark.parametrize("length", [16, 17, 22])
