@@ -103,7 +103,10 @@ class Folder:
         with _naming(f"{self.url}/{name}"):
             try:
                 self._filesystem.pipe_file(self.path(name), data, mode="create")
-            except FileExistsError:
+            except OSError:
+                # FileExistsError, or what s3fs makes of "the precondition did not hold".
+                if not self._filesystem.exists(self.path(name)):
+                    raise
                 return False
         return True
 
@@ -183,5 +186,14 @@ def _naming(url: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise UserError(f"{url}: no space left; free some, then run the same command again") from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{url}: {reason}") from error
+        raise _told(url, error) from error
+    except Exception as error:
+        # A store's library has errors of its own; what Python itself raises beyond the above is a mistake of ours.
+        if isinstance(error, UserError) or type(error).__module__ == "builtins":
+            raise
+        raise _told(url, error) from error
+
+
+def _told(url: str, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"{url}: {reason}")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
+
+from tests.s3 import S3Store, running_store
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -40,3 +44,24 @@ def synthetic_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["shards", "build", str(folder / "train"), str(folder / "shards"), "--flow", "dis", "--short-side", "0"]
     assert main(arguments) == 0
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def s3_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Store]:
+    """A running S3 store."""
+    with running_store(tmp_path_factory.mktemp("s3")) as store:
+        yield store
+
+
+@pytest.fixture
+def s3_url(s3_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A folder in a new bucket, with the credentials for it in the environment."""
+    from s3fs import S3FileSystem
+
+    for name, value in s3_store.environment.items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()
+    bucket = f"bucket-{uuid4().hex[:12]}"
+    S3FileSystem().mkdir(bucket)
+    yield f"s3://{bucket}/set"
+    S3FileSystem.clear_instance_cache()
