@@ -15,6 +15,7 @@ from typing import Any
 from dataloading.claim import LEASE, Claim, claimed
 from dataloading.flow import BOUND
 from dataloading.journal import FinishedShard, check_record, read_finished, remove_journals
+from dataloading.looks import Look, near_duplicates
 from dataloading.process import BuildConfig, Outcome, VideoProcessor
 from dataloading.shards import (
     MANIFEST,
@@ -83,7 +84,8 @@ def build_shards(
                 f"{sources.root}: none of its {len(sources.videos)} videos can be used; nothing was written"
             )
         refused = [video for shard in shards for video in shard.refused] + rest.refused
-        manifest = Manifest(record, sources.classes, tuple(shard.entry for shard in shards), tuple(refused))
+        alike = near_duplicates([look for shard in shards for look in shard.looks])
+        manifest = Manifest(record, sources.classes, tuple(shard.entry for shard in shards), tuple(refused), alike)
         _remove_strays(destination, manifest)
         claim.check()
         report = {**summary(manifest, time.monotonic() - start, len(videos) - taken), "workers": workers}
@@ -112,6 +114,7 @@ def summary(manifest: Manifest, seconds: float, num_built: int) -> dict[str, Any
         "shards": len(manifest.shards),
         "bytes": manifest.num_bytes,
         "refused": dict(sorted(kinds.items())),
+        "near_duplicates": len(manifest.near_duplicates),
         "seconds": round(seconds, 3),
         "seconds_per_video": round(seconds / num_built, 3) if num_built else 0.0,
     }
@@ -180,6 +183,7 @@ class _Rest:
         self._shards = shards
         self._taken = taken
         self._seconds = 0.0
+        self._looks: list[Look] = []
         self.refused: list[RefusedVideo] = []
 
     def build(self, outcomes: Iterator[Outcome]) -> None:
@@ -193,10 +197,11 @@ class _Rest:
                 return
             self._claim.check()
             entry = replace(_publish(writer, self._destination, shard), seconds=round(self._seconds, 3))
-            finished = FinishedShard(self._record, entry, tuple(self.refused), self._taken)
+            finished = FinishedShard(self._record, entry, tuple(self.refused), self._taken, tuple(self._looks))
             finished.write(self._destination)
             self._shards.append(finished)
             self.refused.clear()
+            self._looks.clear()
             self._seconds = 0.0
 
     def _fill(self, writer: ShardWriter, outcomes: Iterator[Outcome]) -> None:
@@ -207,6 +212,7 @@ class _Rest:
                 continue
             writer.add(outcome)
             self._seconds += outcome.seconds
+            self._looks.append(Look(outcome.info["source"], outcome.info["dhash"]))
             if writer.num_bytes >= self._num_bytes:
                 return
 

@@ -7,6 +7,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dataloading.looks import Look
 from dataloading.shards import RefusedVideo, ShardEntry, index_name, sha256, shard_name
 from mcl_dist.errors import UserError
 from mcl_dist.storage import Folder
@@ -23,12 +24,14 @@ class FinishedShard:
         entry: what the manifest will say of it.
         refused: videos refused since the shard before.
         taken: how many of the build's videos, in its order, are in this shard and those before, or were refused.
+        looks: of the videos in this shard.
     """
 
     build: dict[str, Any]
     entry: ShardEntry
     refused: tuple[RefusedVideo, ...]
     taken: int
+    looks: tuple[Look, ...]
 
     def write(self, destination: Folder) -> None:
         """Note it beside its shard; from then on a build that starts again keeps the shard."""
@@ -79,7 +82,8 @@ def _read(destination: Folder, name: str) -> FinishedShard | None:
     try:
         tree = json.loads(destination.read(name))
         refused = tuple(RefusedVideo(**video) for video in tree["refused"])
-        return FinishedShard(dict(tree["build"]), ShardEntry(**tree["entry"]), refused, int(tree["taken"]))
+        looks = tuple(Look(**look) for look in tree["looks"])
+        return FinishedShard(dict(tree["build"]), ShardEntry(**tree["entry"]), refused, int(tree["taken"]), looks)
     except (ValueError, KeyError, TypeError):
         return None  # torn by a store that does not write as a whole: its shard is built anew
 

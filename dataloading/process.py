@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 from dataloading.flow import BOUND, DIS, TVL1, FlowEstimator, stacked
+from dataloading.looks import dhash
 from dataloading.motion import MotionSummary
 from dataloading.shards import RefusedVideo, Sample
 from dataloading.sources import Source
@@ -122,9 +123,11 @@ class VideoProcessor:
             motion.add(flow)
         # Frames over at the end have no score of their own: a clip that held them would reach past it.
         num_stored = num_frames // config.keep_every
+        frames, flow_stills = frames[:num_stored], flow_stills[:num_stored]
         info = self._info(source, video, num_stored, estimate.size(video.height, video.width))
+        info["dhash"] = dhash(frames)
         maps, scores = motion.frame_maps()[:: config.keep_every], motion.clip_scores()[:: config.keep_every]
-        return Sample(key_of(source), info, frames[:num_stored], flow_stills[:num_stored], maps[:num_stored], scores)
+        return Sample(key_of(source), info, frames, flow_stills, maps[:num_stored], scores)
 
     def _check_length(self, num_frames: int) -> None:
         needed = max(self._config.window, self._config.map_window)

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import webdataset
 
+from dataloading.looks import NearDuplicate
 from mcl_dist.errors import UserError
 from mcl_dist.storage import Folder
 
@@ -67,6 +68,7 @@ class Manifest:
     classes: tuple[str, ...]
     shards: tuple[ShardEntry, ...]
     refused: tuple[RefusedVideo, ...]
+    near_duplicates: tuple[NearDuplicate, ...] = ()
 
     @property
     def num_videos(self) -> int:
@@ -335,7 +337,8 @@ def _manifest(tree: dict[str, Any]) -> Manifest:
         if min(shard.samples, shard.frames, shard.bytes) < 1:
             raise ValueError(f"{shard.name} is said to be empty")
     refused = tuple(RefusedVideo(**entry) for entry in tree["refused"])
-    manifest = Manifest(dict(tree["build"]), tuple(map(str, tree["classes"])), shards, refused)
+    alike = tuple(NearDuplicate(**entry) for entry in tree.get("near_duplicates", ()))
+    manifest = Manifest(dict(tree["build"]), tuple(map(str, tree["classes"])), shards, refused, alike)
     totals = {"videos": manifest.num_videos, "frames": manifest.num_frames, "bytes": manifest.num_bytes}
     if tree["totals"] != totals:
         raise ValueError(f"totals {tree['totals']}, its shards add up to {totals}")

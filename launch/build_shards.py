@@ -262,6 +262,8 @@ def _build_config(args: argparse.Namespace) -> BuildConfig:
 def _report(manifest: Manifest, seconds: float, num_built: int, duplicates: int, *, as_json: bool) -> None:
     from dataloading.build import summary
 
+    for video in manifest.near_duplicates:
+        _say(f"{video.source}: looks like {video.like}, {video.bits} bits of their hashes differ")
     report = {**summary(manifest, seconds, num_built), "duplicates": duplicates}
     if as_json:
         print(json.dumps(report))
