@@ -220,7 +220,7 @@ def _add_list_arguments(build: argparse.ArgumentParser) -> None:
         "--list-format", default="", help="kinetics, ucf101, hmdb51 or plain (default: seen from the list)"
     )
     lists.add_argument("--split", default="", help="train, test or validate (default: all that is listed)")
-    lists.add_argument("--fold", type=int, default=1, help="which split of a folder of split files (1)")
+    lists.add_argument("--fold", type=int, help="which split of a folder of split files (1)")
     lists.add_argument(
         "--classes", metavar="URL", default="", help="class names, a line each, numbered in this order (the list's own)"
     )
@@ -232,11 +232,12 @@ def _list_choice(args: argparse.Namespace) -> ListChoice | None:
     for option, value, known in (("list-format", args.list_format, FORMATS), ("split", args.split, SPLITS)):
         if value and value not in known:
             raise ConfigError(f"--{option}: found {value!r}, must be one of {', '.join(known)}")
-        if value and not args.list:
-            raise ConfigError(f"--{option}: found {value!r} without --list; name the list too")
     if not args.list:
+        for option in ("list_format", "split", "fold", "classes"):
+            if value := getattr(args, option):
+                raise ConfigError(f"--{option.replace('_', '-')}: found {value!r} without --list; name the list too")
         return None
-    return ListChoice(args.list, args.list_format, args.split, args.fold, args.classes)
+    return ListChoice(args.list, args.list_format, args.split, args.fold or 1, args.classes)
 
 
 def _duration(seconds: float) -> str:

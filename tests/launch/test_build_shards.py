@@ -177,7 +177,16 @@ def test_a_listed_video_that_is_missing_is_counted_as_refused(
     assert "gone_000001_000011: refused, missing: no such file below SRC" in told.err
 
 
-@pytest.mark.parametrize("options", [["--split", "train"], ["--list", "x", "--split", "dev"], ["--list-format", "csv"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--split", "train"],
+        ["--fold", "2"],
+        ["--classes", "x"],
+        ["--list", "x", "--split", "dev"],
+        ["--list-format", "csv"],
+    ],
+)
 def test_list_options_that_make_no_sense_are_wrong_usage(source: Path, tmp_path: Path, options: list[str]) -> None:
     assert build(source, tmp_path / "set", *options) == EXIT_USAGE
 
