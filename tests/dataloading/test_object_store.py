@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from dataloading.claim import LEASE, claimed
+from dataloading.duplicates import find_duplicates
 from dataloading.shards import REPORT
+from dataloading.sources import scan_sources
 from dataloading.synthetic import write_video
 from dataloading.verify import verify_shards
 from launch.cli import main
@@ -69,6 +71,19 @@ def test_a_set_in_a_store_is_the_local_one_and_is_not_built_twice(
     capsys.readouterr()
     assert build(source, s3_url) == 0
     assert "complete already" in capsys.readouterr().err
+
+
+def test_videos_in_a_store_make_the_set_that_local_ones_make(
+    source: Path, local: dict[str, bytes], s3_url: str, tmp_path: Path
+) -> None:
+    videos = Folder(f"{s3_url}-of-videos")
+    for file in (source / "a").iterdir():
+        videos.put(file, f"a/{file.name}")
+    arguments = ["shards", "build", videos.url, str(tmp_path / "set"), *OPTIONS, "--workers", "2"]
+    assert main(arguments) == 0
+    assert contents(str(tmp_path / "set")) == local
+    videos.put(source / "a" / "0.mp4", "b/copy.mp4")
+    assert find_duplicates(scan_sources(videos.url)) == {"b/copy.mp4": "a/0.mp4"}
 
 
 def test_a_build_to_a_store_goes_on_after_a_kill(

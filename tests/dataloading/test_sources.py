@@ -204,6 +204,34 @@ def test_a_split_that_the_list_does_not_have_is_wrong_usage(tmp_path: Path, hmdb
             scan_sources(str(tmp_path / "source"), choice)
 
 
+@pytest.mark.parametrize(
+    ("name", "line", "good"),
+    [
+        (
+            "k.csv",
+            "label,youtube_id,time_start,time_end,split\n{class},{video},0,10,train\n",
+            "wave/{}_000000_000010.mp4",
+        ),
+        ("trainlist01.txt", "Archery/{video}.avi 2\n", "Archery/{}.avi"),
+        ("wave_test_split1.txt", "{video}.avi 1\n", "wave/{}.avi"),
+        ("all.txt", "{video}.avi wave\n", "{}.avi"),
+    ],
+)
+def test_of_every_kind_of_list_the_good_are_stored_and_the_missing_and_broken_named(
+    tmp_path: Path, ucf101: Path, name: str, line: str, good: str
+) -> None:
+    header, _, row = line.rpartition("\n")[0].rpartition("\n")
+    rows = [row.replace("{class}", "wave").replace("{video}", video) for video in ("good", "broken", "gone")]
+    choice = write(ucf101, name, "\n".join([*filter(None, [header]), *rows]))
+    source = touch(tmp_path / "source", good.format("broken"))
+    write_video(source / good.format("good"), np.zeros((6, 48, 64), dtype=np.uint8))
+    split = "train" if name.startswith("wave") else ""
+    sources = scan_sources(str(source), ListChoice(choice.url, split=split))
+    manifest = build_shards(sources, Folder(str(tmp_path / "set")), CONFIG, 1, lambda _: None)
+    kinds = sorted(video.reason.partition(":")[0] for video in manifest.refused)
+    assert (manifest.num_videos, kinds) == (1, ["missing", "unreadable"])
+
+
 @pytest.fixture
 def remote(tmp_path: Path) -> str:
     """A store elsewhere with a good video and a broken one."""
