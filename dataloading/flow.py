@@ -2,39 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+
 import cv2
 import numpy as np
+import torch
+
+from dataloading.tvl1 import tvl1_flow
 
 TVL1 = "tvl1"
+OPENCV_TVL1 = "opencv-tvl1"
 DIS = "dis"
+ESTIMATORS = (TVL1, OPENCV_TVL1, DIS)
 BOUND = 20.0  # pixels of the stored frame that a component is clipped to, either way
-HALF = 0.5
+# Shares of the frame's size. At 0.6 ours agrees with full TV-L1 no less than OpenCV's does at half size.
+SIZES = {TVL1: 0.6, OPENCV_TVL1: 0.5, DIS: 1.0}
+PAIRS_AHEAD = 32  # estimated together, so that memory is bounded however long the video
+
+Estimate = Callable[[Sequence[np.ndarray]], Iterable[np.ndarray]]  # N grey frames to N - 1 flows, float32 (h, w, 2)
 
 
 class FlowEstimator:
-    """Flow by OpenCV, in pixels of the frames given to it.
+    """Flow between consecutive frames, in pixels of the frames given to it.
 
-    `tvl1` works at half size with 2 warps and 1 outer iteration: its motion agrees with full TV-L1 as well
-    as the costlier settings do, at half to a third of their time. `dis` works at full size, some fifteen
-    times faster, and points at the moving region less reliably.
+    `tvl1` is ours, at 0.6 of the size; `opencv-tvl1` is OpenCV's at half size with 2 warps and 1 outer iteration, whose
+    motion agrees with full TV-L1 as well as the costlier settings do; `dis` works at full size and points at
+    the moving region less reliably. docs/benchmarks.md has what each costs and how well it agrees.
     """
 
     def __init__(self, name: str) -> None:
-        self._scale = HALF if name == TVL1 else 1.0
-        self._algorithm = _dual_tvl1() if name == TVL1 else _dis()
+        self._scale = SIZES[name]
+        self._estimate = _estimate(name)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the flow of frames of that size."""
         return round(height * self._scale), round(width * self._scale)
 
-    def __call__(self, earlier_hw3: np.ndarray, later_hw3: np.ndarray) -> np.ndarray:
-        """Flow from one RGB frame, uint8 (H, W, 3), to the next: bytes, uint8 (h, w, 2), across then down."""
-        height, width = earlier_hw3.shape[:2]
-        flow_height, flow_width = self.size(height, width)
-        earlier, later = (_grey(frame, flow_height, flow_width) for frame in (earlier_hw3, later_hw3))
-        # Zeros in and out: an estimator's start is the flow it is handed, never a neighbour's.
-        flow = np.asarray(self._algorithm.calc(earlier, later, np.zeros((flow_height, flow_width, 2), np.float32)))
-        return flow_bytes(flow * np.array([width / flow_width, height / flow_height], dtype=np.float32))
+    def flows(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Flow from every frame to the next, N - 1 for N frames, while they stream past.
+
+        A pair's flow depends on its own two frames alone.
+
+        Args:
+            frames: RGB, uint8 (H, W, 3), all of one size.
+
+        Yields:
+            bytes, uint8 (h, w, 2), across then down.
+        """
+        waiting: list[np.ndarray] = []
+        factor = np.ones(2, dtype=np.float32)
+        for frame in frames:
+            height, width = frame.shape[:2]
+            flow_height, flow_width = self.size(height, width)
+            factor = np.array([width / flow_width, height / flow_height], dtype=np.float32)
+            waiting.append(_grey(frame, flow_height, flow_width))
+            if len(waiting) > PAIRS_AHEAD:
+                yield from (flow_bytes(flow * factor) for flow in self._estimate(waiting))
+                del waiting[:-1]
+        if len(waiting) > 1:
+            yield from (flow_bytes(flow * factor) for flow in self._estimate(waiting))
 
 
 def flow_bytes(flow: np.ndarray) -> np.ndarray:
@@ -58,10 +85,32 @@ def _grey(frame_hw3: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(cv2.resize(grey, (width, height), interpolation=cv2.INTER_AREA))
 
 
-def _dual_tvl1() -> cv2.DenseOpticalFlow:
+def _estimate(name: str) -> Estimate:
+    if name == TVL1:
+        return _batched_tvl1
+    algorithm = _dis() if name == DIS else dual_tvl1(warps=2, outer_iterations=1)
+    return lambda frames: opencv_flows(algorithm, frames)
+
+
+def _batched_tvl1(frames: Sequence[np.ndarray]) -> np.ndarray:
+    stack = torch.from_numpy(np.stack(frames))
+    return tvl1_flow(stack[:-1], stack[1:]).permute(0, 2, 3, 1).numpy()
+
+
+def opencv_flows(algorithm: cv2.DenseOpticalFlow, frames: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """Flow from every grey frame to the next by one of OpenCV's estimators, float32 (H, W, 2) each."""
+    for earlier, later in pairwise(frames):
+        # Zeros in and out: an estimator's start is the flow it is handed, never a neighbour's.
+        yield np.asarray(algorithm.calc(earlier, later, np.zeros((*earlier.shape, 2), np.float32)))
+
+
+def dual_tvl1(warps: int | None = None, outer_iterations: int | None = None) -> cv2.DenseOpticalFlow:
+    """OpenCV's TV-L1, by default with its own settings."""
     algorithm = cv2.optflow.createOptFlow_DualTVL1()
-    algorithm.setWarpingsNumber(2)
-    algorithm.setOuterIterations(1)
+    if warps is not None:
+        algorithm.setWarpingsNumber(warps)
+    if outer_iterations is not None:
+        algorithm.setOuterIterations(outer_iterations)
     return algorithm
 
 

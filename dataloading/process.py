@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from dataloading.flow import BOUND, DIS, TVL1, FlowEstimator, stacked
+from dataloading.flow import BOUND, ESTIMATORS, FlowEstimator, stacked
 from dataloading.looks import dhash
 from dataloading.motion import MotionSummary
 from dataloading.shards import RefusedVideo, Sample
@@ -38,7 +38,7 @@ class BuildConfig:
     """What decides the bytes of a shard set, beside its sources.
 
     Attributes:
-        flow: estimator, `tvl1` or `dis`.
+        flow: estimator, `tvl1`, `opencv-tvl1` or `dis`.
         seed: of the order of the videos.
         short_side: pixels that the shorter side is resized to; 0 keeps the size.
         window: frames that a clip covers (its length times its stride); shorter videos are refused.
@@ -53,7 +53,7 @@ class BuildConfig:
         ConfigError: `keep_every` does not divide the window.
     """
 
-    flow: str = choice(TVL1, DIS)
+    flow: str = choice(*ESTIMATORS)
     seed: int = number(0, minimum=0)
     short_side: int = number(256, minimum=0)
     window: int = number(32, minimum=2)
@@ -103,19 +103,14 @@ class VideoProcessor:
         motion = MotionSummary(config.map_window, config.window)
         frames: list[bytes] = []
         flow_stills: list[bytes] = []
-        earlier = flow = None
-        num_frames = 0
-        for frame in video:
-            leave_if_stopped()
-            if num_frames % config.keep_every == 0:
-                frames.append(_jpeg(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), config.quality))
-            if earlier is not None:
-                flow = estimate(earlier, frame)
-                motion.add(flow)
-                if (num_frames - 1) % config.keep_every == 0:
-                    flow_stills.append(_jpeg(stacked(flow), config.flow_quality))
-            earlier = frame
-            num_frames += 1
+        flow = None
+        num_flows = 0
+        for flow in estimate.flows(self._encoding(video, frames)):
+            motion.add(flow)
+            if num_flows % config.keep_every == 0:
+                flow_stills.append(_jpeg(stacked(flow), config.flow_quality))
+            num_flows += 1
+        num_frames = num_flows + 1 if num_flows else len(frames)
         self._check_length(num_frames)
         if flow is not None:
             # The last frame has no successor: it repeats its predecessor's flow.
@@ -128,6 +123,14 @@ class VideoProcessor:
         info["dhash"] = dhash(frames)
         maps, scores = motion.frame_maps()[:: config.keep_every], motion.clip_scores()[:: config.keep_every]
         return Sample(key_of(source), info, frames, flow_stills, maps[:num_stored], scores)
+
+    def _encoding(self, video: Iterable[np.ndarray], stills: list[bytes]) -> Iterator[np.ndarray]:
+        """The frames as they come; those to be stored are added to `stills`."""
+        for place, frame in enumerate(video):
+            leave_if_stopped()
+            if place % self._config.keep_every == 0:
+                stills.append(_jpeg(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), self._config.quality))
+            yield frame
 
     def _check_length(self, num_frames: int) -> None:
         needed = max(self._config.window, self._config.map_window)

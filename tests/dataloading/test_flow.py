@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dataloading.flow import FlowEstimator, flow_bytes, stacked
+from dataloading.flow import ESTIMATORS, FlowEstimator, flow_bytes, stacked
 
 
 def shifted_pair(across: int, down: int) -> tuple[np.ndarray, np.ndarray]:
@@ -21,25 +21,36 @@ def pixels(coded: np.ndarray) -> np.ndarray:
     return coded.astype(float) * 40 / 255 - 20
 
 
-@pytest.mark.parametrize("name", ["tvl1", "dis"])
+def flow_of(name: str, pair: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    (flow,) = FlowEstimator(name).flows(pair)
+    return flow
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
 def test_flow_is_in_pixels_of_the_frame_across_then_down(name: str) -> None:
-    flow = pixels(FlowEstimator(name)(*shifted_pair(4, -2)))
+    flow = pixels(flow_of(name, shifted_pair(4, -2)))
     inside = flow[10:-10, 10:-10].reshape(-1, 2)
     np.testing.assert_allclose(np.median(inside, axis=0), [4, -2], atol=0.3)
 
 
-@pytest.mark.parametrize(("name", "size"), [("tvl1", (48, 64)), ("dis", (96, 128))])
+@pytest.mark.parametrize(("name", "size"), [("tvl1", (58, 77)), ("opencv-tvl1", (48, 64)), ("dis", (96, 128))])
 def test_flow_has_the_estimators_size(name: str, size: tuple[int, int]) -> None:
-    estimate = FlowEstimator(name)
-    assert estimate.size(96, 128) == size
-    assert estimate(*shifted_pair(1, 0)).shape == (*size, 2)
+    assert FlowEstimator(name).size(96, 128) == size
+    assert flow_of(name, shifted_pair(1, 0)).shape == (*size, 2)
 
 
-@pytest.mark.parametrize("name", ["tvl1", "dis"])
-def test_a_pair_gives_the_same_flow_whatever_came_before(name: str) -> None:
-    used, fresh = FlowEstimator(name), FlowEstimator(name)
-    used(*shifted_pair(-6, 5))
-    np.testing.assert_array_equal(used(*shifted_pair(2, 1)), fresh(*shifted_pair(2, 1)))
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_pair_gives_the_same_flow_whatever_comes_before_and_after(name: str) -> None:
+    before, after = shifted_pair(-6, 5)
+    earlier, later = shifted_pair(2, 1)
+    among_others = list(FlowEstimator(name).flows([before, after] * 20 + [earlier, later, after]))
+    assert len(among_others) == 42
+    np.testing.assert_array_equal(among_others[40], flow_of(name, (earlier, later)))
+
+
+@pytest.mark.parametrize("frames", [0, 1])
+def test_fewer_than_two_frames_have_no_flow(frames: int) -> None:
+    assert list(FlowEstimator("tvl1").flows(shifted_pair(1, 0)[:frames])) == []
 
 
 def test_bytes_span_twenty_pixels_either_way() -> None:

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch.cli import main
+from launch.flow_benchmark import box_overlap, map_correlation
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from dataloading.synthetic import write_synthetic
+
+    folder = tmp_path_factory.mktemp("bench")
+    write_synthetic(folder, seed=0, train_per_class=1, test_per_class=0)
+    for class_folder in sorted((folder / "train").iterdir())[2:]:
+        for file in class_folder.iterdir():
+            file.unlink()
+    return folder / "train"
+
+
+def test_every_estimator_is_held_against_the_reference(videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "flow", "--videos", str(videos), "--groups", "1", "--short-side", "0", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [each["name"] for each in results] == ["tvl1", "opencv-tvl1", "dis"]
+    for each in results:
+        assert each["videos"] == 2
+        assert each["flows"] == 8
+        assert each["ms_per_frame"] > 0
+        assert each["cpu_ratio"] == pytest.approx(each["reference_ms_per_frame"] / each["ms_per_frame"])
+        assert each["agreement"] > 0.5
+        assert 0 <= each["box_iou"] <= 1
+
+
+def test_a_folder_without_usable_videos_fails_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / "broken.mp4").write_bytes(b"no video")
+    assert main(["bench", "flow", "--videos", str(tmp_path)]) == 1
+    assert "no usable video" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flow", ["tvl1", "dis"])
+def test_a_builds_stages_add_up(videos: Path, capsys: pytest.CaptureFixture[str], flow: str) -> None:
+    video = next(videos.glob("*/*"))
+    assert main(["bench", "build", "--video", str(video), "--flow", flow, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["stages"]) == ["decode", "resize", "flow", "motion", "encode", "other"]
+    assert min(report["stages"].values()) >= -1e-6
+    assert sum(report["stages"].values()) == pytest.approx(report["cpu_seconds"])
+    assert report["frames"] == 72
+    assert report["peak_rss_bytes"] > 2**20
+
+
+def test_a_broken_video_or_an_unknown_estimator_fails_in_one_line(
+    tmp_path: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    assert main(["bench", "build", "--video", str(broken)]) == 1
+    assert "refused" in capsys.readouterr().err
+    assert main(["bench", "build", "--video", str(next(videos.glob("*/*"))), "--flow", "tvl2"]) == 2
+    assert "flow" in capsys.readouterr().err
+
+
+def test_boxes_overlap_by_what_they_share() -> None:
+    maps = np.zeros((2, 7, 7))
+    maps[0, 0:2, 0:2] = maps[1, 0:2, 1:3] = 1
+    assert box_overlap(maps[0], maps[0]) == 1.0
+    assert box_overlap(*maps) == pytest.approx(2 / 6)
+
+
+def test_still_maps_agree_with_still_ones_alone() -> None:
+    moving = np.random.default_rng(0).random((1, 7, 7))
+    still = np.zeros((1, 7, 7))
+    assert map_correlation(still, still) == 1.0
+    assert map_correlation(still, moving) == 0.0
+    assert map_correlation(2 * moving + 1, moving) == pytest.approx(1.0)
