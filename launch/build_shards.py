@@ -8,14 +8,13 @@ import os
 import sys
 import time
 from dataclasses import fields
-from functools import partial
 from typing import TYPE_CHECKING
 
 from launch import inspect_shards
 from mcl_dist.errors import EXIT_FAILURE, ConfigError, UserError
 
 if TYPE_CHECKING:
-    from dataloading.build import GoingOn, Spread
+    from dataloading.build import GoingOn
     from dataloading.lists import ListChoice
     from dataloading.process import BuildConfig, Outcome
     from dataloading.shards import Manifest
@@ -69,16 +68,7 @@ def _add_build_arguments(build: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--flow", default="tvl1", help="flow estimator: tvl1, opencv-tvl1, or dis (coarser); compare by mcl bench flow"
     )
-    build.add_argument(
-        "--executor",
-        choices=("local", "ray"),
-        default="local",
-        help="where videos are processed: in processes of this machine, or on a Ray cluster (extra `ray`)",
-    )
-    build.add_argument("--address", help="of the Ray cluster (default: RAY_ADDRESS, this machine's, or a new one)")
-    build.add_argument(
-        "--workers", type=int, default=num_cores(), help="processes of the local executor (default: one a core)"
-    )
+    build.add_argument("--workers", type=int, default=num_cores(), help="worker processes (default: one a core)")
     build.add_argument("--shard-megabytes", type=int, default=256, help="a shard is closed once it holds as much (256)")
     build.add_argument("--seed", type=int, default=0, help="of the order of the videos (0)")
     build.add_argument(
@@ -127,19 +117,11 @@ def run_build(args: argparse.Namespace) -> int:
     start = time.monotonic()
     progress = BuildProgress(len(sources.videos))
     try:
-        manifest = build_shards(sources, destination, config, args.workers, progress, _spread(args))
+        manifest = build_shards(sources, destination, config, args.workers, progress)
     finally:
         progress.close()
     _report(manifest, time.monotonic() - start, progress.num_built, len(duplicates), as_json=args.json)
     return 0
-
-
-def _spread(args: argparse.Namespace) -> Spread | None:
-    if args.executor == "local":
-        return None
-    from dataloading.rays import ray_map
-
-    return partial(ray_map, address=args.address)
 
 
 def run_verify(args: argparse.Namespace) -> int:
@@ -271,8 +253,6 @@ def _build_config(args: argparse.Namespace) -> BuildConfig:
 
     if args.workers < 1:
         raise ConfigError(f"--workers: found {args.workers}, must be at least 1")
-    if args.address and args.executor != "ray":
-        raise ConfigError(f"--address: found {args.address!r} without --executor ray; give both or neither")
     names = {field.name for field in fields(BuildConfig)}
     try:
         return build_config(BuildConfig, {name: value for name, value in vars(args).items() if name in names})
