@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -139,8 +140,12 @@ def test_a_person_watching_sees_one_line_rewritten(monkeypatch: pytest.MonkeyPat
         progress = BuildProgress(total=2)
         progress(RefusedVideo("a/x.mp4", "too short: 3 frames"))
         progress.close()
-    told = os.read(leader, 4096).decode()
+    pieces = []
+    with suppress(OSError):  # a terminal's end, once the other side is closed and all is read
+        while piece := os.read(leader, 4096):
+            pieces.append(piece)
     os.close(leader)
+    told = b"".join(pieces).decode()
     assert "a/x.mp4: refused, too short: 3 frames" in told
     line = r"\r\033\[K1 of 2 videos, 1 refused, \d+\.\d videos/s, 0\.0 MB/s, about 0 s left\r\033\[K"
     assert re.search(line, told)
