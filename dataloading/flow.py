@@ -18,6 +18,7 @@ ESTIMATORS = (TVL1, OPENCV_TVL1, DIS)
 BOUND = 20.0  # pixels of the stored frame that a component is clipped to, either way
 # Shares of the frame's size. At 0.6 ours agrees with full TV-L1 no less than OpenCV's does at half size.
 SIZES = {TVL1: 0.6, OPENCV_TVL1: 0.5, DIS: 1.0}
+JPEG_BLOCK = 8  # rows
 PAIRS_AHEAD = 32  # estimated together, so that memory is bounded however long the video
 
 Estimate = Callable[[Sequence[np.ndarray]], Iterable[np.ndarray]]  # N grey frames to N - 1 flows, float32 (h, w, 2)
@@ -26,7 +27,7 @@ Estimate = Callable[[Sequence[np.ndarray]], Iterable[np.ndarray]]  # N grey fram
 class FlowEstimator:
     """Flow between consecutive frames, in pixels of the frames given to it.
 
-    `tvl1` is ours, at 0.6 of the size; `opencv-tvl1` is OpenCV's at half size with 2 warps and 1 outer iteration, whose
+    `tvl1` is ours, at 0.6 of the size (heights in whole JPEG blocks); `opencv-tvl1` is OpenCV's at half size with 2 warps and 1 outer iteration, whose
     motion agrees with full TV-L1 as well as the costlier settings do; `dis` works at full size and points at
     the moving region less reliably. docs/benchmarks.md has what each costs and how well it agrees.
     """
@@ -36,8 +37,8 @@ class FlowEstimator:
         self._estimate = _estimate(name)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the flow of frames of that size."""
-        return round(height * self._scale), round(width * self._scale)
+        """Height and width of the flow of frames of that size; no JPEG block of a still holds both components."""
+        return JPEG_BLOCK * round(height * self._scale / JPEG_BLOCK), round(width * self._scale)
 
     def flows(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Flow from every frame to the next, N - 1 for N frames, while they stream past.
