@@ -27,8 +27,8 @@ Estimate = Callable[[Sequence[np.ndarray]], Iterable[np.ndarray]]  # N grey fram
 class FlowEstimator:
     """Flow between consecutive frames, in pixels of the frames given to it.
 
-    `tvl1` is ours, at 0.6 of the size (heights in whole JPEG blocks); `opencv-tvl1` is OpenCV's at half size with 2 warps and 1 outer iteration, whose
-    motion agrees with full TV-L1 as well as the costlier settings do; `dis` works at full size and points at
+    `tvl1` is ours, at 0.6 of the size; `opencv-tvl1` is OpenCV's at half size with 2 warps and 1 outer iteration,
+    whose motion agrees with full TV-L1 as well as the costlier settings do; `dis` works at full size and points at
     the moving region less reliably. docs/benchmarks.md has what each costs and how well it agrees.
     """
 
