@@ -50,17 +50,17 @@ def ruled_state(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, tor
     return {name: ruled_tensor(name, tuple(shape), seed) for name, shape in shapes.items()}
 
 
-def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+def check_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_alignment_similarities_and_loss_equal_the_reference(golden: Path) -> None:
     vectors = arrays(golden / "alignment.npz")
     result = align(alignment_map(vectors["gradient"]), vectors["target"])
-    close(result.spatiotemporal, vectors["sim_spatiotemporal"], 1e-9)
-    close(result.spatial, vectors["sim_spatial"], 1e-9)
-    close(result.temporal, vectors["sim_temporal"], 1e-9)
-    close(result.loss, vectors["loss"], 1e-9)
+    check_close(result.spatiotemporal, vectors["sim_spatiotemporal"], 1e-9)
+    check_close(result.spatial, vectors["sim_spatial"], 1e-9)
+    check_close(result.temporal, vectors["sim_temporal"], 1e-9)
+    check_close(result.loss, vectors["loss"], 1e-9)
 
 
 def test_inter_logits_and_loss_equal_the_reference(golden: Path) -> None:
@@ -68,24 +68,24 @@ def test_inter_logits_and_loss_equal_the_reference(golden: Path) -> None:
     own = own_similarities(vectors["q_inter"], vectors["k_inter"])
     negatives = Queue(vectors["memory_before"]).similarities(vectors["q_inter"])
     logits = torch.cat([own.reshape(-1, 1), negatives.repeat(3, 1)], dim=1) / TEMPERATURE
-    close(logits, vectors["logits_inter"], 1e-9)
-    close(own[0, :, None], vectors["positive"], 1e-9)
-    close(inter_loss(own, negatives, TEMPERATURE), vectors["loss_inter"], 1e-9)
+    check_close(logits, vectors["logits_inter"], 1e-9)
+    check_close(own[0, :, None], vectors["positive"], 1e-9)
+    check_close(inter_loss(own, negatives, TEMPERATURE), vectors["loss_inter"], 1e-9)
 
 
 def test_intra_logits_and_loss_equal_the_reference(golden: Path) -> None:
     vectors = arrays(golden / "contrast.npz")
     own = own_similarities(vectors["q_intra"], vectors["k_intra"])
     logits = torch.stack([own[0].repeat(2), own[1:].flatten()], dim=1) / TEMPERATURE
-    close(logits, vectors["logits_intra"], 1e-9)
-    close(intra_loss(own, TEMPERATURE), vectors["loss_intra"], 1e-9)
+    check_close(logits, vectors["logits_intra"], 1e-9)
+    check_close(intra_loss(own, TEMPERATURE), vectors["loss_intra"], 1e-9)
 
 
 def test_the_queue_takes_all_ranks_keys_and_wraps_as_the_reference_does(golden: Path) -> None:
     vectors = arrays(golden / "contrast.npz")
     queue = Queue(vectors["memory_before"].clone(), int(vectors["index_before"]))
     queue.enqueue(vectors["k_inter_all"])
-    close(queue.vectors, vectors["memory_after"], 1e-9)
+    check_close(queue.vectors, vectors["memory_after"], 1e-9)
     assert queue.position == int(vectors["index_after"])
 
 
@@ -96,7 +96,7 @@ def test_the_learning_rate_of_every_step_equals_the_reference(golden: Path) -> N
         float(vectors["base_lr"]), steps_per_epoch, epochs * steps_per_epoch, float(vectors["warmup_epochs"])
     )
     rates = [schedule.learning_rate(step) for step in range(len(vectors["lr"]))]
-    close(torch.tensor(rates, dtype=torch.float64), vectors["lr"], 1e-12)
+    check_close(torch.tensor(rates, dtype=torch.float64), vectors["lr"], 1e-12)
 
 
 def test_reference_checkpoints_load_with_nothing_missing(golden: Path) -> None:
@@ -177,16 +177,16 @@ def golden_step(golden: Path) -> dict[str, object]:
 @pytest.mark.parametrize("term", ["inter", "intra", "alignment", "order"])
 def test_the_losses_of_a_step_equal_the_reference(golden_step: dict[str, dict], term: str) -> None:
     expected = golden_step["vectors"][f"loss_{term}"]
-    close(golden_step["report"][f"loss_{term}"], expected, 1e-6)
+    check_close(golden_step["report"][f"loss_{term}"], expected, 1e-6)
 
 
 @pytest.mark.slow
 def test_the_total_and_the_keys_of_a_step_equal_the_reference(golden_step: dict[str, dict]) -> None:
     vectors = golden_step["vectors"]
-    close(golden_step["report"]["loss"], vectors["loss_total"], 1e-6)
+    check_close(golden_step["report"]["loss"], vectors["loss_total"], 1e-6)
     for actual, name in zip(golden_step["keys"], ("inter_k", "intra_k", "order_k"), strict=True):
-        close(actual, vectors[name], 1e-9)
-    close(golden_step["queue"], vectors["queue_after"], 1e-9)
+        check_close(actual, vectors[name], 1e-9)
+    check_close(golden_step["queue"], vectors["queue_after"], 1e-9)
 
 
 @pytest.mark.slow
@@ -207,5 +207,5 @@ def test_the_alignments_activations_equal_the_reference(golden: Path) -> None:
     clip = np.random.default_rng(seed + 7).standard_normal((2, 3, 16, 112, 112)).astype(np.float32)
     output = network(torch.from_numpy(clip).double())
     gradient = similarity_gradient(network, output, vectors["inter_k"][0])
-    close(output.features.projected[:, :8], vectors["conv3_sample"], 1e-9)
-    close(gradient[:, :8], vectors["gradient_sample"], 1e-9)
+    check_close(output.features.projected[:, :8], vectors["conv3_sample"], 1e-9)
+    check_close(gradient[:, :8], vectors["gradient_sample"], 1e-9)
