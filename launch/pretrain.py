@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from mcl_dist.errors import EXIT_FAILURE, RankError, UserError
 
-LOST_RANK = "Connection closed by peer"  # what gloo says of it
+LOST_RANK = "gloo/transport"  # where gloo's error comes from when a connection is closed, reset or broken
 EXAMPLE = """example:
   mcl pretrain --config configs/pretrain/ucf101.yaml --ranks 4 data.train=s3://bucket/ucf101 run.dir=runs/ucf101
   deepspeed --num_gpus 4 launch/pretrain.py --config configs/pretrain/ucf101.yaml data.train=s3://bucket/ucf101
