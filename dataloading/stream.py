@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dataloading.bad_sample import BadSampleError, Reason
 from dataloading.shards import MEMBERS, ShardEntry, ShardIndex, StillKind, read_manifest
 from mcl_dist.errors import ConfigError, UserError
 from mcl_dist.storage import Folder
@@ -79,13 +80,13 @@ class ShardSet:
         """The video at a position of the set: its maps and scores at once, its stills when asked for.
 
         Raises:
-            UserError: the shard cannot be fetched or read, or does not hold what its index says.
+            BadSampleError: the shard does not hold what its index says of this video.
+            UserError: the shard cannot be fetched.
         """
         shard = int(np.searchsorted(self._first_position, position, side="right")) - 1
         sample = position - int(self._first_position[shard])
         entry = self.manifest.shards[shard]
-        where = f"{self._folder.url}/{entry.name}, video {self.keys[position]}"
-        return StoredVideo(self._local(entry), self._indices[shard], sample, where)
+        return StoredVideo(self._local(entry), self._indices[shard], sample, f"{self._folder.url}/{entry.name}")
 
     def _column(self, name: str) -> np.ndarray:
         return np.concatenate([getattr(index, name) for index in self._indices])
@@ -124,8 +125,9 @@ class StoredVideo:
         clip_scores: float32 (N - window + 1,).
     """
 
-    def __init__(self, path: Path, index: ShardIndex, sample: int, where: str) -> None:
-        self.where = where
+    def __init__(self, path: Path, index: ShardIndex, sample: int, shard: str) -> None:
+        self.where = f"{shard}, video {index.keys[sample]}"
+        self._shard = shard
         self._path = path
         self._index = index
         self._sample = sample
@@ -135,20 +137,20 @@ class StoredVideo:
         self.frame_maps = self._array("motion.npy")
         self.clip_scores = self._array("scores.npy")
         if self.frame_maps.shape != (self.num_frames, 7, 7) or self.clip_scores.ndim != 1:
-            raise self._damaged("its maps or scores do not fit its frames")
+            raise self._damaged("maps", "its maps or scores do not fit its frames")
 
     def info(self) -> dict[str, Any]:
-        """What the set says of the video itself: class, source, fps, flow…; `UserError` when it is not JSON."""
+        """What the set says of the video itself: class, source, fps, flow…; `BadSampleError` when it is not JSON."""
         try:
             info = json.loads(self._member("json"))
         except ValueError as error:
-            raise self._damaged("its json cannot be read") from error
+            raise self._damaged("header", "its json cannot be read") from error
         if not isinstance(info, dict):
-            raise self._damaged("its json is no object")
+            raise self._damaged("header", "its json is no object")
         return info
 
     def frames(self, indices: Iterable[int]) -> list[np.ndarray]:
-        """JPEG stills of these frames, uint8 (bytes,) each; `UserError` when one is no such JPEG."""
+        """JPEG stills of these frames, uint8 (bytes,) each; `BadSampleError` when one is no such JPEG."""
         return self._stills("frames", indices, self.height, self.width)
 
     def flow(self, indices: Iterable[int]) -> list[np.ndarray]:
@@ -163,14 +165,15 @@ class StoredVideo:
             found = _jpeg_size(still)
             if found != (height, width):
                 what = "is not a whole JPEG" if found is None else f"is {found[1]}x{found[0]} pixels"
-                raise self._damaged(f"{kind} still {index} {what}, must be {width}x{height}")
+                reason: Reason = "header" if found is None else "size"
+                raise self._damaged(reason, f"{kind} still {index} {what}, must be {width}x{height}")
         return [np.frombuffer(still, dtype=np.uint8) for still in stills]
 
     def _array(self, member: str) -> np.ndarray:
         try:
             array: np.ndarray = np.lib.format.read_array(io.BytesIO(self._member(member)), allow_pickle=False)
         except ValueError as error:
-            raise self._damaged(f"{member} is not a NumPy array") from error
+            raise self._damaged("maps", f"{member} is not a NumPy array") from error
         return array
 
     def _member(self, name: str) -> bytes:
@@ -183,11 +186,10 @@ class StoredVideo:
             with self._path.open("rb", buffering=0) as file:
                 return [os.pread(file.fileno(), size, offset) for offset, size in places.tolist()]
         except OSError as error:
-            raise self._damaged(f"{self._path} cannot be read ({error.strerror})") from error
+            raise self._damaged("missing", f"{self._path} cannot be read ({error.strerror})") from error
 
-    def _damaged(self, what: str) -> UserError:
-        url = self.where.rpartition("/")[0]
-        return UserError(f"{self.where}: {what}; run `mcl shards verify {url}`")
+    def _damaged(self, reason: Reason, what: str) -> BadSampleError:
+        return BadSampleError(self._shard, str(self._index.keys[self._sample]), reason, what)
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
