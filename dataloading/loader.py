@@ -21,6 +21,7 @@ from dataloading.motion import motion_target
 from dataloading.pipeline import StillDecoder
 from dataloading.plan import Plan, lanes_of_rank, sample_generator
 from dataloading.prefetch import Prefetcher
+from dataloading.stages import StageClock
 from dataloading.stream import ShardSet, StoredVideo
 from dataloading.tubelets import Box, CutConfig, Tubelet, draw_tubelets
 from mcl_dist.batch import NUM_VIEWS, QUERY, TubeletBatch
@@ -52,6 +53,7 @@ class DataConfig:
     min_windows: int = number(1, minimum=1)
     motion_probability: float = number(0.7, minimum=0, maximum=1)
     shuffle_window: int = number(256, minimum=1)
+    workers: int = number(0, minimum=0)
     threads: int = number(1, minimum=1)
     prefetch: int = number(2, minimum=1)
     cache: str | None = None
@@ -69,13 +71,17 @@ class DrawnVideo:
 
 
 class TubeletLoader:
-    """One rank's batches, without end, from `start_step` on; made ahead in a thread.
+    """One rank's batches from `start_step` on, to the end of `epochs` epochs or without end; made ahead in a thread.
 
     What the global batch of a step holds depends on (seed, step, global_batch) and the set alone.
 
     Attributes:
         steps_per_epoch: global batches in an epoch.
         num_left_out: videos of the set that are too short.
+        num_steps: up to which batches come, counted from the first epoch's first; None without end.
+        stages: CPU seconds of each stage so far.
+        bytes_read: bytes of the members and stills read so far.
+        bytes_decoded: bytes of the stills decoded so far.
 
     Raises:
         UserError: the set cannot be read, or has too few usable videos.
@@ -94,6 +100,7 @@ class TubeletLoader:
         grid: tuple[int, int, int],
         device: torch.device,
         start_step: int = 0,
+        epochs: int | None = None,
     ) -> None:
         check_clips(config, grid)
         self._config = config
@@ -117,7 +124,11 @@ class TubeletLoader:
             StillDecoder(size=(config.crop, config.crop), grey=grey, device=device, threads=config.threads)
             for grey in (False, True)
         )
-        batches = (self._batch(step) for step in itertools.count(start_step))
+        self.stages = StageClock()
+        self.bytes_read = self.bytes_decoded = 0
+        self.num_steps = None if epochs is None else epochs * self.steps_per_epoch
+        steps = itertools.count(start_step) if self.num_steps is None else range(start_step, self.num_steps)
+        batches = (self._batch(step) for step in steps)
         self._ahead = Prefetcher(batches, depth=config.prefetch, name="tubelet-loader")
 
     def __iter__(self) -> Iterator[TubeletBatch]:
@@ -132,7 +143,8 @@ class TubeletLoader:
     def _batch(self, step: int) -> TubeletBatch:
         epoch = step // self.steps_per_epoch
         positions = self._usable[self._plan.samples(step, self._lanes)]
-        drawn = [self._draw(epoch, int(position)) for position in positions]
+        with self.stages("draw"):
+            drawn = [self._draw(epoch, int(position)) for position in positions]
         return TubeletBatch(
             views=self._views(drawn),
             motion=self._targets(drawn),
@@ -144,6 +156,7 @@ class TubeletLoader:
         """Read what the draws look at, and draw; no pixel is touched yet."""
         video = self._set.read(position)
         self._check_window(video)
+        self.bytes_read += video.frame_maps.nbytes + video.clip_scores.nbytes
         rng = sample_generator(self._seed, epoch, position)
         order, tubelets = draw_tubelets(
             rng,
@@ -159,45 +172,56 @@ class TubeletLoader:
     def _views(self, drawn: list[DrawnVideo]) -> torch.Tensor:
         """uint8 (B, 4, T, crop, crop, 3)"""
         stills, windows = [], []
-        for one in drawn:
-            for tubelet in one.tubelets:
-                stills += one.video.frames(tubelet.frames)
-                windows += [tubelet.box] * len(tubelet.frames)
-        pixels = self._decode(self._pixels, stills, windows, drawn)
+        with self.stages("read"):
+            for one in drawn:
+                for tubelet in one.tubelets:
+                    stills += self._counted(one.video.frames(tubelet.frames))
+                    windows += [tubelet.box] * len(tubelet.frames)
+        with self.stages("decode"):
+            pixels = self._decode(self._pixels, stills, windows, drawn)
         views = pixels.view(len(drawn), NUM_VIEWS, self._config.frames, *pixels.shape[1:])
-        for clips, one in zip(views, drawn, strict=True):
-            for clip, look in zip(clips, one.looks, strict=True):
-                clip.copy_(augment(clip, look))
+        with self.stages("augment"):
+            for clips, one in zip(views, drawn, strict=True):
+                for clip, look in zip(clips, one.looks, strict=True):
+                    clip.copy_(augment(clip, look))
         return views
 
     def _targets(self, drawn: list[DrawnVideo]) -> torch.Tensor:
         """float32 (B, T', H', W'), from the query's flow, cut and mirrored like its pixels."""
         stills, windows = [], []
-        for one in drawn:
-            query = one.tubelets[QUERY]
-            both = flow_windows(query.box, one.video)
-            for still in one.video.flow(query.frames):
-                stills += [still, still]
-                windows += both
-        components = self._decode(self._flow, stills, windows, drawn)
-        flow = components.view(len(drawn), -1, 2, *components.shape[1:3]).movedim(2, -1)
-        mirrored = [
-            mirror_flow(clip) if one.looks[QUERY].mirror else clip for clip, one in zip(flow, drawn, strict=True)
-        ]
-        return motion_target(torch.stack(mirrored), self._grid)
+        with self.stages("read"):
+            for one in drawn:
+                query = one.tubelets[QUERY]
+                both = flow_windows(query.box, one.video)
+                for still in self._counted(one.video.flow(query.frames)):
+                    stills += [still, still]
+                    windows += both
+        with self.stages("decode flow"):
+            components = self._decode(self._flow, stills, windows, drawn)
+        with self.stages("target"):
+            flow = components.view(len(drawn), -1, 2, *components.shape[1:3]).movedim(2, -1)
+            mirrored = [
+                mirror_flow(clip) if one.looks[QUERY].mirror else clip for clip, one in zip(flow, drawn, strict=True)
+            ]
+            return motion_target(torch.stack(mirrored), self._grid)
 
-    @staticmethod
     def _decode(
+        self,
         decoder: StillDecoder,
         stills: list[np.ndarray],
         windows: list[Box] | list[tuple[float, ...]],
         drawn: list[DrawnVideo],
     ) -> torch.Tensor:
+        self.bytes_decoded += sum(map(len, stills))
         try:
             return decoder(stills, np.array(windows, dtype=np.float64))
         except UserError as error:
             where = "; ".join(one.video.where for one in drawn)
             raise UserError(f"{error}; in one of: {where}; run `mcl shards verify` on the set") from error
+
+    def _counted(self, stills: list[np.ndarray]) -> list[np.ndarray]:
+        self.bytes_read += sum(map(len, stills))
+        return stills
 
     def _check_window(self, video: StoredVideo) -> None:
         stored = video.num_frames - len(video.clip_scores) + 1

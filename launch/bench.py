@@ -1,4 +1,4 @@
-"""`mcl bench flow` and `mcl bench build`."""
+"""`mcl bench flow`, `mcl bench build` and `mcl bench loader`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,15 @@ BUILD_EXAMPLE = """\
 example:
   mcl bench build --video clip.mp4 --flow dis --json"""
 
+LOADER_EXAMPLE = """\
+example:
+  mcl bench loader --data shards/train --epochs 3 data.crop=112 --json
+  mcl bench loader --data s3://bucket/train --config configs/pretrain/kinetics400.yaml --workers 4 --fingerprint"""
+
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `mcl bench flow` and `mcl bench build`."""
-    bench = commands.add_parser("bench", help="measure what building shards costs")
+    """Add `mcl bench` and its commands."""
+    bench = commands.add_parser("bench", help="measure what the parts cost")
     actions = bench.add_subparsers(title="commands", metavar="COMMAND", required=True)
     raw = argparse.RawDescriptionHelpFormatter
     flow = actions.add_parser(
@@ -54,6 +59,28 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     build.add_argument("--flow", default="tvl1", help="flow estimator: tvl1, opencv-tvl1 or dis (tvl1)")
     build.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     build.set_defaults(run=run_build)
+    _add_loader(actions)
+
+
+def _add_loader(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    loader = actions.add_parser(
+        "loader",
+        help="what feeding the training costs, stage by stage",
+        description="Make the batches of whole epochs as training does, and throw them away. Times leave the first "
+        "batch out, which pays for the start; with --fingerprint they hold the hashing.",
+        epilog=LOADER_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    loader.add_argument("--data", required=True, help="URL of the shard set")
+    loader.add_argument("--config", help="configuration of a pre-training run (default: the method's own numbers)")
+    loader.add_argument("overrides", nargs="*", metavar="key=value", help="override it, e.g. train.global_batch=8")
+    loader.add_argument("--epochs", type=int, default=1, help="passes over the set (1)")
+    loader.add_argument("--world-size", type=int, default=1, help="ranks, played one after another (1)")
+    loader.add_argument("--workers", type=int, help="worker processes of a rank (data.workers)")
+    loader.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what decodes (cpu)")
+    loader.add_argument("--fingerprint", action="store_true", help="tell a digest of all global batches in order")
+    loader.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    loader.set_defaults(run=run_loader)
 
 
 def run_flow(args: argparse.Namespace) -> int:
@@ -84,6 +111,38 @@ def run_build(args: argparse.Namespace) -> int:
     for stage, seconds in report["stages"].items():
         print(f"  {stage:<10}{seconds:>8.2f}")
     print(f"{report['peak_rss_bytes'] / 2**20:.0f} MiB at the most")
+    return 0
+
+
+def run_loader(args: argparse.Namespace) -> int:
+    """Measure the loader."""
+    import torch
+
+    from launch.loader_benchmark import benchmark_settings, measure_loader
+
+    for name, value in (("--epochs", args.epochs), ("--world-size", args.world_size)):
+        if value < 1:
+            raise ConfigError(f"{name}: found {value}, must be at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device: found cuda, but this machine has no CUDA device")
+    overrides = args.overrides + ([] if args.workers is None else [f"data.workers={args.workers}"])
+    with tempfile.TemporaryDirectory(prefix="mcl-bench-") as cache:
+        report = measure_loader(
+            benchmark_settings(args.data, args.config, overrides, cache),
+            epochs=args.epochs,
+            num_ranks=args.world_size,
+            device=torch.device(args.device),
+            fingerprint=args.fingerprint,
+        )
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    for name, value in report.items():
+        if name != "stages":
+            print(f"{name:<22} {value if isinstance(value, str | int) else format(value, '.4f')}")
+    print("CPU seconds per video, by stage")
+    for stage, seconds in report["stages"].items():
+        print(f"  {stage:<20} {seconds:.4f}")
     return 0
 
 

@@ -30,13 +30,14 @@ def choice(default: str, *options: str) -> Any:
     return dataclasses.field(default=default, metadata={"options": (default, *options)})
 
 
-def load_config(schema: type[Section], path: str | Path, overrides: typing.Sequence[str] = ()) -> Section:
-    """Read a YAML file, apply `key=value` overrides in order, and build the checked `schema`.
+def load_config(schema: type[Section], path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Section:
+    """Read a YAML file (None: nothing but defaults), apply `key=value` overrides in order, and build the checked
+    `schema`.
 
     Raises:
         ConfigError: naming the file or override, the key's full path, the value found and what is allowed.
     """
-    tree = _read(Path(path), seen=())
+    tree = {} if path is None else _read(Path(path), seen=())
     for override in overrides:
         _apply(tree, override)
     return build_config(schema, tree)
