@@ -83,8 +83,15 @@ def _learner(config: PretrainConfig, ranks: Ranks, device: torch.device, *, auto
     network = Network(config.encoder, config.heads)
     initialise(network, config.initial)
     network.to(device).train()
-    momentum = MomentumEncoder(network, ranks, momentum=config.objective.momentum, seed=seed, autocast=autocast)
-    queue = Queue.random(config.objective.queue, config.heads.dim, torch.Generator().manual_seed(seed), device)
+    momentum = MomentumEncoder(network, ranks, seed=seed, autocast=autocast)
+    queue = Queue.random(
+        config.objective.queue,
+        config.heads.dim,
+        torch.Generator().manual_seed(seed),
+        device,
+        ranks=ranks,
+        sharded=config.objective.negatives == "sharded",
+    )
     return Learner(network, momentum, queue)
 
 

@@ -23,14 +23,14 @@ class Learner:
     queue: Queue
 
     def snapshot(self, step: int, optimizer: Tensors, config: dict[str, Any]) -> Snapshot:
-        """A copy on the CPU of all this rank holds, after `step` steps."""
+        """A copy on the CPU of all this rank holds and of the whole queue; all ranks must call it together."""
         sides = {"query": self.network, "key": self.momentum.network}
         return Snapshot(
             step=step,
             network=_copied(self.network.named_parameters()),
             momentum=_copied(self.momentum.network.named_parameters()),
             optimizer=optimizer,
-            queue=self.queue.vectors.cpu(),
+            queue=self.queue.all_vectors(),
             queue_position=self.queue.position,
             statistics=_copied(
                 (f"{side}.{name}", buffer) for side, module in sides.items() for name, buffer in module.named_buffers()
@@ -46,8 +46,7 @@ class Learner:
         """
         restore(self.network, snapshot.network, snapshot.statistics, "query", where)
         restore(self.momentum.network, snapshot.momentum, snapshot.statistics, "key", where)
-        self.queue.vectors.copy_(snapshot.queue)
-        self.queue.position = snapshot.queue_position
+        self.queue.load(snapshot.queue, snapshot.queue_position)
 
 
 def _copied(named: Iterable[tuple[str, torch.Tensor]]) -> Tensors:

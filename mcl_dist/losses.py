@@ -12,17 +12,16 @@ def own_similarities(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return (queries * keys).sum(dim=2)
 
 
-def inter_loss(own: torch.Tensor, negatives: torch.Tensor, temperature: float) -> torch.Tensor:
+def inter_loss(own: torch.Tensor, against: torch.Tensor, temperature: float) -> torch.Tensor:
     """Cross-entropy of 3B rows, one positive each, that share the queue's similarities.
 
-    The negatives' log-sum-exp is taken once per query; the three rows of a video add their own positive to it.
+    The negatives' log-sum-exp is one per query; the three rows of a video add their own positive to it.
 
     Args:
         own: (3, B), query·key for the three keys.
-        negatives: (B, K), query·queue.
+        against: (B,), log-sum-exp of query·queue/τ.
         temperature: τ.
     """
-    against = torch.logsumexp(negatives / temperature, dim=1)
     positives = own / temperature
     return (torch.logaddexp(positives, against) - positives).mean()
 

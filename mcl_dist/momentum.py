@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mcl_dist.batch import FIRST_KEY, NUM_VIEWS
 from mcl_dist.encoder import normalise
@@ -34,10 +34,9 @@ class Keys(NamedTuple):
 class MomentumEncoder:
     """Owns the key network; its parameters follow the query's, its BatchNorm statistics are its own."""
 
-    def __init__(self, network: Network, ranks: Ranks, *, momentum: float, seed: int, autocast: bool) -> None:
+    def __init__(self, network: Network, ranks: Ranks, *, seed: int, autocast: bool) -> None:
         self.network = copy.deepcopy(network).requires_grad_(False).train()
         self._ranks = ranks
-        self._average = get_ema_multi_avg_fn(momentum)  # type: ignore[no-untyped-call]
         self._seed = seed
         self._autocast = autocast
 
@@ -48,30 +47,41 @@ class MomentumEncoder:
         Each of the three keys is encoded in a forward of its own, its clips spread over the ranks by a permutation
         that depends on (seed, step, key) alone, so that BatchNorm cannot tell which query a key belongs to.
         """
-        per_key = [
-            self._encode_shuffled(views[:, FIRST_KEY + key].contiguous(), self._permutation(len(views), step, key))
-            for key in range(NUM_KEYS)
-        ]
-        inter_all, intra_all, order_all = torch.stack(per_key, dim=1)
-        start = self._ranks.rank * len(views)
-        own = slice(start, start + len(views))
-        return Keys(inter_all[:, own], intra_all[:, own], order_all[:, own], inter_all)
+        vectors = torch.stack(
+            [
+                self._encode_shuffled(views[:, FIRST_KEY + key].contiguous(), self._permutation(len(views), step, key))
+                for key in range(NUM_KEYS)
+            ]
+        )
+        inter, intra, order = vectors.unbind(dim=2)
+        inter_all = self._ranks.gather(inter.transpose(0, 1)).transpose(0, 1)
+        return Keys(inter, intra, order, inter_all)
 
     @torch.no_grad()
-    def update(self, network: Network) -> None:
-        """Move every parameter towards the query's: average ← m·average + (1−m)·parameter."""
-        self._average(list(self.network.parameters()), list(network.parameters()), 0)
+    def update(self, parameters: Iterable[torch.Tensor], momentum: float, taken: torch.Tensor | None = None) -> None:
+        """Move every parameter towards the query's: average ← m·average + (1−m)·parameter.
+
+        Args:
+            parameters: the query network's, whole, in the order of `Network.parameters`: where the engine shards them,
+                it has to gather them first.
+            momentum: m of this step.
+            taken: a scalar on the device, 0 where the step is skipped: the average then stays.
+        """
+        averages: list[torch.Tensor] = list(self.network.parameters())
+        steps = list(torch._foreach_sub(list(parameters), averages))
+        torch._foreach_mul_(steps, 1 - momentum if taken is None else (1 - momentum) * taken)
+        torch._foreach_add_(averages, steps)
 
     def _encode_shuffled(self, clips: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
-        """Inter, intra and order vectors of all ranks' clips, in the order before shuffling: (3, B·W, d)."""
+        """Inter, intra and order vectors (B, 3, d) of this rank's clips, each encoded where the permutation takes it.
+
+        Clips travel as bytes and come back as vectors: a rank sends no more than what it has.
+        """
         shuffled = normalise(self._ranks.permute(clips, permutation))
         with torch.autocast(clips.device.type, torch.bfloat16, enabled=self._autocast):
             output = self.network(shuffled.to(next(self.network.parameters()).dtype))
         vectors = torch.stack([output.inter.vector, output.intra.vector, output.order.vector], dim=1)
-        gathered = self._ranks.gather(vectors)
-        restored = torch.empty_like(gathered)
-        restored[permutation.to(gathered.device)] = gathered
-        return restored.movedim(1, 0)
+        return self._ranks.permute(vectors, torch.argsort(permutation))
 
     def _permutation(self, batch: int, step: int, key: int) -> torch.Tensor:
         generator = np.random.Generator(np.random.Philox(key=[self._seed, step * NUM_KEYS + key]))

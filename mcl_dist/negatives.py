@@ -2,38 +2,151 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
+
+from mcl_dist.errors import ConfigError
+from mcl_dist.log_sum_exp import LogSumExp, log_sum_exp
+from mcl_dist.ranks import Ranks
 
 
 class Queue:
-    """K unit vectors in a ring, the oldest overwritten first; every rank holds the same.
+    """K unit vectors in a ring, the oldest overwritten first.
+
+    Replicated, every rank holds them all. Sharded, rank r of W holds those from ⌊K·r/W⌋ to ⌊K·(r+1)/W⌋: queries then
+    visit all ranks, and what they find there comes back. Results are the same.
 
     Attributes:
-        vectors: float (K, d).
-        position: where the next key is written.
+        vectors: float, those that this rank holds.
+        position: where in the ring the next key is written.
+        size: K.
     """
 
-    def __init__(self, vectors: torch.Tensor, position: int = 0) -> None:
-        self.vectors = vectors
+    def __init__(
+        self, vectors: torch.Tensor, position: int = 0, *, ranks: Ranks | None = None, sharded: bool = False
+    ) -> None:
+        """Take the rank's part of all vectors (K, d).
+
+        Raises:
+            ConfigError: when there are fewer vectors than ranks to hold them.
+        """
+        self._ranks = ranks or Ranks()
+        self._sharded = sharded and self._ranks.count > 1
+        self.size = len(vectors)
+        if self._sharded and self.size < self._ranks.count:
+            raise ConfigError(
+                f"objective.queue: {self.size} negatives cannot be shared by {self._ranks.count} ranks; "
+                f"set it to {self._ranks.count} or more, or objective.negatives=replicated"
+            )
+        start, stop = self._bounds(self._ranks.rank)
+        self.vectors = vectors[start:stop].clone()
         self.position = position
 
     @classmethod
-    def random(cls, size: int, dim: int, generator: torch.Generator, device: torch.device) -> Queue:
+    def random(
+        cls,
+        size: int,
+        dim: int,
+        generator: torch.Generator,
+        device: torch.device,
+        *,
+        ranks: Ranks | None = None,
+        sharded: bool = False,
+    ) -> Queue:
         """A queue of random directions, float32, the same for equal generators."""
-        return cls(normalize(torch.randn(size, dim, generator=generator), dim=1).to(device))
+        queue = cls(normalize(torch.randn(size, dim, generator=generator), dim=1), ranks=ranks, sharded=sharded)
+        queue.vectors = queue.vectors.to(device)
+        return queue
 
-    def similarities(self, queries: torch.Tensor) -> torch.Tensor:
-        """Dot products of queries (B, d) with every vector: (B, K)."""
-        return queries @ self.vectors.T
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def against(self, queries: torch.Tensor, temperature: float) -> torch.Tensor:
+        """log Σ_k exp(q·v_k/τ) of this rank's queries (B, d) over all K vectors: (B,), differentiable.
 
-    def enqueue(self, keys: torch.Tensor) -> None:
+        The logits (B, K) are never formed. When the queue is sharded, all ranks must call it together.
+        """
+        result: torch.Tensor = _Against.apply(queries, self, temperature)  # type: ignore[no-untyped-call]
+        return result
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def mean(self) -> torch.Tensor:
+        """Mean of all K vectors: (d,). When the queue is sharded, all ranks must call it together."""
+        total = self.vectors.sum(dim=0)
+        return self._ranks.sum(total) / self.size if self._sharded else total / self.size
+
+    @torch.no_grad()
+    def enqueue(self, keys: torch.Tensor, taken: torch.Tensor | None = None) -> None:
         """Write the keys of all ranks (3, B·W, d): all first, all second, all third, wrapping around.
 
         When they outnumber the queue, the newest stay.
+
+        Args:
+            keys: of this step.
+            taken: a scalar on the device, 0 where the step is skipped: the vectors then stay, though the position moves
+                on; its owner, who learns of the skip later, sets that back.
         """
         rows = keys.flatten(0, 1)
-        size = len(self.vectors)
-        places = (self.position + torch.arange(len(rows), device=rows.device)) % size
-        self.vectors[places[-size:]] = rows[-size:].to(self.vectors.dtype)
-        self.position = (self.position + len(rows)) % size
+        surplus = max(0, len(rows) - self.size)
+        place = (self.position + surplus) % self.size
+        until_end = surplus + self.size - place
+        self._write(rows[surplus:until_end], place, taken)
+        self._write(rows[until_end:], 0, taken)
+        self.position = (self.position + len(rows)) % self.size
+
+    def all_vectors(self) -> torch.Tensor:
+        """All K vectors (K, d) on the CPU. When the queue is sharded, all ranks must call it together."""
+        if not self._sharded:
+            return self.vectors.cpu()
+        bounds = [self._bounds(rank) for rank in range(self._ranks.count)]
+        longest = max(stop - start for start, stop in bounds)
+        gathered = self._ranks.gather(pad(self.vectors, (0, 0, 0, longest - len(self.vectors)))).cpu()
+        parts = zip(torch.split(gathered, longest), bounds, strict=True)
+        return torch.cat([part[: stop - start] for part, (start, stop) in parts])
+
+    def load(self, vectors: torch.Tensor, position: int) -> None:
+        """Take over what `all_vectors` gave, with whatever number of ranks, and the position that went with it."""
+        start, stop = self._bounds(self._ranks.rank)
+        self.vectors.copy_(vectors[start:stop])
+        self.position = position
+
+    def log_sum_exp(self, queries: torch.Tensor, temperature: float) -> LogSumExp:
+        """Of this rank's queries over all K vectors."""
+        queries = queries.to(self.vectors.dtype)
+        if not self._sharded:
+            return log_sum_exp(queries, self.vectors, temperature)
+        here = log_sum_exp(self._ranks.gather(queries), self.vectors, temperature)
+        everywhere = self._ranks.exchange(torch.cat([here.value[:, None], here.mean], dim=1))
+        parts = everywhere.view(self._ranks.count, len(queries), -1)
+        return LogSumExp.merged(parts[:, :, 0], parts[:, :, 1:])
+
+    def _bounds(self, rank: int) -> tuple[int, int]:
+        if not self._sharded:
+            return 0, self.size
+        return self.size * rank // self._ranks.count, self.size * (rank + 1) // self._ranks.count
+
+    def _write(self, rows: torch.Tensor, place: int, taken: torch.Tensor | None) -> None:
+        """Write those of the rows, which go to `place` and after, that fall to this rank."""
+        start, stop = self._bounds(self._ranks.rank)
+        first, last = max(place, start), min(place + len(rows), stop)
+        if first < last:
+            here = self.vectors[first - start : last - start]
+            new = rows[first - place : last - place].to(here.dtype)
+            here.copy_(new if taken is None else torch.where(taken > 0, new, here))
+
+
+class _Against(torch.autograd.Function):
+    """The pass over the queue finds the gradient as well, so the way back needs neither queue nor ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: torch.Tensor, queue: Queue, temperature: float) -> torch.Tensor:
+        found = queue.log_sum_exp(queries, temperature)
+        ctx.save_for_backward((found.mean / temperature).to(queries.dtype))
+        return found.value.to(queries.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_value: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return d_value[:, None] * gradient, None, None

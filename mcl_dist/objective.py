@@ -23,17 +23,21 @@ class ObjectiveConfig:
     Attributes:
         temperature: τ of inter and intra.
         queue: K, number of negatives.
+        negatives: `sharded` keeps K/W of them on each of W ranks, `replicated` all on every rank; equal results.
         fill_queue: start with keys of the starting encoder, so that the loss begins at what guessing costs and falls;
             else with random directions, which are easy to tell apart until keys replace them.
-        momentum: of the key encoder's moving average.
+        momentum: of the key encoder's moving average, at the start.
+        momentum_schedule: `constant`, or `cosine` towards 1 at the end of the run.
         intra, alignment: weights of the two terms; 0 leaves a term out of the total.
         order: `ramp` weighs the order term by epoch/epochs (UCF101), `none` by 0 (Kinetics).
     """
 
     temperature: float = number(0.1, minimum=1e-3)
     queue: int = number(131072, minimum=1)
+    negatives: str = choice("sharded", "replicated")
     fill_queue: bool = False
     momentum: float = number(0.999, minimum=0, maximum=1)
+    momentum_schedule: str = choice("constant", "cosine")
     intra: float = number(1.0, minimum=0)
     alignment: float = number(1.0, minimum=0)
     order: str = choice("none", "ramp")
@@ -85,8 +89,7 @@ class Objective(nn.Module):
             output = self.network(clips)
         query = output.inter.vector
         own = own_similarities(query, keys.inter)
-        negatives = queue.similarities(query)
-        inter = inter_loss(own, negatives, self._temperature)
+        inter = inter_loss(own, queue.against(query, self._temperature), self._temperature)
         intra = intra_loss(own_similarities(output.intra.vector, keys.intra), self._temperature)
         gradient = similarity_gradient(self.network, output, keys.inter[0])
         aligned = align(alignment_map(gradient), motion.to(gradient.dtype))
@@ -102,7 +105,7 @@ class Objective(nn.Module):
                 "loss_alignment": aligned.loss,
                 "loss_order": ordered,
                 "similarity_positive": own.mean(),
-                "similarity_negative": negatives.mean(),
+                "similarity_negative": (query.detach() @ queue.mean().to(query.dtype)).mean(),
                 "similarity_alignment": aligned.spatiotemporal.mean(),
             }.items()
         }

@@ -38,13 +38,25 @@ class Ranks:
         distributed.all_gather(gathered, rows)
         return torch.cat(gathered)
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Mean over ranks, elementwise."""
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, elementwise."""
         if self.count == 1:
             return values
         total = values.to(self.device, copy=True)
         distributed.all_reduce(total)
-        return total / self.count
+        return total
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean over ranks, elementwise."""
+        return self.sum(values) / self.count
+
+    def exchange(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows (W·B, …) in W blocks, the r-th for rank r: the blocks for this rank, in rank order, (W·B, …)."""
+        if self.count == 1:
+            return rows
+        received = torch.empty_like(rows)
+        distributed.all_to_all_single(received, rows.contiguous())
+        return received
 
     def from_first(self, number: int) -> int:
         """The first rank's number, on every rank."""

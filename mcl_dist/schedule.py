@@ -1,4 +1,4 @@
-"""What changes from step to step: learning rate and loss weights (METHOD.md, sections 4 and 5)."""
+"""What changes from step to step: learning rate, momentum and loss weights (METHOD.md, sections 3 to 5)."""
 
 from __future__ import annotations
 
@@ -35,6 +35,12 @@ class Schedule:
             return self.base_rate * (WARMUP_START + (1 - WARMUP_START) * step / warmup)
         progress = (step - warmup) / (self.total_steps - warmup)
         return FINAL_RATE + (self.base_rate - FINAL_RATE) * (1 + math.cos(math.pi * progress)) / 2
+
+    def momentum(self, step: int, config: ObjectiveConfig) -> float:
+        """The key encoder's momentum: constant, or on a cosine from the configured one to 1 after the last step."""
+        if config.momentum_schedule == "constant":
+            return config.momentum
+        return 1 - (1 - config.momentum) * (1 + math.cos(math.pi * step / self.total_steps)) / 2
 
     def loss_weights(self, step: int, config: ObjectiveConfig) -> LossWeights:
         """The terms' weights: alignment doubled while warming up, order growing with the epoch if it takes part."""

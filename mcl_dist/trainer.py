@@ -100,7 +100,7 @@ class Trainer:
         loss = self.engine.forward(clips, keys, self.learner.queue, batch.motion, batch.order, weights)
         report = self._report(step, batch, waited)
         self.engine.step(loss, self.schedule.learning_rate(step))
-        self.learner.momentum.update(self.learner.network)
+        self.learner.momentum.update(self.learner.network.parameters(), self.schedule.momentum(step, self.losses))
         self.learner.queue.enqueue(keys.inter_all)
         return report
 

@@ -49,7 +49,7 @@ def train(folder: str, optimizer: str, zero_stage: str, until: str) -> None:
     ranks = Ranks(device)
     torch.manual_seed(0)
     network = Network(EncoderConfig(width=4, blocks=(1, 1)), HeadsConfig(dim=8)).train()
-    momentum = MomentumEncoder(network, ranks, momentum=0.9, seed=0, autocast=False)
+    momentum = MomentumEncoder(network, ranks, seed=0, autocast=False)
     learner = Learner(network, momentum, Queue.random(LOSSES.queue, 8, torch.Generator().manual_seed(0), device))
     checkpoints = Checkpoints(f"{folder}/checkpoints", ranks, keep=9)
     start, _ = checkpoints.latest()

@@ -43,7 +43,7 @@ def checkpoint(tmp_path: Path) -> str:
 
     torch.manual_seed(11)
     network = Network(CONFIG.encoder, CONFIG.heads)
-    momentum = MomentumEncoder(network, Ranks(), momentum=0.9, seed=0, autocast=False)
+    momentum = MomentumEncoder(network, Ranks(), seed=0, autocast=False)
     learner = Learner(network, momentum, Queue(torch.rand(4, 8)))
     folder = tmp_path / "run" / "checkpoints"
     Checkpoints(str(folder), Ranks(), keep=1).save(learner.snapshot(3, {}, dataclasses.asdict(CONFIG)))

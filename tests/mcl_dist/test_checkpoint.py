@@ -24,7 +24,7 @@ CONFIG = {"encoder": dataclasses.asdict(ENCODER), "heads": dataclasses.asdict(HE
 def learner(seed: int, encoder: EncoderConfig = ENCODER) -> Learner:
     torch.manual_seed(seed)
     network = Network(encoder, HEADS).train()
-    momentum = MomentumEncoder(network, Ranks(), momentum=0.5, seed=0, autocast=False)
+    momentum = MomentumEncoder(network, Ranks(), seed=0, autocast=False)
     with torch.no_grad():
         network(torch.randn(2, 3, 4, 16, 16))
     return Learner(network, momentum, Queue(torch.rand(6, 8), position=seed))

@@ -14,9 +14,9 @@ def unit(*shape: int, seed: int) -> torch.Tensor:
 def test_inter_equals_cross_entropy_over_all_rows_with_the_queue_repeated() -> None:
     query, keys, queue = unit(4, 8, seed=0), unit(3, 4, 8, seed=1), unit(10, 8, seed=2)
     query.requires_grad_()
-    own, negatives = own_similarities(query, keys), Queue(queue).similarities(query)
-    loss = inter_loss(own, negatives, 0.1)
-    logits = torch.cat([own.reshape(-1, 1), negatives.repeat(3, 1)], dim=1) / 0.1
+    own = own_similarities(query, keys)
+    loss = inter_loss(own, Queue(queue).against(query, 0.1), 0.1)
+    logits = torch.cat([own.reshape(-1, 1), (query @ queue.T).repeat(3, 1)], dim=1) / 0.1
     expected = cross_entropy(logits, torch.zeros(12, dtype=torch.int64))
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     gradients = [torch.autograd.grad(value, query, retain_graph=True)[0] for value in (loss, expected)]

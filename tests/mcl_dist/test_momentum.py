@@ -15,18 +15,31 @@ def network() -> Network:
 
 def test_every_parameter_moves_by_the_complement_of_the_momentum() -> None:
     query = network()
-    momentum = MomentumEncoder(query, Ranks(), momentum=0.75, seed=0, autocast=False)
+    momentum = MomentumEncoder(query, Ranks(), seed=0, autocast=False)
     before = [p.clone() for p in momentum.network.parameters()]
     with torch.no_grad():
         for parameter in query.parameters():
             parameter.add_(4.0)
-    momentum.update(query)
+    momentum.update(query.parameters(), 0.75)
     for old, new in zip(before, momentum.network.parameters(), strict=True):
         torch.testing.assert_close(new, old + 1.0)
 
 
+def test_a_skipped_step_leaves_the_average_alone() -> None:
+    query = network()
+    momentum = MomentumEncoder(query, Ranks(), seed=0, autocast=False)
+    before = [p.clone() for p in momentum.network.parameters()]
+    with torch.no_grad():
+        for parameter in query.parameters():
+            parameter.add_(4.0)
+    momentum.update(query.parameters(), 0.75, taken=torch.tensor(0.0))
+    assert all(map(torch.equal, momentum.network.parameters(), before))
+    momentum.update(query.parameters(), 0.75, taken=torch.tensor(1.0))
+    torch.testing.assert_close(list(momentum.network.parameters()), [old + 1.0 for old in before])
+
+
 def test_keys_are_unit_vectors_of_the_three_key_views_without_gradient() -> None:
-    momentum = MomentumEncoder(network(), Ranks(), momentum=0.9, seed=0, autocast=False)
+    momentum = MomentumEncoder(network(), Ranks(), seed=0, autocast=False)
     views = torch.randint(0, 256, (3, 4, 4, 16, 16, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     keys = momentum.encode(views, step=0)
     for vectors in keys:
@@ -39,7 +52,7 @@ def test_keys_are_unit_vectors_of_the_three_key_views_without_gradient() -> None
 
 
 def test_the_shuffle_changes_with_the_step_and_the_key() -> None:
-    momentum = MomentumEncoder(network(), Ranks(), momentum=0.9, seed=0, autocast=False)
+    momentum = MomentumEncoder(network(), Ranks(), seed=0, autocast=False)
     shuffles = [momentum._permutation(64, step, key).tolist() for step in range(2) for key in range(3)]
     assert len({tuple(shuffle) for shuffle in shuffles}) == 6
     assert all(sorted(shuffle) == list(range(64)) for shuffle in shuffles)

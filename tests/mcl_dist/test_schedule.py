@@ -32,3 +32,11 @@ def test_a_run_shorter_than_its_warmup_only_climbs() -> None:
     short = Schedule(base_rate=1.0, steps_per_epoch=10, total_steps=20, warmup_epochs=5)
     rates = [short.learning_rate(step) for step in range(20)]
     assert rates == sorted(rates)
+
+
+def test_the_momentum_stays_or_goes_to_one() -> None:
+    assert {SCHEDULE.momentum(step, ObjectiveConfig(momentum=0.99)) for step in range(200)} == {0.99}
+    config = ObjectiveConfig(momentum=0.99, momentum_schedule="cosine")
+    momenta = [SCHEDULE.momentum(step, config) for step in range(201)]
+    assert momenta == sorted(momenta)
+    assert (momenta[0], momenta[100], momenta[200]) == pytest.approx((0.99, 0.995, 1.0))

@@ -1,0 +1,106 @@
+"""Log-sum-exp of similarities to many vectors, and what its gradient needs, in one pass that never holds them all.
+
+The gradient of log Σ exp(q·v/τ) by q is the softmax-weighted mean of the vectors, over τ. So the pass is that of
+attention with the vectors as keys and values alike: it is left to PyTorch's fused attention kernels where they run,
+and done in chunks elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# Logits of a chunk: 4 MB in float32, which a core's cache nearly holds and a GPU is kept busy by.
+CHUNK_LOGITS = 2**20
+# A GPU has some hundred multiprocessors, each working on a block of queries; vectors are cut into parts, so that
+# there are enough blocks for all.
+GPU_BLOCKS = 512
+QUERIES_A_BLOCK = 64
+
+
+class LogSumExp(NamedTuple):
+    """Of queries against vectors.
+
+    Attributes:
+        value: (M,), log Σ_k exp(q·v_k/τ).
+        mean: (M, d), mean of the vectors, weighted by their softmax; over τ, it is the gradient of `value` by q.
+    """
+
+    value: torch.Tensor
+    mean: torch.Tensor
+
+    @classmethod
+    def merged(cls, values: torch.Tensor, means: torch.Tensor) -> LogSumExp:
+        """From those of S disjoint sets of vectors, (S, M) and (S, M, d), that of their union."""
+        value = torch.logsumexp(values, dim=0)
+        return cls(value, ((values - value).exp().unsqueeze(2) * means).sum(dim=0))
+
+
+def log_sum_exp(queries: torch.Tensor, vectors: torch.Tensor, temperature: float) -> LogSumExp:
+    """By the fused kernel where it runs, else in chunks; no gradients are recorded.
+
+    Args:
+        queries: (M, d).
+        vectors: (N, d), N at least 1, of the same dtype.
+        temperature: τ.
+    """
+    form = fused if fused_runs(vectors) else chunked
+    return form(queries, vectors, temperature)
+
+
+def fused_runs(vectors: torch.Tensor) -> bool:
+    """Whether PyTorch has a fused attention kernel for vectors of this kind.
+
+    The one for GPUs wants rows of whole 16 bytes, and no float64.
+    """
+    if vectors.device.type == "cuda":
+        return vectors.dtype != torch.float64 and vectors.shape[1] * vectors.element_size() % 16 == 0
+    return vectors.device.type == "cpu"
+
+
+@torch.no_grad()
+def fused(queries: torch.Tensor, vectors: torch.Tensor, temperature: float) -> LogSumExp:
+    """As `log_sum_exp`, by PyTorch's fused attention kernel for the device."""
+    if vectors.device.type == "cpu":
+        return LogSumExp(*(result[0] for result in _attention(queries, vectors[None], temperature)))
+    num_parts = max(1, min(len(vectors), GPU_BLOCKS * QUERIES_A_BLOCK // len(queries)))
+    size = len(vectors) // num_parts
+    parts = vectors[: size * num_parts].view(num_parts, size, -1)
+    values, means = _attention(queries, parts, temperature)
+    rest = vectors[size * num_parts :]
+    if len(rest):
+        values, means = map(torch.cat, zip((values, means), _attention(queries, rest[None], temperature), strict=True))
+    return LogSumExp.merged(values, means)
+
+
+@torch.no_grad()
+def chunked(queries: torch.Tensor, vectors: torch.Tensor, temperature: float) -> LogSumExp:
+    """As `log_sum_exp`, from matrix products over a few thousand vectors at a time."""
+    scaled = queries / temperature
+    largest = torch.full_like(scaled[:, 0], -torch.inf)
+    total, weighted = torch.zeros_like(largest), torch.zeros_like(scaled)
+    for chunk in torch.split(vectors, max(1, CHUNK_LOGITS // len(queries))):
+        logits = scaled @ chunk.T
+        before, largest = largest, torch.maximum(largest, logits.amax(dim=1))
+        shrink = (before - largest).exp()
+        weights = logits.sub_(largest[:, None]).exp_()
+        total = total * shrink + weights.sum(dim=1)
+        weighted = torch.addmm(weighted * shrink[:, None], weights, chunk)
+    return LogSumExp(largest + total.log(), weighted / total[:, None])
+
+
+def _attention(queries: torch.Tensor, parts: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-sum-exps (S, M) and weighted means (S, M, d) of queries (M, d) over each of the parts (S, N, d)."""
+    keys = parts.unsqueeze(1)  # one head
+    repeated = queries.expand(len(parts), 1, -1, -1)
+    if parts.device.type == "cpu":
+        means, values = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            repeated, keys, keys, scale=1 / temperature
+        )
+    else:
+        means, values, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            repeated, keys, keys, None, compute_log_sumexp=True, scale=1 / temperature
+        )
+    # The GPU's kernel pads its sums to whole blocks of queries.
+    return values.reshape(len(parts), -1)[:, : len(queries)].to(queries.dtype), means[:, 0]

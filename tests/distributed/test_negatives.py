@@ -1,0 +1,63 @@
+"""The sharded queue against the replicated one, on gloo."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import distributed
+from torch.nn.functional import normalize
+
+from mcl_dist.losses import inter_loss, own_similarities
+from mcl_dist.negatives import Queue
+from mcl_dist.ranks import Ranks
+
+SIZE, DIM, BATCH, STEPS = 101, 8, 5, 4  # no number of ranks divides 101, nor does it hold whole steps' keys
+
+
+def unit(*shape: int, seed: int) -> torch.Tensor:
+    return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def sharded_equals_replicated() -> None:
+    """Over several steps, past the end of the ring: losses, gradients, contents, and the way into another queue."""
+    distributed.init_process_group("gloo")
+    ranks = Ranks()
+    own = slice(BATCH * ranks.rank, BATCH * (ranks.rank + 1))
+    start = unit(SIZE, DIM, seed=0)
+    queues = [Queue(start, position=90, ranks=ranks, sharded=sharded) for sharded in (True, False)]
+    assert abs(len(queues[0].vectors) - SIZE / ranks.count) < 1
+    for step in range(STEPS):
+        keys = unit(3, BATCH * ranks.count, DIM, seed=10 + step)
+        losses, gradients = [], []
+        for queue in queues:
+            queries = unit(BATCH * ranks.count, DIM, seed=20 + step)[own].requires_grad_()
+            loss = inter_loss(own_similarities(queries, keys[:, own]), queue.against(queries, 0.1), 0.1)
+            loss.backward()
+            losses.append(loss.detach())
+            gradients.append(queries.grad)
+            queue.enqueue(keys)
+        torch.testing.assert_close(*losses, rtol=0, atol=1e-6)
+        torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
+        torch.testing.assert_close(*(queue.mean() for queue in queues))
+    sharded, replicated = queues
+    assert torch.equal(sharded.all_vectors(), replicated.vectors)
+    assert sharded.position == replicated.position == (90 + STEPS * 3 * BATCH * ranks.count) % SIZE
+    resumed = Queue(start, ranks=ranks, sharded=True)
+    resumed.load(replicated.all_vectors(), replicated.position)
+    assert torch.equal(resumed.vectors, sharded.vectors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_sharded_queue_equals_a_replicated_one(run_ranks: Callable[..., None], count: int) -> None:
+    run_ranks(__file__, sharded_equals_replicated.__name__, count)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
+    distributed.barrier()
+    os._exit(0)  # tearing gloo down aborts now and then
