@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import re
-import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import webdataset
 
+from dataloading.index import CHECKSUMS, MEMBERS, TAR_HEADER, ShardIndex, max_index_bytes
 from dataloading.looks import NearDuplicate
+from dataloading.npy import to_npy
 from mcl_dist.errors import UserError
 from mcl_dist.storage import Folder
 
@@ -30,13 +31,11 @@ FORMAT = "mcl-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
 REPORT = "build.json"  # what the build took: times differ, so it is no part of the set
-MEMBERS = ("json", "frames.mjpg", "flow.mjpg", "motion.npy", "scores.npy")
 SHARD_NAME = re.compile(r"shard-\d{6,}\.tar")
+DIGEST = re.compile(r"[0-9a-f]{64}")
 KEY = re.compile(r"[A-Za-z0-9_-]+")
-TAR_HEADER = 512  # bytes of a ustar header, and the block that data is padded to
-INT_COLUMNS = ("labels", "num_frames", "heights", "widths", "flow_heights", "flow_widths")
-
-StillKind = Literal["frames", "flow"]
+MAX_MANIFEST = 2**28  # bytes: of a set of a million shards
+UNSEALED = "0" * 64
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Manifest:
         """The text of `manifest.json`."""
         totals = {"videos": self.num_videos, "frames": self.num_frames, "bytes": self.num_bytes}
         tree = {"format": FORMAT, "version": VERSION, "totals": totals, **asdict(self)}
-        return json.dumps(tree, indent=1).encode() + b"\n"
+        return sealed(tree)
 
 
 @dataclass(frozen=True)
@@ -132,78 +131,12 @@ class Sample:
         data = {
             "frames.mjpg": b"".join(self.frames),
             "flow.mjpg": b"".join(self.flow),
-            "motion.npy": _npy(self.motion),
-            "scores.npy": _npy(self.scores),
+            "motion.npy": to_npy(self.motion),
+            "scores.npy": to_npy(self.scores),
         }
         digests = {name: sha256(member) for name, member in data.items()}
         info = {"key": self.key, **self.info, "sha256": digests}
         return {"json": json.dumps(info, indent=1).encode() + b"\n", **data}
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """Where everything lies in one shard of S samples; offsets and sizes are bytes inside the tar.
-
-    Attributes:
-        keys: str (S,).
-        labels, num_frames, heights, widths, flow_heights, flow_widths: int64 (S,).
-        members: int64 (S, 5, 2), offset and size, in the order of `MEMBERS`.
-        frame_stills, flow_stills: int64 (sum of num_frames, 2), videos one after another.
-    """
-
-    keys: np.ndarray
-    labels: np.ndarray
-    num_frames: np.ndarray
-    heights: np.ndarray
-    widths: np.ndarray
-    flow_heights: np.ndarray
-    flow_widths: np.ndarray
-    members: np.ndarray
-    frame_stills: np.ndarray
-    flow_stills: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def stills(self, sample: int, kind: StillKind) -> np.ndarray:
-        """Offset and size of the sample's stills: int64 (N, 2)."""
-        table = self.frame_stills if kind == "frames" else self.flow_stills
-        first = int(self.num_frames[:sample].sum())
-        return table[first : first + int(self.num_frames[sample])]
-
-    def to_bytes(self) -> bytes:
-        """The npz file; equal indices give equal bytes."""
-        buffer = io.BytesIO()
-        np.savez(buffer, **vars(self))
-        return buffer.getvalue()
-
-    @classmethod
-    def read(cls, folder: Folder, entry: ShardEntry) -> ShardIndex:
-        """Read and check one shard's index.
-
-        Raises:
-            UserError: the file is missing, is not the one that the manifest names, or is no index.
-        """
-        name = index_name(entry.name)
-        data = folder.read(name)
-        if sha256(data) != entry.index_sha256:
-            raise UserError(f"{folder.url}/{name}: not the index that the manifest names; rebuild the set")
-        try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                index = cls(**{field: arrays[field] for field in cls.__dataclass_fields__})
-        except (ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{folder.url}/{name}: not a shard index ({error}); rebuild the set") from error
-        if not index._has_shapes(entry):
-            raise UserError(f"{folder.url}/{name}: its tables do not fit the manifest; rebuild the set")
-        return index
-
-    def _has_shapes(self, entry: ShardEntry) -> bool:
-        num_stills = int(self.num_frames.sum())
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("keys", *INT_COLUMNS), (entry.samples,))
-        shapes |= {"members": (entry.samples, len(MEMBERS), 2)}
-        shapes |= {"frame_stills": (num_stills, 2), "flow_stills": (num_stills, 2)}
-        fits = all(getattr(self, name).shape == shape for name, shape in shapes.items())
-        return fits and num_stills == entry.frames
 
 
 class ShardWriter:
@@ -248,27 +181,30 @@ class ShardWriter:
 
     def add(self, sample: Sample) -> None:
         """Append one sample's members and note where they and their stills lie."""
-        places = []
+        places, crcs = [], []
         for name, data in sample.members().items():
             places.append((self.num_bytes + TAR_HEADER, len(data)))
+            crcs.append(zlib.crc32(data))
             # One call a member: a sample written as a whole would be sorted by name.
             with _naming(self._path):
                 self._tar.write({"__key__": sample.key, name: data})
         info = sample.info
-        row = {"keys": sample.key, "labels": info["label"], "num_frames": info["frames"], "members": places}
+        row = {"keys": sample.key, "labels": info["label"], "num_frames": info["frames"]}
+        row |= {"members": places, "member_crcs": crcs}
         row |= {f"{side}s": info[side] for side in ("height", "width", "flow_height", "flow_width")}
         for name, value in row.items():
             self._columns[name].append(value)
-        self._columns["frame_stills"] += _still_places(sample.frames, places[MEMBERS.index("frames.mjpg")][0])
-        self._columns["flow_stills"] += _still_places(sample.flow, places[MEMBERS.index("flow.mjpg")][0])
+        for kind, stills in (("frame", sample.frames), ("flow", sample.flow)):
+            member = MEMBERS.index("frames.mjpg" if kind == "frame" else "flow.mjpg")
+            self._columns[f"{kind}_stills"] += _still_places(stills, places[member][0])
+            self._columns[f"{kind}_crcs"] += map(zlib.crc32, stills)
 
     def index(self) -> ShardIndex:
         """The index of what was written."""
-        arrays = {
-            name: np.array(column, dtype=np.str_ if name == "keys" else np.int64)
-            for name, column in self._columns.items()
-        }
-        return ShardIndex(**arrays)
+        kinds = {"keys": np.str_, **dict.fromkeys(CHECKSUMS, np.uint32)}
+        return ShardIndex(
+            **{name: np.array(column, dtype=kinds.get(name, np.int64)) for name, column in self._columns.items()}
+        )
 
 
 def shard_name(number: int) -> str:
@@ -279,6 +215,31 @@ def shard_name(number: int) -> str:
 def index_name(shard: str) -> str:
     """`shard-000000.tar` → `shard-000000.index.npz`."""
     return f"{shard.removesuffix('.tar')}.index.npz"
+
+
+def read_index(folder: Folder, entry: ShardEntry) -> ShardIndex:
+    """Read and check one shard's index.
+
+    Raises:
+        UserError: the file is missing, is not the one that the manifest names, or is no index.
+    """
+    name = index_name(entry.name)
+    return index_from(folder.head(name, max_index_size(entry) + 1), entry, f"{folder.url}/{name}")
+
+
+def index_from(data: bytes, entry: ShardEntry, where: str) -> ShardIndex:
+    """The index in a file's bytes; errors, which begin with `where`, as in `read_index`."""
+    if sha256(data) != entry.index_sha256:
+        raise UserError(f"{where}: not the index that the manifest names; rebuild the set")
+    try:
+        return ShardIndex.parse(data, samples=entry.samples, frames=entry.frames, num_bytes=entry.bytes)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; rebuild the set") from error
+
+
+def max_index_size(entry: ShardEntry) -> int:
+    """Bytes that no index of this shard exceeds."""
+    return max_index_bytes(entry.samples, entry.frames)
 
 
 def sha256(data: bytes) -> str:
@@ -308,34 +269,57 @@ def read_manifest(folder: Folder) -> Manifest:
 
 def parse_manifest(folder: Folder) -> Manifest:
     """Read the manifest alone, without a look at the shards; errors as in `read_manifest`."""
-    where = f"{folder.url}/{MANIFEST}"
     if not folder.exists(MANIFEST):
-        raise UserError(f"{where}: missing, so this is no complete shard set; `mcl shards build` writes one")
+        raise UserError(
+            f"{folder.url}/{MANIFEST}: missing, so this is no complete shard set; `mcl shards build` writes one"
+        )
+    return manifest_from(folder.read(MANIFEST), f"{folder.url}/{MANIFEST}")
+
+
+def manifest_from(data: bytes, where: str) -> Manifest:
+    """The manifest in a file's bytes; errors, which begin with `where`, as in `read_manifest`."""
     try:
-        tree = json.loads(folder.read(MANIFEST))
-    except ValueError as error:
+        tree = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}); rebuild the set") from error
     found = (tree.get("format"), tree.get("version")) if isinstance(tree, dict) else (None, None)
     if found != (FORMAT, VERSION):
         raise UserError(
-            f"{where}: format {found[0]!r} version {found[1]!r}, this program reads {FORMAT!r} {VERSION}; "
-            "rebuild the set or use the program that wrote it"
+            f"{where}: format {str(found[0])[:40]!r} version {str(found[1])[:40]}, this program reads {FORMAT!r} "
+            f"{VERSION}; rebuild the set or use the program that wrote it"
         )
     try:
-        manifest = _manifest(tree)
+        if not is_sealed(data, tree):
+            raise ValueError("its own digest is wrong, or missing as in sets of an earlier version")
+        return _manifest(tree)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: damaged ({error}); rebuild the set") from error
-    return manifest
+
+
+def sealed(tree: dict[str, Any]) -> bytes:
+    """The text of a manifest with its own digest in it: the SHA-256 of the text with zeros in the digest's place."""
+    text = json.dumps({**tree, "sha256": UNSEALED}, indent=1).encode() + b"\n"
+    return _with_digest(text, UNSEALED, sha256(text))
+
+
+def is_sealed(data: bytes, tree: dict[str, Any]) -> bool:
+    """Whether a manifest's bytes are those that were written."""
+    digest = tree.get("sha256")
+    return isinstance(digest, str) and len(digest) == 64 and sha256(_with_digest(data, digest, UNSEALED)) == digest
+
+
+def _with_digest(text: bytes, old: str, new: str) -> bytes:
+    # It stands last, so what else looks like it is left alone.
+    before, _, after = text.rpartition(old.encode())
+    return before + new.encode() + after
 
 
 def _manifest(tree: dict[str, Any]) -> Manifest:
     shards = tuple(ShardEntry(**entry) for entry in tree["shards"])
     for shard in shards:
-        # A name is a file of this folder and nothing else: a manifest may come from anywhere.
-        if not SHARD_NAME.fullmatch(shard.name):
-            raise ValueError(f"{shard.name!r} is no shard's name")
-        if min(shard.samples, shard.frames, shard.bytes) < 1:
-            raise ValueError(f"{shard.name} is said to be empty")
+        _check_entry(shard)
+    if len({shard.name for shard in shards}) != len(shards):
+        raise ValueError("it names a shard twice")
     refused = tuple(RefusedVideo(**entry) for entry in tree["refused"])
     alike = tuple(NearDuplicate(**entry) for entry in tree.get("near_duplicates", ()))
     manifest = Manifest(dict(tree["build"]), tuple(map(str, tree["classes"])), shards, refused, alike)
@@ -343,6 +327,20 @@ def _manifest(tree: dict[str, Any]) -> Manifest:
     if tree["totals"] != totals:
         raise ValueError(f"totals {tree['totals']}, its shards add up to {totals}")
     return manifest
+
+
+def _check_entry(shard: ShardEntry) -> None:
+    # A name is a file of this folder and nothing else: a manifest may come from anywhere.
+    if not SHARD_NAME.fullmatch(shard.name):
+        raise ValueError(f"{shard.name!r} is no shard's name")
+    if not (DIGEST.fullmatch(shard.sha256) and DIGEST.fullmatch(shard.index_sha256)):
+        raise ValueError(f"{shard.name} has no proper digests")
+    numbers = (shard.samples, shard.frames, shard.bytes)
+    if any(type(number) is not int for number in numbers) or min(numbers) < 1:
+        raise ValueError(f"{shard.name} is said to be empty")
+    # A sample takes its members' headers, a frame some bytes for each of its stills.
+    if shard.samples * len(MEMBERS) * TAR_HEADER + shard.frames * 2 > shard.bytes or shard.bytes >= 2**62:
+        raise ValueError(f"{shard.name} is said to hold more than its bytes can")
 
 
 def _still_places(stills: Sequence[bytes], start: int) -> list[tuple[int, int]]:
@@ -362,9 +360,3 @@ def _naming(path: Path) -> Iterator[None]:
         if error.errno == errno.ENOSPC:
             raise UserError(f"{path}: no space left; free some, then run the same command again") from error
         raise UserError(f"{path}: {error.strerror}; check the disk") from error
-
-
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()

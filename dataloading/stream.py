@@ -13,13 +13,11 @@ from typing import Any
 import numpy as np
 
 from dataloading.bad_sample import BadSampleError, Reason
-from dataloading.shards import MEMBERS, ShardEntry, ShardIndex, StillKind, read_manifest
+from dataloading.index import MEMBERS, ShardIndex, StillKind
+from dataloading.jpeg import jpeg_size
+from dataloading.shards import ShardEntry, read_index, read_manifest
 from mcl_dist.errors import ConfigError, UserError
 from mcl_dist.storage import Folder
-
-_START_OF_IMAGE, _END_OF_IMAGE = b"\xff\xd8", b"\xff\xd9"
-# Baseline and progressive; the other kinds of JPEG frame are not written by anything we read.
-_START_OF_FRAME = (0xC0, 0xC1, 0xC2)
 
 
 class ShardSet:
@@ -50,7 +48,7 @@ class ShardSet:
         if not self.manifest.shards:
             raise UserError(f"{self._folder.url}: holds no video; rebuild the set")
         self.keep_every = int(self.manifest.build.get("keep_every", 1))
-        self._indices = [ShardIndex.read(self._folder, entry) for entry in self.manifest.shards]
+        self._indices = [read_index(self._folder, entry) for entry in self.manifest.shards]
         self._first_position = np.cumsum([0, *(len(index) for index in self._indices)])
         self.keys = self._column("keys")
         self.labels = self._column("labels")
@@ -162,7 +160,7 @@ class StoredVideo:
         wanted = list(indices)
         stills = self._read(table[wanted])
         for index, still in zip(wanted, stills, strict=True):
-            found = _jpeg_size(still)
+            found = jpeg_size(still)
             if found != (height, width):
                 what = "is not a whole JPEG" if found is None else f"is {found[1]}x{found[0]} pixels"
                 reason: Reason = "header" if found is None else "size"
@@ -190,21 +188,6 @@ class StoredVideo:
 
     def _damaged(self, reason: Reason, what: str) -> BadSampleError:
         return BadSampleError(self._shard, str(self._index.keys[self._sample]), reason, what)
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width that a JPEG's header states; None when it has no proper beginning or end.
-
-    A decoder given a broken still fails its whole batch without a word on which, so all are looked at.
-    """
-    if not (data.startswith(_START_OF_IMAGE) and data.endswith(_END_OF_IMAGE)):
-        return None
-    at = len(_START_OF_IMAGE)
-    while at + 9 <= len(data) and data[at] == 0xFF:
-        if data[at + 1] in _START_OF_FRAME:
-            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return None
 
 
 def _sha256(file: io.BufferedReader) -> str:

@@ -5,33 +5,31 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from dataloading.index import MEMBERS, ShardIndex, StillKind
+from dataloading.jpeg import JPEG_END, JPEG_START, jpeg_size
 from dataloading.motion import MAP_CELLS
+from dataloading.npy import from_npy
 from dataloading.shards import (
     KEY,
     MANIFEST,
-    MEMBERS,
     REPORT,
     Manifest,
     ShardEntry,
-    ShardIndex,
-    StillKind,
     index_name,
     parse_manifest,
+    read_index,
     sha256,
 )
 from dataloading.workers import ordered_map
 from mcl_dist.errors import UserError
 from mcl_dist.storage import Folder
-
-JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
-SIZE_MARKERS = (0xC0, 0xC1, 0xC2)  # frame headers of baseline, extended and progressive JPEG
-SCAN_MARKER = 0xDA
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def _shard_problems(folder: Folder, entry: ShardEntry, num_classes: int) -> Iter
     where = f"{folder.url}/{entry.name}"
     try:
         data = folder.read(entry.name)
-        index = ShardIndex.read(folder, entry)
+        index = read_index(folder, entry)
     except UserError as error:
         yield str(error)
         return
@@ -125,6 +123,9 @@ def _sample_problems(data: bytes, index: ShardIndex, sample: int, num_classes: i
         name: data[offset : offset + size]
         for name, (offset, size) in zip(MEMBERS, index.members[sample].tolist(), strict=True)
     }
+    for name, crc in zip(MEMBERS, index.member_crcs[sample].tolist(), strict=True):
+        if zlib.crc32(members[name]) != crc:
+            yield f"the checksum of {name} is not the index's"
     try:
         yield from _info_problems(members, index, sample, num_classes)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -153,8 +154,8 @@ def _info_problems(members: dict[str, bytes], index: ShardIndex, sample: int, nu
 
 
 def _array_problems(members: dict[str, bytes], num_frames: int) -> Iterator[str]:
-    motion, scores = (np.load(io.BytesIO(members[name]), allow_pickle=False) for name in MEMBERS[3:])
-    if (motion.dtype, motion.shape) != (np.uint8, (num_frames, MAP_CELLS, MAP_CELLS)):
+    motion, scores = (from_npy(members[name]) for name in MEMBERS[3:])
+    if motion.dtype != np.uint8 or motion.shape != (num_frames, MAP_CELLS, MAP_CELLS):
         yield f"motion.npy is {motion.dtype} {motion.shape}, not a map for each of {num_frames} frames"
     if scores.dtype != np.float32 or scores.ndim != 1 or not 1 <= len(scores) <= num_frames:
         yield f"scores.npy is {scores.dtype} {scores.shape}, not a float32 for each start"
@@ -165,6 +166,7 @@ def _still_problems(
 ) -> Iterator[str]:
     offset, num_bytes = index.members[sample][MEMBERS.index(f"{kind}.mjpg")].tolist()
     end = offset + num_bytes
+    crcs = index.still_crcs(sample, kind).tolist()
     for number, (start, length) in enumerate(index.stills(sample, kind).tolist()):
         still = data[start : start + length]
         if start != offset or not (still.startswith(JPEG_START) and still.endswith(JPEG_END)):
@@ -172,21 +174,8 @@ def _still_problems(
             return
         if jpeg_size(still) != size:
             yield f"{kind} still {number} is {jpeg_size(still)} (height, width), the index says {size}"
+        if zlib.crc32(still) != crcs[number]:
+            yield f"the checksum of {kind} still {number} is not the index's"
         offset += length
     if offset != end:
         yield f"the {kind} stills do not fill their member"
-
-
-def jpeg_size(still: bytes) -> tuple[int, int] | None:
-    """Height and width from a JPEG's header; None when it has none."""
-    place = len(JPEG_START)
-    while place + 9 <= len(still) and still[place] == JPEG_START[0]:
-        marker = still[place + 1]
-        if marker in SIZE_MARKERS:
-            return int.from_bytes(still[place + 5 : place + 7], "big"), int.from_bytes(
-                still[place + 7 : place + 9], "big"
-            )
-        if marker == SCAN_MARKER:
-            return None
-        place += 2 + int.from_bytes(still[place + 2 : place + 4], "big")
-    return None

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,19 @@ import numpy as np
 import pytest
 import webdataset
 
+from dataloading.index import MEMBERS
 from dataloading.shards import (
     MANIFEST,
-    MEMBERS,
     Manifest,
     RefusedVideo,
     Sample,
     ShardEntry,
-    ShardIndex,
     ShardWriter,
     index_name,
+    manifest_from,
+    read_index,
     read_manifest,
+    sealed,
 )
 from mcl_dist.errors import UserError
 from mcl_dist.storage import Folder
@@ -64,7 +68,7 @@ def written(tmp_path: Path) -> tuple[Folder, Manifest]:
 
 def change(folder: Folder, **values: Any) -> None:
     tree = json.loads(folder.read(MANIFEST)) | values
-    folder.write(MANIFEST, json.dumps(tree).encode())
+    folder.write(MANIFEST, sealed(tree))
 
 
 # webdataset leaves its file to the garbage collector
@@ -86,7 +90,7 @@ def test_members_lie_in_the_documented_order(written: tuple[Folder, Manifest]) -
 def test_the_index_leads_to_every_member_and_every_still(written: tuple[Folder, Manifest]) -> None:
     folder, manifest = written
     data = folder.read(SHARD)
-    index = ShardIndex.read(folder, manifest.shards[0])
+    index = read_index(folder, manifest.shards[0])
     for position, expected in enumerate(SAMPLES):
         members = [data[offset : offset + size] for offset, size in index.members[position]]
         assert members == list(expected.members().values())
@@ -151,4 +155,25 @@ def test_a_changed_index_is_refused(written: tuple[Folder, Manifest]) -> None:
     folder, manifest = written
     folder.write(index_name(SHARD), folder.read(index_name(SHARD)) + b"x")
     with pytest.raises(UserError, match="not the index that the manifest names"):
-        ShardIndex.read(folder, manifest.shards[0])
+        read_index(folder, manifest.shards[0])
+
+
+def test_an_index_without_checksums_is_refused_with_what_to_do(written: tuple[Folder, Manifest]) -> None:
+    folder, manifest = written
+    old = {name: array for name, array in vars(read_index(folder, manifest.shards[0])).items() if "crc" not in name}
+    buffer = io.BytesIO()
+    np.savez(buffer, **old)
+    entry = replace(manifest.shards[0], index_sha256=hashlib.sha256(buffer.getvalue()).hexdigest())
+    folder.write(index_name(SHARD), buffer.getvalue())
+    with pytest.raises(UserError, match=r"holds no checksums.*built by an earlier version; rebuild the set"):
+        read_index(folder, entry)
+
+
+def test_a_manifest_that_was_changed_in_any_byte_is_refused(written: tuple[Folder, Manifest]) -> None:
+    folder, _ = written
+    data = folder.read(MANIFEST)
+    for place in range(len(data)):
+        changed = bytearray(data)
+        changed[place] ^= 4
+        with pytest.raises(UserError, match=r"manifest\.json: (not JSON|format|damaged).*rebuild the set"):
+            manifest_from(bytes(changed), "manifest.json")

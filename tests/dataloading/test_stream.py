@@ -9,7 +9,8 @@ import fsspec
 import numpy as np
 import pytest
 
-from dataloading.shards import Manifest, ShardIndex
+from dataloading.index import ShardIndex
+from dataloading.shards import Manifest
 from dataloading.stream import ShardSet
 from mcl_dist.errors import ConfigError, UserError
 

@@ -7,8 +7,10 @@ import cv2
 import numpy as np
 import pytest
 
-from dataloading.shards import MEMBERS, ShardIndex, parse_manifest
-from dataloading.verify import jpeg_size, verify_shards
+from dataloading.index import MEMBERS
+from dataloading.jpeg import jpeg_size
+from dataloading.shards import parse_manifest, read_index
+from dataloading.verify import verify_shards
 from mcl_dist.errors import UserError
 from mcl_dist.storage import Folder
 
@@ -22,7 +24,7 @@ def folder(write_set: Callable[..., Path]) -> Folder:
 
 def place(folder: Folder, member: str) -> int:
     """Offset of a byte in the middle of the first sample's member."""
-    index = ShardIndex.read(folder, parse_manifest(folder).shards[0])
+    index = read_index(folder, parse_manifest(folder).shards[0])
     offset, size = index.members[0, MEMBERS.index(member)]
     return int(offset + size // 2)
 

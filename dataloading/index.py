@@ -1,0 +1,146 @@
+"""Where every member and every still of a shard lies, and what its bytes add up to."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from dataloading.npy import from_npy
+
+MEMBERS = ("json", "frames.mjpg", "flow.mjpg", "motion.npy", "scores.npy")
+TAR_HEADER = 512  # bytes of a ustar header, and the block that data is padded to
+COLUMNS = ("labels", "num_frames", "heights", "widths", "flow_heights", "flow_widths")
+CHECKSUMS = ("member_crcs", "frame_crcs", "flow_crcs")
+
+# Nothing larger is written: frames of 8K, and what a video has of JSON, maps and scores.
+MAX_SIDE = 16384
+MAX_SMALL_MEMBER = 2**26
+# Of an index: its tables' own bytes, keys of some hundred letters, and the zip around them.
+BYTES_A_SAMPLE, BYTES_A_FRAME, BYTES_AROUND = 2048, 48, 8192
+
+StillKind = Literal["frames", "flow"]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where everything lies in one shard of S samples; offsets and sizes are bytes inside the tar.
+
+    Attributes:
+        keys: str (S,).
+        labels, num_frames, heights, widths, flow_heights, flow_widths: int64 (S,).
+        members: int64 (S, 5, 2), offset and size, in the order of `MEMBERS`.
+        member_crcs: uint32 (S, 5), CRC-32 of each member.
+        frame_stills, flow_stills: int64 (sum of num_frames, 2), videos one after another.
+        frame_crcs, flow_crcs: uint32 (sum of num_frames,), CRC-32 of each still.
+    """
+
+    keys: np.ndarray
+    labels: np.ndarray
+    num_frames: np.ndarray
+    heights: np.ndarray
+    widths: np.ndarray
+    flow_heights: np.ndarray
+    flow_widths: np.ndarray
+    members: np.ndarray
+    member_crcs: np.ndarray
+    frame_stills: np.ndarray
+    frame_crcs: np.ndarray
+    flow_stills: np.ndarray
+    flow_crcs: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def stills(self, sample: int, kind: StillKind) -> np.ndarray:
+        """Offset and size of the sample's stills: int64 (N, 2)."""
+        return self._of(sample, self.frame_stills if kind == "frames" else self.flow_stills)
+
+    def still_crcs(self, sample: int, kind: StillKind) -> np.ndarray:
+        """CRC-32 of the sample's stills: uint32 (N,)."""
+        return self._of(sample, self.frame_crcs if kind == "frames" else self.flow_crcs)
+
+    def _of(self, sample: int, table: np.ndarray) -> np.ndarray:
+        first = int(self.num_frames[:sample].sum())
+        return table[first : first + int(self.num_frames[sample])]
+
+    def to_bytes(self) -> bytes:
+        """The npz file; equal indices give equal bytes."""
+        buffer = io.BytesIO()
+        np.savez(buffer, **vars(self))
+        return buffer.getvalue()
+
+    @classmethod
+    def parse(cls, data: bytes, *, samples: int, frames: int, num_bytes: int) -> ShardIndex:
+        """The index in an npz file's bytes, checked against the shard's number of samples, frames and bytes.
+
+        Raises:
+            ValueError: it is no index, not of such a shard, or it leads out of it.
+        """
+        arrays = _arrays(data)
+        for name in CHECKSUMS:
+            if name not in arrays:
+                raise ValueError(f"it holds no checksums ({name}), the set was built by an earlier version")
+        try:
+            index = cls(**{name: arrays[name] for name in cls.__dataclass_fields__})
+        except KeyError as error:
+            raise ValueError(f"it holds no {error.args[0]}") from error
+        index._check_shapes(samples, frames)
+        index._check_values(frames, num_bytes)
+        return index
+
+    def _check_shapes(self, samples: int, frames: int) -> None:
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("keys", *COLUMNS), (samples,))
+        shapes |= {"members": (samples, len(MEMBERS), 2), "member_crcs": (samples, len(MEMBERS))}
+        shapes |= dict.fromkeys(("frame_stills", "flow_stills"), (frames, 2))
+        shapes |= dict.fromkeys(("frame_crcs", "flow_crcs"), (frames,))
+        for name, shape in shapes.items():
+            array = getattr(self, name)
+            kind = "U" if name == "keys" else "u" if name in CHECKSUMS else "i"
+            if array.shape != shape or array.dtype.kind != kind:
+                raise ValueError(f"its tables do not fit the manifest: {name} is {array.dtype} {array.shape}")
+
+    def _check_values(self, frames: int, num_bytes: int) -> None:
+        sides = np.stack([self.heights, self.widths, self.flow_heights, self.flow_widths])
+        sizes = self.members[..., 1]
+        small = np.delete(sizes, [MEMBERS.index("frames.mjpg"), MEMBERS.index("flow.mjpg")], axis=1)
+        if not (self.num_frames.min() >= 1 and self.num_frames.max() <= frames and self.num_frames.sum() == frames):
+            raise ValueError("its tables do not fit the manifest: numbers of frames")
+        if not (sides.min() >= 1 and sides.max() <= MAX_SIDE):
+            raise ValueError(f"it holds pictures of no pixels or of more than {MAX_SIDE} a side")
+        if small.max() > MAX_SMALL_MEMBER:
+            raise ValueError("it holds a member of an absurd size")
+        _check_within(self.members.reshape(-1, 2), np.array([TAR_HEADER]), np.array([num_bytes]))
+        for table, member in ((self.frame_stills, "frames.mjpg"), (self.flow_stills, "flow.mjpg")):
+            place = np.repeat(self.members[:, MEMBERS.index(member)], self.num_frames, axis=0)
+            _check_within(table, place[:, 0], place.sum(axis=1))
+
+
+def max_index_bytes(samples: int, frames: int) -> int:
+    """More than the index of so many samples and frames can take."""
+    return samples * BYTES_A_SAMPLE + frames * BYTES_A_FRAME + BYTES_AROUND
+
+
+def _check_within(places: np.ndarray, start: np.ndarray, end: np.ndarray) -> None:
+    """Whether each (offset, size) lies between start and end; compared so that nothing can overflow."""
+    offsets, sizes = places[:, 0], places[:, 1]
+    if not ((offsets >= start) & (offsets <= end) & (sizes >= 0) & (sizes <= end - offsets)).all():
+        raise ValueError("it leads out of the shard")
+
+
+def _arrays(data: bytes) -> dict[str, np.ndarray]:
+    """The arrays of an npz file; they take no more room than the file does."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = archive.infolist()
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+            if packed or sum(entry.file_size for entry in entries) > len(data):
+                raise ValueError("it is compressed, or larger than its file")
+            return {entry.filename.removesuffix(".npy"): from_npy(archive.read(entry)) for entry in entries}
+    except (zipfile.BadZipFile, struct.error, zlib.error, RuntimeError, EOFError, KeyError, OSError) as error:
+        raise ValueError(f"no npz file ({error})") from error
