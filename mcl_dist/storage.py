@@ -26,7 +26,7 @@ class Folder:
 
     def __init__(self, url: str) -> None:
         self.url = str(url).rstrip("/")
-        with _naming(self.url):
+        with naming(self.url):
             self._filesystem, self._root = fsspec.core.url_to_fs(self.url)
 
     @property
@@ -40,7 +40,7 @@ class Folder:
 
     def names(self) -> list[str]:
         """Names of the entries directly below, sorted; empty when the folder does not exist."""
-        with _naming(self.url):
+        with naming(self.url):
             self._filesystem.invalidate_cache()
             if not self._filesystem.exists(self._root):
                 return []
@@ -48,12 +48,12 @@ class Folder:
 
     def is_folder(self) -> bool:
         """Whether the URL is a folder: neither a file nor missing."""
-        with _naming(self.url):
+        with naming(self.url):
             return bool(self._filesystem.isdir(self._root))
 
     def files(self) -> dict[str, int]:
         """Sizes in bytes of all files below, by their path relative to the folder; links are followed."""
-        with _naming(self.url):
+        with naming(self.url):
             if self.is_local:
                 return dict(_local_files(Path(self._root)))
             self._filesystem.invalidate_cache()
@@ -63,35 +63,35 @@ class Folder:
 
     def exists(self, name: str) -> bool:
         """Whether a file of that name is there."""
-        with _naming(f"{self.url}/{name}"):
+        with naming(f"{self.url}/{name}"):
             return bool(self._filesystem.exists(self.path(name)))
 
     def size(self, name: str) -> int:
         """Size in bytes."""
-        with _naming(f"{self.url}/{name}"):
+        with naming(f"{self.url}/{name}"):
             return int(self._filesystem.size(self.path(name)))
 
     def read(self, name: str) -> bytes:
         """The whole file."""
-        with _naming(f"{self.url}/{name}"):
+        with naming(f"{self.url}/{name}"):
             return bytes(self._filesystem.cat_file(self.path(name)))
 
     def head(self, name: str, num_bytes: int) -> bytes:
         """The first bytes of a file, all of it when it has no more."""
-        with _naming(f"{self.url}/{name}"):
+        with naming(f"{self.url}/{name}"):
             return bytes(self._filesystem.cat_file(self.path(name), start=0, end=num_bytes))
 
     def sha256(self, name: str) -> str:
         """Hexadecimal digest of a file, which is never held as a whole."""
         digest = hashlib.sha256()
-        with _naming(f"{self.url}/{name}"), self._filesystem.open(self.path(name), "rb") as file:
+        with naming(f"{self.url}/{name}"), self._filesystem.open(self.path(name), "rb") as file:
             while block := file.read(2**20):
                 digest.update(block)
         return digest.hexdigest()
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file so that readers see all of it or nothing; on local disks it is synced."""
-        with _naming(f"{self.url}/{name}"):
+        with naming(f"{self.url}/{name}"):
             if self.is_local:
                 with _whole(Path(self.path(name))) as partial:
                     partial.write_bytes(data)
@@ -100,7 +100,7 @@ class Folder:
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a file unless it is there already, which stores that know exclusive writes do in one step."""
-        with _naming(f"{self.url}/{name}"):
+        with naming(f"{self.url}/{name}"):
             try:
                 self._filesystem.pipe_file(self.path(name), data, mode="create")
             except OSError:
@@ -112,7 +112,7 @@ class Folder:
 
     def put(self, local: Path, name: str) -> None:
         """Copy a local file here, visible only when complete; the local file stays."""
-        with _naming(f"{self.url}/{name}"):
+        with naming(f"{self.url}/{name}"):
             if self.is_local:
                 with _whole(Path(self.path(name))) as partial:
                     self._filesystem.cp_file(str(local), str(partial))
@@ -121,7 +121,7 @@ class Folder:
 
     def get(self, name: str, local: Path) -> None:
         """Copy a file from here to a local path, visible only when complete."""
-        with _naming(f"{self.url}/{name}"), _whole(local) as partial:
+        with naming(f"{self.url}/{name}"), _whole(local) as partial:
             self._filesystem.get_file(self.path(name), str(partial))
 
     def remove_partials(self) -> None:
@@ -133,7 +133,7 @@ class Folder:
 
     def remove(self, name: str) -> None:
         """Remove a file, or a folder with everything below it; no error when it is not there."""
-        with _naming(f"{self.url}/{name}"):
+        with naming(f"{self.url}/{name}"):
             if self._filesystem.exists(self.path(name)):
                 self._filesystem.rm(self.path(name), recursive=True)
 
@@ -175,7 +175,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _naming(url: str) -> Iterator[None]:
+def naming(url: str) -> Iterator[None]:
     """Turn errors of storage into one line that names the URL and what to do."""
     try:
         yield
