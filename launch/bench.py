@@ -1,4 +1,4 @@
-"""`mcl bench flow`, `mcl bench build` and `mcl bench loader`."""
+"""`mcl bench`: flow, build, loader and negatives."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ LOADER_EXAMPLE = """\
 example:
   mcl bench loader --data shards/train --epochs 3 data.crop=112 --json
   mcl bench loader --data s3://bucket/train --config configs/pretrain/kinetics400.yaml --workers 4 --fingerprint"""
+NEGATIVES_EXAMPLE = """\
+example:
+  mcl bench negatives --queue 1048576 --batch 64 --json
+  mcl bench negatives --world-size 2"""
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -60,6 +64,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     build.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     build.set_defaults(run=run_build)
     _add_loader(actions)
+    _add_negatives(actions)
 
 
 def _add_loader(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -81,6 +86,24 @@ def _add_loader(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     loader.add_argument("--fingerprint", action="store_true", help="tell a digest of all global batches in order")
     loader.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     loader.set_defaults(run=run_loader)
+
+
+def _add_negatives(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    negatives = actions.add_parser(
+        "negatives",
+        help="time and memory of the inter loss over a large queue, form by form",
+        description="Run forward and backward of the inter loss in each of its forms: with all logits (naive), in "
+        "chunks, sharded over ranks, and by the fused kernel where it runs. Every form has processes of its own; "
+        "memory is what a round takes beyond queue and queries.",
+        epilog=NEGATIVES_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    negatives.add_argument("--queue", type=int, default=131072, help="K negatives (131072)")
+    negatives.add_argument("--batch", type=int, default=64, help="queries of a rank (64)")
+    negatives.add_argument("--dim", type=int, default=128, help="d of the vectors (128)")
+    negatives.add_argument("--world-size", type=int, default=1, help="ranks (1)")
+    negatives.add_argument("--json", action="store_true", help="print one JSON list on standard output")
+    negatives.set_defaults(run=run_negatives)
 
 
 def run_flow(args: argparse.Namespace) -> int:
@@ -143,6 +166,28 @@ def run_loader(args: argparse.Namespace) -> int:
     print("CPU seconds per video, by stage")
     for stage, seconds in report["stages"].items():
         print(f"  {stage:<20} {seconds:.4f}")
+    return 0
+
+
+def run_negatives(args: argparse.Namespace) -> int:
+    """Measure every form of the inter loss; a line each."""
+    from launch.negatives_benchmark import benchmark
+
+    for name, value, least in (
+        ("--queue", args.queue, args.world_size),
+        ("--batch", args.batch, 1),
+        ("--dim", args.dim, 1),
+        ("--world-size", args.world_size, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{name}: found {value}, must be at least {least}")
+    results = list(benchmark(args.queue, args.batch, args.dim, args.world_size))
+    if args.json:
+        print(json.dumps([vars(result) for result in results]))
+        return 0
+    print(f"{'form':<10}{'ms':>10}{'peak MiB':>12}{'loss':>12}")
+    for each in results:
+        print(f"{each.name:<10}{each.ms:>10.1f}{each.peak_bytes / 2**20:>12.1f}{each.loss:>12.6f}")
     return 0
 
 

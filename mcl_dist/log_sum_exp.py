@@ -7,6 +7,7 @@ and done in chunks elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,9 @@ class LogSumExp(NamedTuple):
         """From those of S disjoint sets of vectors, (S, M) and (S, M, d), that of their union."""
         value = torch.logsumexp(values, dim=0)
         return cls(value, ((values - value).exp().unsqueeze(2) * means).sum(dim=0))
+
+
+Form = Callable[[torch.Tensor, torch.Tensor, float], LogSumExp]
 
 
 def log_sum_exp(queries: torch.Tensor, vectors: torch.Tensor, temperature: float) -> LogSumExp:

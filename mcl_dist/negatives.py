@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import normalize, pad
 
 from mcl_dist.errors import ConfigError
-from mcl_dist.log_sum_exp import LogSumExp, log_sum_exp
+from mcl_dist.log_sum_exp import Form, LogSumExp, log_sum_exp
 from mcl_dist.ranks import Ranks
 
 
@@ -25,15 +25,22 @@ class Queue:
     """
 
     def __init__(
-        self, vectors: torch.Tensor, position: int = 0, *, ranks: Ranks | None = None, sharded: bool = False
+        self,
+        vectors: torch.Tensor,
+        position: int = 0,
+        *,
+        ranks: Ranks | None = None,
+        sharded: bool = False,
+        form: Form = log_sum_exp,
     ) -> None:
-        """Take the rank's part of all vectors (K, d).
+        """Take the rank's part of all vectors (K, d); `form` is the pass over them.
 
         Raises:
             ConfigError: when there are fewer vectors than ranks to hold them.
         """
         self._ranks = ranks or Ranks()
         self._sharded = sharded and self._ranks.count > 1
+        self._form = form
         self.size = len(vectors)
         if self._sharded and self.size < self._ranks.count:
             raise ConfigError(
@@ -54,9 +61,11 @@ class Queue:
         *,
         ranks: Ranks | None = None,
         sharded: bool = False,
+        form: Form = log_sum_exp,
     ) -> Queue:
         """A queue of random directions, float32, the same for equal generators."""
-        queue = cls(normalize(torch.randn(size, dim, generator=generator), dim=1), ranks=ranks, sharded=sharded)
+        vectors = normalize(torch.randn(size, dim, generator=generator), dim=1)
+        queue = cls(vectors, ranks=ranks, sharded=sharded, form=form)
         queue.vectors = queue.vectors.to(device)
         return queue
 
@@ -115,8 +124,8 @@ class Queue:
         """Of this rank's queries over all K vectors."""
         queries = queries.to(self.vectors.dtype)
         if not self._sharded:
-            return log_sum_exp(queries, self.vectors, temperature)
-        here = log_sum_exp(self._ranks.gather(queries), self.vectors, temperature)
+            return self._form(queries, self.vectors, temperature)
+        here = self._form(self._ranks.gather(queries), self.vectors, temperature)
         everywhere = self._ranks.exchange(torch.cat([here.value[:, None], here.mean], dim=1))
         parts = everywhere.view(self._ranks.count, len(queries), -1)
         return LogSumExp.merged(parts[:, :, 0], parts[:, :, 1:])

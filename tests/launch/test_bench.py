@@ -78,3 +78,23 @@ def test_still_maps_agree_with_still_ones_alone() -> None:
     assert map_correlation(still, still) == 1.0
     assert map_correlation(still, moving) == 0.0
     assert map_correlation(2 * moving + 1, moving) == pytest.approx(1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_form_of_the_negatives_gives_one_loss(capsys: pytest.CaptureFixture[str], world_size: int) -> None:
+    size, batch = 60001, 64
+    words = ["--queue", size, "--batch", batch, "--dim", 8, "--world-size", world_size, "--json"]
+    assert main(["bench", "negatives", *map(str, words)]) == 0
+    naive, *others = json.loads(capsys.readouterr().out)
+    assert [naive["name"], *(each["name"] for each in others)] == ["naive", "chunked", "sharded", "fused"]
+    assert naive["peak_bytes"] > 2 * 4 * size * batch  # logits, and their gradient
+    for each in others:
+        assert each["ms"] > 0
+        assert each["loss"] == pytest.approx(naive["loss"], abs=1e-6)
+        assert each["peak_bytes"] < naive["peak_bytes"]
+
+
+def test_a_queue_that_cannot_be_shared_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "negatives", "--queue", "3", "--world-size", "4"]) == 2
+    assert "--queue: found 3, must be at least 4" in capsys.readouterr().err
