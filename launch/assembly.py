@@ -49,7 +49,12 @@ def assembled(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Ite
             _fill_queue(learner, config, ranks, device)
         with _loading(config, ranks, device, start) as loader:
             objective = Objective(learner.network, temperature=config.objective.temperature, autocast=autocast)
-            engine = Engine(objective, config.optimizer, batch_per_rank=config.train.batch_per_rank(ranks.count))
+            engine = Engine(
+                objective,
+                config.optimizer,
+                batch_per_rank=config.train.batch_per_rank(ranks.count),
+                accumulate=config.train.accumulate,
+            )
             if snapshot:
                 engine.load_optimizer_state(snapshot.optimizer, start)
             schedule = _schedule(config, loader.steps_per_epoch)
@@ -66,6 +71,7 @@ def assembled(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Ite
                 checkpoint_every=config.checkpoint.every,
                 config=dataclasses.asdict(config),
                 batches=_batches(loader, ranks),
+                settings=config.train,
                 listeners=listeners,
                 start=start,
             )
@@ -73,7 +79,8 @@ def assembled(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Ite
 
 def _schedule(config: PretrainConfig, steps_per_epoch: int) -> Schedule:
     total = config.train.steps or config.train.epochs * steps_per_epoch
-    return Schedule(config.optimizer.learning_rate, steps_per_epoch, total, config.optimizer.warmup_epochs)
+    rate = config.optimizer.base_rate(config.train.global_batch)
+    return Schedule(rate, steps_per_epoch, total, config.optimizer.warmup_epochs)
 
 
 def _learner(config: PretrainConfig, ranks: Ranks, device: torch.device, *, autocast: bool) -> Learner:
@@ -82,6 +89,8 @@ def _learner(config: PretrainConfig, ranks: Ranks, device: torch.device, *, auto
     torch.manual_seed(seed)
     network = Network(config.encoder, config.heads)
     initialise(network, config.initial)
+    if config.train.channels_last:
+        network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     network.to(device).train()
     momentum = MomentumEncoder(network, ranks, seed=seed, autocast=autocast)
     queue = Queue.random(

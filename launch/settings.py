@@ -49,7 +49,9 @@ def check(config: PretrainConfig, num_ranks: int) -> None:
     """What no section can check alone.
 
     Raises:
-        ConfigError: when ranks do not divide the batch, or clips do not fit the encoder.
+        ConfigError: when ranks do not divide the batch, the optimizer cannot be sharded as asked, or clips do not fit
+            the encoder.
     """
+    config.optimizer.check()
     config.train.batch_per_rank(num_ranks)
     check_clips(config.data, config.encoder.grid(config.data.frames, config.data.crop))

@@ -48,6 +48,31 @@ class Learner:
         restore(self.momentum.network, snapshot.momentum, snapshot.statistics, "key", where)
         self.queue.load(snapshot.queue, snapshot.queue_position)
 
+    def statistics(self) -> Statistics:
+        """BatchNorm statistics of both sides as they are now."""
+        return Statistics([*self.network.buffers(), *self.momentum.network.buffers()])
+
+
+class Statistics:
+    """A copy of buffers, to be put back where a step is not taken: a NaN in a running mean would stay for good."""
+
+    def __init__(self, buffers: list[torch.Tensor]) -> None:
+        dtypes = {buffer.dtype for buffer in buffers}
+        self._groups = [[buffer for buffer in buffers if buffer.dtype == dtype] for dtype in dtypes]
+        self._before = [_flat(group) for group in self._groups]
+
+    @torch.no_grad()
+    def put_back_unless(self, taken: torch.Tensor) -> None:
+        """Put the copy back where `taken`, a scalar on the device, is 0; no rank waits for it."""
+        for group, before in zip(self._groups, self._before, strict=True):
+            chosen = torch.where(taken > 0, _flat(group), before)
+            pieces = torch.split(chosen, [buffer.numel() for buffer in group])
+            torch._foreach_copy_(group, [piece.view_as(buffer) for piece, buffer in zip(pieces, group, strict=True)])
+
+
+def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
 
 def _copied(named: Iterable[tuple[str, torch.Tensor]]) -> Tensors:
-    return {name: value.detach().cpu().clone() for name, value in named}
+    return {name: value.detach().cpu().contiguous().clone() for name, value in named}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 LINE_SECONDS = 5.0  # between progress lines where nobody watches
+NAMED = 4  # samples on a line of the terminal; the log has them all
 SMOOTHING = 0.95  # of the step time that the ETA rests on
 
 
@@ -36,6 +38,8 @@ class StepDone:
         videos: in the global batch.
         seconds: of wall time, waiting included.
         data_wait_ratio: share of `seconds` spent waiting for data, mean over ranks.
+        gradient_norm: of all parameters together.
+        taken: whether it changed anything; a step without a finite loss and gradient does not.
     """
 
     step: int
@@ -46,11 +50,40 @@ class StepDone:
     videos: int
     seconds: float
     data_wait_ratio: float
+    gradient_norm: float = 0.0
+    taken: bool = True
 
     @property
     def videos_per_second(self) -> float:
         """Throughput of this step."""
         return self.videos / self.seconds
+
+
+@dataclass(frozen=True)
+class StepSkipped:
+    """A step had no finite loss or gradient and changed nothing.
+
+    Attributes:
+        step: steps done, this one included.
+        samples: that may have caused it, by the name that the data side has for them.
+        reason: why these.
+        in_a_row: steps skipped one after another, this one included.
+    """
+
+    step: int
+    samples: list[str]
+    reason: str
+    in_a_row: int
+
+
+@dataclass(frozen=True)
+class LossSpike:
+    """The loss of a step lies above `limit`, far from those before it; `rolled_back_to` is the step that came back."""
+
+    step: int
+    loss: float
+    limit: float
+    rolled_back_to: int | None
 
 
 @dataclass(frozen=True)
@@ -84,7 +117,7 @@ class Failed:
     reason: str
 
 
-Event = Started | StepDone | CheckpointWritten | Notice | Finished | Failed
+Event = Started | StepDone | StepSkipped | LossSpike | CheckpointWritten | Notice | Finished | Failed
 Listener = Callable[[Event], None]
 
 
@@ -112,6 +145,16 @@ class Console:
                 self._say(f"resumed from {resumed_from}, {step} of {total_steps} steps done")
             case StepDone():
                 self._progress(event)
+            case StepSkipped(step, samples, reason, in_a_row):
+                told = ", ".join(samples[:NAMED]) + (f" and {len(samples) - NAMED} more" if samples[NAMED:] else "")
+                self._say(f"step {step} skipped, {in_a_row} in a row: {told}: {reason}")
+            case LossSpike(step, loss, limit, None):
+                self._say(f"step {step}: the loss leapt to {loss:.3f}, usual are up to {limit:.3f}")
+            case LossSpike(step, loss, limit, back):
+                self._say(
+                    f"step {step}: the loss leapt to {loss:.3f}, usual are up to {limit:.3f}; "
+                    f"went back to the checkpoint of step {back}"
+                )
             case CheckpointWritten(step, url, seconds):
                 self._say(f"checkpoint of step {step} written to {url} in {seconds:.1f} s")
             case Notice(text):
@@ -160,8 +203,10 @@ class MetricsFile:
                 fields = {
                     "step": event.step,
                     "epoch": event.epoch,
-                    **event.losses,
+                    **{name: _finite(value) for name, value in event.losses.items()},
                     "learning_rate": event.learning_rate,
+                    "gradient_norm": _finite(event.gradient_norm),
+                    "taken": event.taken,
                     "videos_per_second": event.videos_per_second,
                     "data_wait_ratio": event.data_wait_ratio,
                     "seconds": event.seconds,
@@ -180,6 +225,11 @@ class EventLog:
         """Append the event, unless it is a step."""
         if not isinstance(event, StepDone):
             _append(self._path, {"time": time.time(), "event": type(event).__name__, **asdict(event)})
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no NaN and no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _append(path: Path, fields: Mapping[str, object]) -> None:

@@ -30,6 +30,10 @@ class Keys(NamedTuple):
     order: torch.Tensor
     inter_all: torch.Tensor
 
+    def of(self, videos: slice) -> Keys:
+        """Those of some of this rank's videos; the queue's are all ranks' still."""
+        return Keys(self.inter[:, videos], self.intra[:, videos], self.order[:, videos], self.inter_all)
+
 
 class MomentumEncoder:
     """Owns the key network; its parameters follow the query's, its BatchNorm statistics are its own."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,10 +16,13 @@ from mcl_dist.config import choice, number
 from mcl_dist.encoder import normalise
 from mcl_dist.engine import Engine
 from mcl_dist.errors import ConfigError, UserError
+from mcl_dist.guard import SpikeDetector, Suspects
 from mcl_dist.learner import Learner
-from mcl_dist.listeners import CheckpointWritten, Finished, Listener, StepDone, tell
+from mcl_dist.listeners import CheckpointWritten, Finished, Listener, LossSpike, StepDone, StepSkipped, tell
+from mcl_dist.momentum import Keys
 from mcl_dist.objective import ObjectiveConfig
 from mcl_dist.ranks import Ranks
+from mcl_dist.readback import Readback
 from mcl_dist.schedule import Schedule
 
 
@@ -30,37 +32,78 @@ class TrainConfig:
 
     Attributes:
         global_batch: videos a step, over all ranks.
+        accumulate: parts that a rank's videos of a step come in, one after another: the memory of one part, the
+            gradient of all. BatchNorm sees a part at a time.
         epochs: length of the run in passes over the set.
         steps: length in steps instead; wins over `epochs`.
         precision: of the encoders' forward and backward; losses and cosines are always float32.
+        channels_last: clips and kernels with their channels innermost.
+        max_nonfinite_steps: steps without a finite loss and gradient in a row that end the run; single ones are
+            skipped.
+        on_spike: when the loss leaps, `ignore` it, `warn`, or `rollback` to the newest checkpoint and go on from there
+            with the videos that come next: the same ones again would lead to the same place.
+        spike_window: steps that tell what is usual.
+        spike_factor: median absolute deviations above their median that make a leap.
     """
 
     global_batch: int = number(32, minimum=1)
+    accumulate: int = number(1, minimum=1)
     epochs: int = number(400, minimum=1)
     steps: int | None = number(None, minimum=1)
     precision: str = choice("float32", "bfloat16")
+    channels_last: bool = False
+    max_nonfinite_steps: int = number(10, minimum=1)
+    on_spike: str = choice("warn", "ignore", "rollback")
+    spike_window: int = number(100, minimum=4)
+    spike_factor: float = number(20.0, minimum=1)
 
     def batch_per_rank(self, num_ranks: int) -> int:
         """Videos a step on one rank.
 
         Raises:
-            ConfigError: when the ranks do not divide the global batch.
+            ConfigError: when the ranks, or the parts of their share, do not divide the global batch.
         """
-        if self.global_batch % num_ranks:
-            raise ConfigError(
-                f"train.global_batch: {self.global_batch} is not divisible by {num_ranks} ranks; "
-                f"set it to a multiple of {num_ranks}"
-            )
+        for count, what in ((num_ranks, "ranks"), (num_ranks * self.accumulate, "ranks x train.accumulate")):
+            if self.global_batch % count:
+                raise ConfigError(
+                    f"train.global_batch: {self.global_batch} is not divisible by {count} {what}; "
+                    f"set it to a multiple of {count}"
+                )
         return self.global_batch // num_ranks
+
+
+@dataclass
+class Pending:
+    """A step that the device may still be at; what became of it is read once the next one is under way.
+
+    Attributes:
+        step: counted from 0.
+        numbers: report, `gradient_norm`, `taken` and the seconds `waited`, means over ranks.
+        suspects: to be asked if it was not taken.
+        queue_position: before its keys were written.
+        videos: in the global batch.
+        seconds: of wall time.
+    """
+
+    step: int
+    numbers: Readback
+    suspects: Suspects
+    queue_position: int
+    videos: int
+    seconds: float = 0.0
 
 
 @dataclass
 class Trainer:
     """A run, put together: parts that step, data that feeds them, and who hears of it.
 
+    The host never waits for the step that the device is at: it reads what became of a step when the next one is on its
+    way. A step that is not finite is undone on the device itself.
+
     Attributes:
         batches: endless, starting with the batch of step `start`.
         start: steps done before.
+        name_of: what people call a sample of `TubeletBatch.samples`.
     """
 
     engine: Engine
@@ -72,64 +115,154 @@ class Trainer:
     checkpoint_every: int
     config: dict[str, Any]
     batches: Iterator[TubeletBatch]
+    settings: TrainConfig = field(default_factory=TrainConfig)
     listeners: Sequence[Listener] = ()
     start: int = 0
+    name_of: Callable[[int], str] = str
+
+    def __post_init__(self) -> None:
+        self._pending: Pending | None = None
+        self._skipped_in_a_row = 0
+        self._spikes = SpikeDetector(self.settings.spike_window, self.settings.spike_factor)
+        self._spike: LossSpike | None = None
 
     def fit(self) -> None:
         """Take all steps that remain, writing checkpoints on the way and at the end.
 
         Raises:
-            UserError: when a loss is not finite, or a checkpoint cannot be written.
+            UserError: when too many steps in a row are not finite, or a checkpoint cannot be written.
         """
         total = self.schedule.total_steps
         for step in range(self.start, total):
             started = time.perf_counter()
             batch = next(self.batches)
-            waited = time.perf_counter() - started
-            report = self._step(step, batch, waited)
-            tell(self.listeners, self._done(step, report, len(batch.order), time.perf_counter() - started))
-            if (step + 1) % self.checkpoint_every == 0 or step + 1 == total:
+            pending = self._step(step, batch, waited=time.perf_counter() - started)
+            pending.seconds = time.perf_counter() - started
+            is_due = (step + 1) % self.checkpoint_every == 0 or step + 1 == total
+            if is_due:
+                self._settle()
+            if self._spike:
+                self._answer(self._spike, step + 1)
+            elif is_due:
                 self._save(step + 1)
         tell(self.listeners, Finished(total, _peak_bytes(self.ranks.device)))
 
-    def _step(self, step: int, batch: TubeletBatch, waited: float) -> dict[str, float]:
-        """One update; returns means over ranks of the losses and of the seconds waited."""
+    def _step(self, step: int, batch: TubeletBatch, waited: float) -> Pending:
+        """One update, all of it in the device's hands on return."""
+        statistics = self.learner.statistics()
         keys = self.learner.momentum.encode(batch.views, step)
+        reports = self._backward(step, batch, keys)
+        report = self._mean(reports, waited)
+        update = self.engine.step(report["loss"], self.schedule.learning_rate(step))
+        with self.engine.gathered():
+            parameters = self.learner.network.parameters()
+            self.learner.momentum.update(parameters, self.schedule.momentum(step, self.losses), update.taken)
+        statistics.put_back_unless(update.taken)
+        self._settle()  # the step before: whether it was taken says where these keys go
+        position = self.learner.queue.position
+        self.learner.queue.enqueue(keys.inter_all, update.taken)
+        self._pending = Pending(
+            step=step,
+            numbers=Readback({**report, **update._asdict()}),
+            suspects=Suspects(batch, torch.stack([report["loss"] for report in reports])),
+            queue_position=position,
+            videos=len(batch.order) * self.ranks.count,
+        )
+        return self._pending
+
+    def _backward(self, step: int, batch: TubeletBatch, keys: Keys) -> list[dict[str, torch.Tensor]]:
+        """Forward and backward of every part of the batch; the objective's report of each."""
         weights = self.schedule.loss_weights(step, self.losses)
-        clips = normalise(batch.views[:, QUERY])
-        loss = self.engine.forward(clips, keys, self.learner.queue, batch.motion, batch.order, weights)
-        report = self._report(step, batch, waited)
-        self.engine.step(loss, self.schedule.learning_rate(step))
-        self.learner.momentum.update(self.learner.network.parameters(), self.schedule.momentum(step, self.losses))
-        self.learner.queue.enqueue(keys.inter_all)
-        return report
-
-    def _report(self, step: int, batch: TubeletBatch, waited: float) -> dict[str, float]:
-        values = {**self.engine.objective.report, "waited": torch.tensor(waited, device=self.ranks.device)}
-        means = self.ranks.mean(torch.stack([value.float() for value in values.values()]))
-        report: dict[str, float] = dict(zip(values, means.tolist(), strict=True))
-        if not math.isfinite(report["loss"]):
-            raise UserError(
-                f"step {step + 1}: the loss is {report['loss']}, this rank's videos were {batch.samples.tolist()}; "
-                "lower optimizer.learning_rate and start again, it resumes from the last checkpoint"
+        reports = []
+        for part in torch.arange(len(batch.order)).chunk(self.settings.accumulate):
+            own = slice(int(part[0]), int(part[-1]) + 1)
+            clips = normalise(batch.views[own, QUERY])
+            loss = self.engine.forward(
+                clips, keys.of(own), self.learner.queue, batch.motion[own], batch.order[own], weights
             )
-        return report
+            self.engine.backward(loss)
+            reports.append(self.engine.objective.report)
+        return reports
 
-    def _done(self, step: int, report: dict[str, float], batch_per_rank: int, seconds: float) -> StepDone:
-        waited = report.pop("waited")
+    def _mean(self, reports: list[dict[str, torch.Tensor]], waited: float) -> dict[str, torch.Tensor]:
+        """Means over parts and ranks of the objective's report, and of the seconds waited."""
+        values = torch.stack([torch.stack([value.float() for value in report.values()]) for report in reports]).mean(0)
+        means = self.ranks.mean(torch.cat([values, values.new_full((1,), waited)]))
+        return dict(zip([*reports[0], "waited"], means.unbind(), strict=True))
+
+    def _settle(self) -> None:
+        """Find out what became of the pending step, and tell.
+
+        Raises:
+            UserError: when it was the last of too many in a row that were skipped.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        report = pending.numbers.numbers()
+        taken = report.pop("taken") > 0
+        loss = report["loss"]
+        tell(self.listeners, self._done(pending, report, taken=taken))
+        if not taken:
+            self.learner.queue.position = pending.queue_position
+            self._skip(pending)
+            return
+        self._skipped_in_a_row = 0
+        limit = self._spikes.limit_passed(loss)
+        if limit is not None and self.settings.on_spike != "ignore":
+            self._spike = LossSpike(pending.step + 1, loss, limit, None)
+
+    def _skip(self, pending: Pending) -> None:
+        self._skipped_in_a_row += 1
+        blame = pending.suspects.blame(self.ranks)
+        names = [self.name_of(sample) for sample in blame.samples]
+        tell(self.listeners, StepSkipped(pending.step + 1, names, blame.reason, self._skipped_in_a_row))
+        if self._skipped_in_a_row >= self.settings.max_nonfinite_steps:
+            raise UserError(
+                f"step {pending.step + 1}: {self._skipped_in_a_row} steps in a row had no finite loss and gradient; "
+                f"of the last one's videos, {', '.join(names)}: {blame.reason}; mend or remove these, or lower "
+                "optimizer.learning_rate, and start again: it resumes from the last checkpoint"
+            )
+
+    def _answer(self, spike: LossSpike, step: int) -> None:
+        """Warn of a leap of the loss after `step` steps, or take back what led there."""
+        newest, _ = self.checkpoints.latest() if self.settings.on_spike == "rollback" else (None, [])
+        if newest is not None:
+            self._settle()
+            self._roll_back(newest)
+            self._spikes.forget()
+            spike = replace(spike, rolled_back_to=newest)
+        self._spike = None
+        tell(self.listeners, spike)
+        if newest is not None:
+            self._save(step)
+
+    def _roll_back(self, step: int) -> None:
+        """Bring back all that the checkpoint of a step holds; what videos come next stays as it is."""
+        snapshot = self.checkpoints.load(step)
+        with self.engine.gathered(changing=True):
+            self.learner.restore(snapshot, self.checkpoints.step_url(step))
+        self.engine.load_optimizer_state(snapshot.optimizer, step)
+
+    def _done(self, pending: Pending, report: dict[str, float], *, taken: bool) -> StepDone:
+        waited, gradient_norm = report.pop("waited"), report.pop("gradient_norm")
         return StepDone(
-            step=step + 1,
-            epoch=step // self.schedule.steps_per_epoch,
+            step=pending.step + 1,
+            epoch=pending.step // self.schedule.steps_per_epoch,
             total_steps=self.schedule.total_steps,
             losses=report,
-            learning_rate=self.schedule.learning_rate(step),
-            videos=batch_per_rank * self.ranks.count,
-            seconds=seconds,
-            data_wait_ratio=min(1.0, waited / seconds),
+            learning_rate=self.schedule.learning_rate(pending.step),
+            videos=pending.videos,
+            seconds=pending.seconds,
+            data_wait_ratio=min(1.0, waited / pending.seconds),
+            gradient_norm=gradient_norm,
+            taken=taken,
         )
 
     def _save(self, step: int) -> None:
-        snapshot = self.learner.snapshot(step, self.engine.optimizer_state(), self.config)
+        optimizer = self.engine.optimizer_state()
+        with self.engine.gathered():
+            snapshot = self.learner.snapshot(step, optimizer, self.config)
         url, seconds = self.checkpoints.save(snapshot)
         tell(self.listeners, CheckpointWritten(step, url, seconds))
 

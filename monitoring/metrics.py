@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from mcl_dist.listeners import CheckpointWritten, Event, StepDone
+from mcl_dist.listeners import CheckpointWritten, Event, LossSpike, StepDone, StepSkipped
 
 STEP_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
@@ -24,11 +24,19 @@ class TrainingMetrics:
         self._wait = Gauge("mcl_data_wait_ratio", "Share of the last step spent waiting for data.", registry=own)
         self._rate = Gauge("mcl_learning_rate", "Learning rate of the last step.", registry=own)
         self._report = Gauge("mcl_objective", "Loss terms and similarities, mean over ranks.", ["term"], registry=own)
+        self._gradient = Gauge("mcl_gradient_norm", "Norm of the last step's gradient.", registry=own)
+        self._skipped = Counter(
+            "mcl_steps_skipped_total", "Steps without a finite loss or gradient, which changed nothing.", registry=own
+        )
+        self._in_a_row = Gauge("mcl_steps_skipped_in_a_row", "Steps skipped since the last one taken.", registry=own)
+        self._spikes = Counter("mcl_loss_spikes_total", "Losses far above those before them.", ["answer"], registry=own)
+        for answer in ("warned", "rolled_back"):
+            self._spikes.labels(answer)  # so that a scrape finds 0 before the first
         self._checkpoint = Gauge("mcl_checkpoint_step", "Step of the newest complete checkpoint.", registry=own)
         self._saving = Gauge("mcl_checkpoint_seconds", "Seconds that the newest checkpoint took.", registry=own)
 
     def __call__(self, event: Event) -> None:
-        """Count a step or a checkpoint."""
+        """Count what happened."""
         match event:
             case StepDone():
                 self._videos.inc(event.videos)
@@ -37,8 +45,17 @@ class TrainingMetrics:
                 self._seconds.observe(event.seconds)
                 self._wait.set(event.data_wait_ratio)
                 self._rate.set(event.learning_rate)
+                if not event.taken:
+                    return
+                self._in_a_row.set(0)
+                self._gradient.set(event.gradient_norm)
                 for term, value in event.losses.items():
                     self._report.labels(term).set(value)
+            case StepSkipped():
+                self._skipped.inc()
+                self._in_a_row.set(event.in_a_row)
+            case LossSpike():
+                self._spikes.labels("warned" if event.rolled_back_to is None else "rolled_back").inc()
             case CheckpointWritten(step, _, seconds):
                 self._checkpoint.set(step)
                 self._saving.set(seconds)

@@ -2,14 +2,28 @@ from __future__ import annotations
 
 import io
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
-from mcl_dist.listeners import CheckpointWritten, Console, EventLog, Finished, MetricsFile, Started, StepDone
+import pytest
+
+from mcl_dist.listeners import (
+    CheckpointWritten,
+    Console,
+    EventLog,
+    Finished,
+    LossSpike,
+    MetricsFile,
+    Started,
+    StepDone,
+    StepSkipped,
+)
 
 
 def done(step: int) -> StepDone:
     losses = {"loss": 3.0, "loss_inter": 2.0, "similarity_positive": 0.5}
-    return StepDone(step, 0, 4, losses, 1e-3, videos=8, seconds=0.5, data_wait_ratio=0.25)
+    return StepDone(step, 0, 4, losses, 1e-3, videos=8, seconds=0.5, data_wait_ratio=0.25, gradient_norm=0.25)
 
 
 class Terminal(io.StringIO):
@@ -66,10 +80,34 @@ def test_metrics_have_a_line_a_step_and_forget_steps_that_will_be_repeated(tmp_p
         "loss_inter": 2.0,
         "similarity_positive": 0.5,
         "learning_rate": 1e-3,
+        "gradient_norm": 0.25,
+        "taken": True,
         "videos_per_second": 16.0,
         "data_wait_ratio": 0.25,
         "seconds": 0.5,
     }
+
+
+def test_what_is_not_finite_is_null_in_the_metrics_and_told_with_its_samples(tmp_path: Path) -> None:
+    path, stream = tmp_path / "metrics.jsonl", io.StringIO()
+    skipped = replace(done(3), losses={"loss": math.nan}, gradient_norm=math.inf, taken=False)
+    MetricsFile(path)(skipped)
+    line = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert line["loss"] is line["gradient_norm"] is None
+    assert line["taken"] is False
+    Console(stream)(StepSkipped(3, [f"video {number}" for number in range(6)], "the loss is not finite", 2))
+    assert stream.getvalue() == (
+        "step 3 skipped, 2 in a row: video 0, video 1, video 2, video 3 and 2 more: the loss is not finite\n"
+    )
+
+
+def test_a_leap_of_the_loss_is_told_with_what_was_done_about_it() -> None:
+    stream = io.StringIO()
+    console = Console(stream)
+    console(LossSpike(30, 9.5, 3.25, None))
+    console(LossSpike(40, 9.5, 3.25, 20))
+    leapt = "the loss leapt to 9.500, usual are up to 3.250"
+    assert stream.getvalue() == f"step 30: {leapt}\nstep 40: {leapt}; went back to the checkpoint of step 20\n"
 
 
 def test_the_event_log_keeps_everything_but_steps(tmp_path: Path) -> None:

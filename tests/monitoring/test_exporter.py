@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import math
 import socket
 import urllib.request
 
 import pytest
 
 from mcl_dist.errors import UserError
-from mcl_dist.listeners import CheckpointWritten, StepDone
+from mcl_dist.listeners import CheckpointWritten, LossSpike, StepDone, StepSkipped
 from monitoring.exporter import serve
 from monitoring.metrics import TrainingMetrics
 
@@ -38,6 +39,23 @@ def test_a_scrape_shows_throughput_losses_waiting_and_checkpoints() -> None:
         "mcl_checkpoint_seconds 1.5",
     ):
         assert line in lines
+
+
+def test_skipped_steps_and_leaps_are_counted_and_leave_the_losses_as_they_were() -> None:
+    metrics = TrainingMetrics()
+    metrics(StepDone(3, 0, 10, {"loss": 2.5}, 0.01, videos=8, seconds=0.4, data_wait_ratio=0.25, gradient_norm=1.5))
+    metrics(StepDone(4, 0, 10, {"loss": math.nan}, 0.01, 8, 0.4, 0.25, gradient_norm=math.inf, taken=False))
+    metrics(StepSkipped(4, ["a video"], "a reason", 1))
+    metrics(LossSpike(5, 9.0, 3.0, None))
+    value = metrics.registry.get_sample_value
+    assert value("mcl_objective", {"term": "loss"}) == 2.5
+    assert value("mcl_gradient_norm") == 1.5
+    assert value("mcl_steps_skipped_total") == 1
+    assert value("mcl_steps_skipped_in_a_row") == 1
+    assert value("mcl_loss_spikes_total", {"answer": "warned"}) == 1
+    assert value("mcl_loss_spikes_total", {"answer": "rolled_back"}) == 0
+    metrics(StepDone(5, 0, 10, {"loss": 2.0}, 0.01, 8, 0.4, 0.25))
+    assert value("mcl_steps_skipped_in_a_row") == 0
 
 
 def test_a_port_that_is_taken_is_named() -> None:

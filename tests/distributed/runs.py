@@ -1,0 +1,90 @@
+"""Runs on batches made of noise, for tests of the trainer on gloo ranks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from mcl_dist import engine as engine_module
+from mcl_dist.batch import TubeletBatch
+from mcl_dist.checkpoint import Checkpoints
+from mcl_dist.encoder import EncoderConfig
+from mcl_dist.engine import Engine, OptimizerConfig, join_process_group, pick_device
+from mcl_dist.heads import HeadsConfig, Network
+from mcl_dist.learner import Learner
+from mcl_dist.momentum import MomentumEncoder
+from mcl_dist.negatives import Queue
+from mcl_dist.objective import Objective, ObjectiveConfig
+from mcl_dist.ranks import Ranks
+from mcl_dist.schedule import Schedule
+from mcl_dist.trainer import TrainConfig, Trainer
+
+GLOBAL_BATCH, STEPS = 4, 6
+QUIET = TrainConfig(on_spike="ignore")
+LOSSES = ObjectiveConfig(queue=30, order="ramp")
+
+
+def noise(ranks: Ranks, start: int) -> Iterator[TubeletBatch]:
+    """The global batch of a step depends on the step alone."""
+    for step in itertools.count(start):
+        draw = torch.Generator().manual_seed(step)
+        views = torch.randint(0, 256, (GLOBAL_BATCH, 4, 8, 32, 32, 3), generator=draw, dtype=torch.uint8)
+        motion = torch.rand(GLOBAL_BATCH, 2, 4, 4, generator=draw)
+        order = torch.randint(0, 2, (GLOBAL_BATCH,), generator=draw)
+        size = GLOBAL_BATCH // ranks.count
+        own = slice(ranks.rank * size, (ranks.rank + 1) * size)
+        yield TubeletBatch(views[own], motion[own], order[own], torch.arange(GLOBAL_BATCH)[own])
+
+
+def put_together(
+    folder: str | Path,
+    ranks: Ranks,
+    optimizer: OptimizerConfig,
+    batches: Callable[[int], Iterator[TubeletBatch]],
+    trainer: type[Trainer] = Trainer,
+    settings: TrainConfig = QUIET,
+    steps: int = STEPS,
+) -> Trainer:
+    """A run that starts from the newest checkpoint in the folder, if there is one."""
+    engine_module.PERSISTENT_NUMEL = 0  # stage 3 shards all, however small
+    torch.manual_seed(0)
+    network = Network(EncoderConfig(width=4, blocks=(1, 1)), HeadsConfig(dim=8)).train()
+    momentum = MomentumEncoder(network, ranks, seed=0, autocast=False)
+    queue = Queue.random(LOSSES.queue, 8, torch.Generator().manual_seed(0), ranks.device, ranks=ranks, sharded=True)
+    learner = Learner(network, momentum, queue)
+    checkpoints = Checkpoints(f"{folder}/checkpoints", ranks, keep=9)
+    start, _ = checkpoints.latest()
+    snapshot = checkpoints.load(start) if start else None
+    if snapshot:
+        learner.restore(snapshot, str(folder))
+    engine = Engine(
+        Objective(network, temperature=0.1),
+        optimizer,
+        batch_per_rank=GLOBAL_BATCH // ranks.count,
+        accumulate=settings.accumulate,
+    )
+    if snapshot:
+        engine.load_optimizer_state(snapshot.optimizer, snapshot.step)
+    return trainer(
+        engine=engine,
+        learner=learner,
+        ranks=ranks,
+        schedule=Schedule(optimizer.learning_rate, steps_per_epoch=2, total_steps=steps, warmup_epochs=1.0),
+        losses=LOSSES,
+        checkpoints=checkpoints,
+        checkpoint_every=3,
+        config={},
+        batches=batches(start or 0),
+        settings=settings,
+        listeners=[],
+        start=start or 0,
+    )
+
+
+def joined() -> Ranks:
+    device = pick_device()
+    join_process_group(device)
+    return Ranks(device)
