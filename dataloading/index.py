@@ -57,6 +57,11 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def num_bytes(self) -> int:
+        """That it takes in memory."""
+        return sum(array.nbytes for array in vars(self).values())
+
     def stills(self, sample: int, kind: StillKind) -> np.ndarray:
         """Offset and size of the sample's stills: int64 (N, 2)."""
         return self._of(sample, self.frame_stills if kind == "frames" else self.flow_stills)

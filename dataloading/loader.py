@@ -17,6 +17,7 @@ from dataloading.augment import (
     draw_augmentation,
     mirror_flow,
 )
+from dataloading.fetch import FetchConfig
 from dataloading.motion import motion_target
 from dataloading.pipeline import StillDecoder
 from dataloading.plan import Plan, lanes_of_rank, sample_generator
@@ -30,8 +31,8 @@ from mcl_dist.errors import ConfigError, UserError
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """What is trained on and how it is cut.
+class DataConfig(FetchConfig):
+    """What is trained on and how it is cut; how it is fetched, see `FetchConfig`.
 
     Attributes:
         train: URL of the shard set.
@@ -42,7 +43,7 @@ class DataConfig:
         shuffle_window: videos of a lane that an epoch shuffles among themselves.
         threads: decoding threads of a rank.
         prefetch: batches made ahead.
-        cache: local folder for the shards of a set that is elsewhere.
+        cache: local folder for the shards of a set that is elsewhere, shared by the processes of a machine.
         augment: ranges of crops and what is done to the pixels.
     """
 
@@ -104,7 +105,7 @@ class TubeletLoader:
     ) -> None:
         check_clips(config, grid)
         self._config = config
-        self._set = ShardSet(config.train, config.cache)
+        self._set = ShardSet(config.train, config.cache, config)
         self._cut = CutConfig(
             frames=config.frames,
             stride=self._set.stored_stride(config.stride),
@@ -139,6 +140,7 @@ class TubeletLoader:
         self._ahead.close()
         self._pixels.close()
         self._flow.close()
+        self._set.close()
 
     def _batch(self, step: int) -> TubeletBatch:
         epoch = step // self.steps_per_epoch

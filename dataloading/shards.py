@@ -296,6 +296,15 @@ def manifest_from(data: bytes, where: str) -> Manifest:
         raise UserError(f"{where}: damaged ({error}); rebuild the set") from error
 
 
+def manifest_is_right(data: bytes) -> bool:
+    """Whether these bytes are a manifest as it was written."""
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(tree, dict) and is_sealed(data, tree)
+
+
 def sealed(tree: dict[str, Any]) -> bytes:
     """The text of a manifest with its own digest in it: the SHA-256 of the text with zeros in the digest's place."""
     text = json.dumps({**tree, "sha256": UNSEALED}, indent=1).encode() + b"\n"

@@ -1,21 +1,30 @@
-"""Reading a shard set: of each video only the bytes that are asked for."""
+"""Reading a shard set: of each video only the bytes that are asked for, and every byte checked before it is used."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import os
-from collections.abc import Iterable
+import threading
+import weakref
+import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dataloading.bad_sample import BadSampleError, Reason
+from dataloading.cache import FileCache, Fill
+from dataloading.fetch import FetchConfig, Fetcher
+from dataloading.fetch_report import Counters, FetchReport
 from dataloading.index import MEMBERS, ShardIndex, StillKind
+from dataloading.indices import Indices
 from dataloading.jpeg import jpeg_size
-from dataloading.shards import ShardEntry, read_index, read_manifest
+from dataloading.motion import MAP_CELLS
+from dataloading.npy import from_npy
+from dataloading.read_ahead import ReadAhead
+from dataloading.shard_bytes import CachedFile, FetchedRanges, FileInPlace, ShardBytes
+from dataloading.shards import MANIFEST, MAX_MANIFEST, Manifest, ShardEntry, manifest_from, manifest_is_right
+from dataloading.store import MissingFileError, Store, without_credentials
 from mcl_dist.errors import ConfigError, UserError
 from mcl_dist.storage import Folder
 
@@ -23,8 +32,9 @@ from mcl_dist.storage import Folder
 class ShardSet:
     """All videos of a shard set, by their position in it (shards in the manifest's order).
 
-    A set on this machine is read in place; of any other, a shard is fetched whole into `cache` when the
-    first of its videos is read, checked against the manifest's digest, and kept.
+    A set on this machine is read in place. Of any other, a shard is fetched whole into `cache` when it is expected
+    or the first of its videos is read, or just the ranges of bytes that are asked for, as `config.fetch` says; the
+    cache holds the indices in both cases. It belongs to the process that made it.
 
     Attributes:
         manifest: what the set says of itself.
@@ -33,33 +43,69 @@ class ShardSet:
         labels, num_frames, heights, widths, flow_heights, flow_widths: int64 (videos,).
 
     Raises:
-        UserError: as `read_manifest` and `ShardIndex.read`, and for a set of no videos.
+        UserError: manifest or indices cannot be read or are not what they should be, or the set has no videos.
         ConfigError: the set is elsewhere and there is no cache.
     """
 
-    def __init__(self, url: str, cache: str | None = None) -> None:
+    def __init__(self, url: str, cache: str | None = None, config: FetchConfig | None = None) -> None:
+        config = config or FetchConfig()
+        self._url = without_credentials(url.rstrip("/"))
+        self._report = FetchReport()
         self._folder = Folder(url)
         if cache is None and not self._folder.is_local:
             raise ConfigError(
-                f"data.cache: missing; {url} is not on this machine, name a local folder to keep its shards in"
+                f"data.cache: missing; {self._url} is not on this machine, name a local folder to keep its shards in"
             )
-        self._cache = None if self._folder.is_local or cache is None else Path(cache)
-        self.manifest = read_manifest(self._folder)
-        if not self.manifest.shards:
-            raise UserError(f"{self._folder.url}: holds no video; rebuild the set")
-        self.keep_every = int(self.manifest.build.get("keep_every", 1))
-        self._indices = [read_index(self._folder, entry) for entry in self.manifest.shards]
-        self._first_position = np.cumsum([0, *(len(index) for index in self._indices)])
-        self.keys = self._column("keys")
-        self.labels = self._column("labels")
-        self.num_frames = self._column("num_frames")
-        self.heights = self._column("heights")
-        self.widths = self._column("widths")
-        self.flow_heights = self._column("flow_heights")
-        self.flow_widths = self._column("flow_widths")
+        self._fetcher = Fetcher(Store(url), config, self._report)
+        self.manifest = self._read_manifest()
+        self.keep_every = self._stored_frames()
+        self._cache: FileCache | None = None
+        self._ahead: ReadAhead | None = None
+        index_cache = None
+        if cache is not None and not self._folder.is_local:
+            index_cache = FileCache(Path(cache) / "indices", None, FetchReport(), suffix=".npz")
+            if config.fetch == "whole":
+                self._cache = FileCache(Path(cache), config.cache_limit, self._report)
+                self._ahead = ReadAhead(self._fetch_ahead)
+        with self._report.timed("index"):
+            self._indices = Indices(self.manifest, self._fetcher, index_cache)
+        self._open: weakref.WeakValueDictionary[int, ShardBytes] = weakref.WeakValueDictionary()
+        self._opening = threading.Lock()
+        columns = self._indices.columns
+        self.keys, self.labels, self.num_frames = columns["keys"], columns["labels"], columns["num_frames"]
+        self.heights, self.widths = columns["heights"], columns["widths"]
+        self.flow_heights, self.flow_widths = columns["flow_heights"], columns["flow_widths"]
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def close(self) -> None:
+        """End what goes on in the background; videos that were read stay readable where nothing must be fetched."""
+        if self._ahead is not None:
+            self._ahead.close()
+        self._fetcher.close()
+        if self._cache is not None:
+            self._cache.close()
+
+    def counters(self) -> Counters:
+        """What reading has taken so far; see `FetchReport.counters`."""
+        return self._report.counters()
+
+    def expect(self, positions: Iterable[int]) -> None:
+        """Videos that this process will read next, in this order; what was expected before is forgotten.
+
+        Their shards are fetched ahead and are the last to be evicted. May be called as often as each batch.
+        """
+        if self._cache is None or self._ahead is None:
+            return
+        shards = list(dict.fromkeys(self._shards_of(np.fromiter(positions, np.int64)).tolist()))
+        self._cache.expect([self.manifest.shards[shard].sha256 for shard in shards])
+        self._ahead.expect(shards)
+
+    def name_of(self, position: int) -> str:
+        """URL of the shard and key, as messages have them."""
+        (shard,) = self._shards_of(np.array([position])).tolist()
+        return f"{self._shard_url(shard)}, video {self.keys[position]}"
 
     def stored_stride(self, stride: int) -> int:
         """Stored frames from one to the next of a clip, for a stride in frames of the videos themselves.
@@ -78,38 +124,65 @@ class ShardSet:
         """The video at a position of the set: its maps and scores at once, its stills when asked for.
 
         Raises:
-            BadSampleError: the shard does not hold what its index says of this video.
-            UserError: the shard cannot be fetched.
+            BadSampleError: the shard does not hold what its index says of this video, or is not there.
+            UserError: the store or the cache's disk cannot be used.
         """
-        shard = int(np.searchsorted(self._first_position, position, side="right")) - 1
-        sample = position - int(self._first_position[shard])
-        entry = self.manifest.shards[shard]
-        return StoredVideo(self._local(entry), self._indices[shard], sample, f"{self._folder.url}/{entry.name}")
+        (shard,) = self._shards_of(np.array([position])).tolist()
+        sample = position - int(self._indices.first_positions[shard])
+        try:
+            source = self._opened(shard)
+        except (OSError, MissingFileError) as error:
+            what = f"its shard cannot be read ({getattr(error, 'strerror', None) or 'no such file'})"
+            raise BadSampleError(self._shard_url(shard), str(self.keys[position]), "missing", what) from error
+        return StoredVideo(source, self._indices[shard], sample, self._shard_url(shard), self._report)
 
-    def _column(self, name: str) -> np.ndarray:
-        return np.concatenate([getattr(index, name) for index in self._indices])
+    def _shards_of(self, positions: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._indices.first_positions, positions, side="right") - 1
 
-    def _local(self, entry: ShardEntry) -> Path:
-        if self._cache is None:
-            return Path(self._folder.path(entry.name))
-        # Named by content: sets may share a cache, and a rebuilt set finds nothing stale in it.
-        cached = self._cache / f"{entry.sha256}.tar"
-        if not cached.exists():
-            self._fetch(entry, cached)
-        return cached
+    def _shard_url(self, shard: int) -> str:
+        return f"{self._url}/{self.manifest.shards[shard].name}"
 
-    def _fetch(self, entry: ShardEntry, cached: Path) -> None:
-        unchecked = cached.with_name(f".{cached.name}.{os.getpid()}.unchecked")
-        self._folder.get(entry.name, unchecked)
-        with unchecked.open("rb") as file:
-            digest = _sha256(file)
-        if digest != entry.sha256:
-            unchecked.unlink()
+    def _read_manifest(self) -> Manifest:
+        where = f"{self._url}/{MANIFEST}"
+        try:
+            manifest = manifest_from(self._fetcher.small_file(MANIFEST, MAX_MANIFEST, manifest_is_right), where)
+        except MissingFileError as error:
             raise UserError(
-                f"{self._folder.url}/{entry.name}: not the bytes that the manifest names; "
-                f"run `mcl shards verify {self._folder.url}`"
-            )
-        unchecked.replace(cached)
+                f"{where}: missing, so this is no complete shard set; `mcl shards build` writes one"
+            ) from error
+        if not manifest.shards:
+            raise UserError(f"{self._url}: holds no video; rebuild the set")
+        return manifest
+
+    def _stored_frames(self) -> int:
+        keep_every = self.manifest.build.get("keep_every", 1)
+        if type(keep_every) is not int or keep_every < 1:
+            raise UserError(f"{self._url}/{MANIFEST}: says keep_every {str(keep_every)[:40]!r}; rebuild the set")
+        return keep_every
+
+    def _opened(self, shard: int) -> ShardBytes:
+        """The shard, which videos that are read at the same time share."""
+        with self._opening:
+            source = self._open.get(shard)
+        if source is None:
+            source = self._new_source(self.manifest.shards[shard])
+            with self._opening:
+                self._open[shard] = source
+        return source
+
+    def _new_source(self, entry: ShardEntry) -> ShardBytes:
+        if self._folder.is_local:
+            return FileInPlace(self._folder.path(entry.name), self._report)
+        if self._cache is None:
+            return FetchedRanges(self._fetcher, entry.name, self._report)
+        return CachedFile(self._cache, entry, self._fill(entry), self._report)
+
+    def _fetch_ahead(self, shard: int) -> bool:
+        entry = self.manifest.shards[shard]
+        return self._cache is not None and self._cache.fetch_ahead(entry.sha256, entry.bytes, self._fill(entry))
+
+    def _fill(self, entry: ShardEntry) -> Fill:
+        return lambda descriptor: self._fetcher.shard(entry.name, entry.bytes, entry.sha256, descriptor)
 
 
 class StoredVideo:
@@ -123,28 +196,26 @@ class StoredVideo:
         clip_scores: float32 (N - window + 1,).
     """
 
-    def __init__(self, path: Path, index: ShardIndex, sample: int, shard: str) -> None:
-        self.where = f"{shard}, video {index.keys[sample]}"
-        self._shard = shard
-        self._path = path
+    def __init__(self, source: ShardBytes, index: ShardIndex, sample: int, shard_url: str, report: FetchReport) -> None:
+        self.where = f"{shard_url}, video {index.keys[sample]}"
+        self._shard_url = shard_url
+        self._source = source
+        self._report = report
         self._index = index
         self._sample = sample
         self.height, self.width = int(index.heights[sample]), int(index.widths[sample])
         self.flow_height, self.flow_width = int(index.flow_heights[sample]), int(index.flow_widths[sample])
         self.num_frames = int(index.num_frames[sample])
-        self.frame_maps = self._array("motion.npy")
-        self.clip_scores = self._array("scores.npy")
-        if self.frame_maps.shape != (self.num_frames, 7, 7) or self.clip_scores.ndim != 1:
-            raise self._damaged("maps", "its maps or scores do not fit its frames")
+        self.frame_maps, self.clip_scores = self._arrays()
 
     def info(self) -> dict[str, Any]:
         """What the set says of the video itself: class, source, fps, flow…; `BadSampleError` when it is not JSON."""
         try:
-            info = json.loads(self._member("json"))
-        except ValueError as error:
-            raise self._damaged("header", "its json cannot be read") from error
+            info = json.loads(self._members("json")[0])
+        except (ValueError, RecursionError) as error:
+            raise self._bad("header", "its json cannot be read") from error
         if not isinstance(info, dict):
-            raise self._damaged("header", "its json is no object")
+            raise self._bad("header", "its json is no object")
         return info
 
     def frames(self, indices: Iterable[int]) -> list[np.ndarray]:
@@ -156,42 +227,45 @@ class StoredVideo:
         return self._stills("flow", indices, 2 * self.flow_height, self.flow_width)
 
     def _stills(self, kind: StillKind, indices: Iterable[int], height: int, width: int) -> list[np.ndarray]:
-        table = self._index.stills(self._sample, kind)
         wanted = list(indices)
-        stills = self._read(table[wanted])
+        places, crcs = self._index.stills(self._sample, kind), self._index.still_crcs(self._sample, kind)
+        stills = self._read(places[wanted], crcs[wanted], [f"{kind} still {index}" for index in wanted])
         for index, still in zip(wanted, stills, strict=True):
             found = jpeg_size(still)
+            if found is None:
+                raise self._bad("header", f"{kind} still {index} is not a whole JPEG")
             if found != (height, width):
-                what = "is not a whole JPEG" if found is None else f"is {found[1]}x{found[0]} pixels"
-                reason: Reason = "header" if found is None else "size"
-                raise self._damaged(reason, f"{kind} still {index} {what}, must be {width}x{height}")
+                what = f"{kind} still {index} is {found[1]}x{found[0]} pixels, must be {width}x{height}"
+                raise self._bad("size", what)
+        self._report.add("bytes_decoded", sum(map(len, stills)))
         return [np.frombuffer(still, dtype=np.uint8) for still in stills]
 
-    def _array(self, member: str) -> np.ndarray:
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
         try:
-            array: np.ndarray = np.lib.format.read_array(io.BytesIO(self._member(member)), allow_pickle=False)
+            maps, scores = map(from_npy, self._members("motion.npy", "scores.npy"))
         except ValueError as error:
-            raise self._damaged("maps", f"{member} is not a NumPy array") from error
-        return array
+            raise self._bad("maps", "its maps or scores are no NumPy arrays") from error
+        fits = maps.shape == (self.num_frames, MAP_CELLS, MAP_CELLS) and scores.ndim == 1
+        if not fits or len(scores) > self.num_frames or maps.dtype != np.uint8 or scores.dtype != np.float32:
+            raise self._bad("maps", "its maps or scores do not fit its frames")
+        return maps, scores
 
-    def _member(self, name: str) -> bytes:
-        (data,) = self._read(self._index.members[self._sample, MEMBERS.index(name)][None])
-        return data
+    def _members(self, *names: str) -> list[bytes]:
+        rows = [MEMBERS.index(name) for name in names]
+        return self._read(self._index.members[self._sample, rows], self._index.member_crcs[self._sample, rows], names)
 
-    def _read(self, places: np.ndarray) -> list[bytes]:
-        """The bytes at each (offset, size) of the shard."""
+    def _read(self, places: np.ndarray, crcs: np.ndarray, names: Sequence[str]) -> list[bytes]:
+        """The bytes at each (offset, size) of the shard, found to be those that were stored."""
         try:
-            with self._path.open("rb", buffering=0) as file:
-                return [os.pread(file.fileno(), size, offset) for offset, size in places.tolist()]
-        except OSError as error:
-            raise self._damaged("missing", f"{self._path} cannot be read ({error.strerror})") from error
+            pieces = self._source.read(places, crcs)
+        except (OSError, MissingFileError) as error:
+            raise self._bad("missing", f"its shard cannot be read ({error})") from error
+        for piece, size, crc, name in zip(pieces, places[:, 1].tolist(), crcs.tolist(), names, strict=True):
+            if len(piece) != size:
+                raise self._bad("missing", f"{name} is beyond the end of the shard")
+            if zlib.crc32(piece) != crc:
+                raise self._bad("checksum", f"{name} is not what was stored")
+        return pieces
 
-    def _damaged(self, reason: Reason, what: str) -> BadSampleError:
-        return BadSampleError(self._shard, str(self._index.keys[self._sample]), reason, what)
-
-
-def _sha256(file: io.BufferedReader) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest.hexdigest()
+    def _bad(self, reason: Reason, what: str) -> BadSampleError:
+        return BadSampleError(self._shard_url, str(self._index.keys[self._sample]), reason, what)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from pathlib import Path
@@ -18,6 +19,7 @@ import yaml
 from mcl_dist.errors import ConfigError
 
 Section = TypeVar("Section")
+_BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(?:([kKMGTP])(i?))?B?")
 
 
 def number(default: Any = dataclasses.MISSING, *, minimum: float | None = None, maximum: float | None = None) -> Any:
@@ -28,6 +30,11 @@ def number(default: Any = dataclasses.MISSING, *, minimum: float | None = None, 
 def choice(default: str, *options: str) -> Any:
     """A text field that takes one of a few words."""
     return dataclasses.field(default=default, metadata={"options": (default, *options)})
+
+
+def byte_size(default: int | None) -> Any:
+    """A number of bytes, which people may write as 500MB, 1.5TB or 200GiB."""
+    return dataclasses.field(default=default, metadata={"minimum": 1, "bytes": True})
 
 
 def load_config(schema: type[Section], path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Section:
@@ -128,6 +135,8 @@ def _value(hint: Any, value: Any, path: str, metadata: typing.Mapping[str, Any])
         return _tuple(typing.get_args(hint), value, path, metadata)
     if hint is float:
         value = _as_float(value)
+    if metadata.get("bytes"):
+        value = _as_bytes(value)
     if type(value) is not hint:
         raise ConfigError(f"{path}: found {value!r}, must be {_phrase(hint, metadata)}")
     _check_limits(value, path, hint, metadata)
@@ -152,6 +161,15 @@ def _as_float(value: Any) -> Any:
         return value
 
 
+def _as_bytes(value: Any) -> Any:
+    """The number that a text like 200GB stands for; other values as they are."""
+    match = _BYTES.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        return value
+    number_of, letter, is_binary = float(match[1]), match[2], match[3]
+    return int(number_of * (1024 if is_binary else 1000) ** ("kmgtp".index(letter.lower()) + 1 if letter else 0))
+
+
 def _check_limits(value: Any, path: str, hint: Any, metadata: typing.Mapping[str, Any]) -> None:
     minimum, maximum, options = (metadata.get(key) for key in ("minimum", "maximum", "options"))
     below = minimum is not None and not value >= minimum
@@ -163,6 +181,8 @@ def _check_limits(value: Any, path: str, hint: Any, metadata: typing.Mapping[str
 
 
 def _phrase(hint: Any, metadata: typing.Mapping[str, Any]) -> str:
+    if metadata.get("bytes"):
+        return "a number of bytes, for example 200GB"
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     minimum, maximum = metadata.get("minimum"), metadata.get("maximum")
     limits = [f"at least {minimum}"] if minimum is not None else []

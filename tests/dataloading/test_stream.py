@@ -9,10 +9,13 @@ import fsspec
 import numpy as np
 import pytest
 
+from dataloading.bad_sample import BadSampleError
+from dataloading.fetch import FetchConfig
 from dataloading.index import ShardIndex
 from dataloading.shards import Manifest
 from dataloading.stream import ShardSet
 from mcl_dist.errors import ConfigError, UserError
+from tests.shard_sets import reseal
 
 WriteSet = Callable[..., Path]
 LENGTHS = [9, 12, 8, 20, 10]
@@ -74,25 +77,27 @@ def test_stills_are_those_of_the_member(folder: Path) -> None:
     ("damage", "found"),
     [
         (b"not a JPEG", "is not a whole JPEG"),
-        (cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()[:-2], "is 8x8 pixels"),
+        (cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()[:-2], "is 8x8 pixels, must be 56x40"),
     ],
 )
 def test_a_still_that_is_no_such_jpeg_is_named(folder: Path, damage: bytes, found: str) -> None:
     offset, size = still_place(folder, shard=1, sample=1, kind="frames", still=4)
     overwrite(folder, "shard-000001.tar", (offset, size), damage[:size])
+    reseal(folder)
     video = ShardSet(str(folder)).read(3)
 
-    with pytest.raises(UserError) as raised:
+    with pytest.raises(BadSampleError) as raised:
         video.frames([3, 4])
 
     message = str(raised.value)
-    assert f"shard-000001.tar, video video-3: frames still 4 {found}, must be 56x40" in message
+    assert f"shard-000001.tar, video video-3: frames still 4 {found}" in message
     assert message.endswith(f"run `mcl shards verify {folder}`")
 
 
 def test_a_still_without_its_end_is_named(folder: Path) -> None:
     offset, size = still_place(folder, shard=0, sample=0, kind="flow", still=1)
     overwrite(folder, "shard-000000.tar", (offset + size - 2, 2), b"\0\0")
+    reseal(folder)
 
     with pytest.raises(UserError, match="video video-0: flow still 1 is not a whole JPEG"):
         ShardSet(str(folder)).read(0).flow([1])
@@ -101,23 +106,27 @@ def test_a_still_without_its_end_is_named(folder: Path) -> None:
 def test_maps_that_are_no_array_are_named(folder: Path) -> None:
     shards = ShardSet(str(folder))
     overwrite(folder, "shard-000000.tar", tuple(shards._indices[0].members[1, 3]), b"rubbish")
+    reseal(folder)
 
-    with pytest.raises(UserError, match=r"video video-1: motion\.npy is not a NumPy array; run `mcl shards"):
-        shards.read(1)
+    with pytest.raises(
+        BadSampleError, match=r"video video-1: its maps or scores are no NumPy arrays; run `mcl sh"
+    ) as bad:
+        ShardSet(str(folder)).read(1)
+    assert (bad.value.shard, bad.value.key, bad.value.reason) == (f"{folder}/shard-000000.tar", "video-1", "maps")
 
 
 def test_a_shard_that_vanished_is_named(folder: Path) -> None:
     shards = ShardSet(str(folder))
     (folder / "shard-000002.tar").unlink()
 
-    with pytest.raises(UserError, match=r"shard-000002\.tar cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"shard-000002\.tar, video video-4: its shard cannot be read \(No such file"):
         shards.read(4)
 
 
 def test_a_remote_shard_is_fetched_once_when_it_is_needed(folder: Path, tmp_path: Path) -> None:
     url, cache = remote(folder, "fetched"), tmp_path / "cache"
     shards = ShardSet(url, str(cache))
-    assert not cache.exists()
+    assert not list(cache.glob("*.tar"))
     expected = ShardSet(str(folder)).read(2).frames([1])[0]
 
     first = shards.read(2).frames([1])[0]
@@ -127,17 +136,64 @@ def test_a_remote_shard_is_fetched_once_when_it_is_needed(folder: Path, tmp_path
     assert np.array_equal(first, expected)
     assert np.array_equal(second, expected)
     digest = hashlib.sha256((folder / "shard-000001.tar").read_bytes()).hexdigest()
-    assert [path.name for path in cache.iterdir()] == [f"{digest}.tar"]
+    assert [path.name for path in cache.glob("*.tar")] == [f"{digest}.tar"]
 
 
-def test_a_remote_shard_of_other_bytes_is_refused_and_not_kept(folder: Path, tmp_path: Path) -> None:
-    overwrite(folder, "shard-000000.tar", (600, 1), b"\xff")
-    shards = ShardSet(remote(folder, "damaged"), str(tmp_path / "cache"))
+@pytest.mark.parametrize("fetch", ["whole", "ranges"])
+def test_of_a_shard_that_is_damaged_where_it_lies_the_other_samples_stay_usable(
+    folder: Path, tmp_path: Path, fetch: str
+) -> None:
+    expected = ShardSet(str(folder)).read(1).frames([2])[0]
+    overwrite(folder, "shard-000000.tar", still_place(folder, 0, 0, "frames", 3), b"\0\0\0")
+    shards = ShardSet(remote(folder, f"damaged-{fetch}"), str(tmp_path / "cache"), FetchConfig(fetch=fetch))
 
-    with pytest.raises(UserError, match=r"shard-000000\.tar: not the bytes that the manifest names; run `mcl"):
-        shards.read(0)
+    assert np.array_equal(shards.read(1).frames([2])[0], expected)
+    video = shards.read(0)
+    assert len(video.frames([0, 1, 2])) == 3
+    with pytest.raises(BadSampleError, match=r"video video-0: frames still 3 is not what was stored; run") as bad:
+        video.frames([2, 3])
+    assert bad.value.reason == "checksum"
+    assert shards.counters()["retries"]["wrong_digest"] == 1
 
-    assert not list((tmp_path / "cache").iterdir())
+
+@pytest.mark.parametrize("fetch", ["whole", "ranges"])
+def test_of_a_shard_that_was_cut_the_samples_before_the_cut_stay_usable(
+    folder: Path, tmp_path: Path, fetch: str
+) -> None:
+    place = still_place(folder, 0, 1, "frames", 3)[0]
+    url = remote(folder, f"cut-{fetch}")
+    path = f"/cut-{fetch}/shard-000000.tar"
+    fsspec.filesystem("memory").pipe(path, (folder / "shard-000000.tar").read_bytes()[:place])
+    shards = ShardSet(url, str(tmp_path / "cache"), FetchConfig(fetch=fetch))
+
+    assert len(shards.read(0).frames(range(9))) == 9
+    with pytest.raises(BadSampleError, match=r"video video-1: motion\.npy is beyond the end of the shard") as bad:
+        shards.read(1)
+    assert bad.value.reason == "missing"
+
+
+@pytest.mark.parametrize("fetch", ["whole", "ranges"])
+def test_a_shard_that_is_not_there_is_a_sample_that_is_missing(folder: Path, tmp_path: Path, fetch: str) -> None:
+    url = remote(folder, f"gone-{fetch}")
+    fsspec.filesystem("memory").rm(f"/gone-{fetch}/shard-000000.tar")
+    shards = ShardSet(url, str(tmp_path / "cache"), FetchConfig(fetch=fetch))
+
+    with pytest.raises(BadSampleError, match="video video-1: its shard cannot be read") as bad:
+        shards.read(1)
+    assert bad.value.reason == "missing"
+    assert len(shards.read(2).flow([0])) == 1
+
+
+def test_a_copy_that_went_bad_in_the_cache_is_fetched_again(folder: Path, tmp_path: Path) -> None:
+    shards = ShardSet(remote(folder, "rotten"), str(tmp_path / "cache"))
+    before = shards.read(0).frames([4])[0]
+    (copy,) = (tmp_path / "cache").glob("*.tar")
+    place = still_place(folder, 0, 0, "frames", 4)
+    overwrite(copy.parent, copy.name, place, b"\0" * 9)
+
+    assert np.array_equal(shards.read(0).frames([4])[0], before)
+    counters = shards.counters()
+    assert (counters["cache_repairs"], counters["cache_misses"]) == (1, 2)
 
 
 def test_a_remote_set_needs_a_cache(folder: Path) -> None:
@@ -158,6 +214,7 @@ def test_a_json_that_is_none_is_named(folder: Path, damage: bytes, found: str) -
     shards = ShardSet(str(folder))
     offset, size = shards._indices[0].members[0, 0]
     overwrite(folder, "shard-000000.tar", (offset, size), damage.ljust(size))
+    reseal(folder)
 
-    with pytest.raises(UserError, match=f"video video-0: {found}"):
-        shards.read(0).info()
+    with pytest.raises(BadSampleError, match=f"video video-0: {found}"):
+        ShardSet(str(folder)).read(0).info()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mcl_dist.config import build_config, choice, dump_config, load_config, number
+from mcl_dist.config import build_config, byte_size, choice, dump_config, load_config, number
 from mcl_dist.errors import ConfigError
 
 
@@ -89,3 +89,22 @@ def test_a_file_or_override_of_another_form_is_refused(
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
         load_config(Outer, "nowhere.yaml")
+
+
+@dataclass(frozen=True)
+class Room:
+    limit: int | None = byte_size(None)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("500", 500), ("200GB", 200_000_000_000), ("1.5 TiB", 3 * 2**39), ("64k", 64_000), (7, 7), (None, None)],
+)
+def test_bytes_may_be_written_with_their_unit(text: object, num_bytes: int | None) -> None:
+    assert build_config(Room, {"limit": text}).limit == num_bytes
+
+
+@pytest.mark.parametrize("value", ["many", "-1GB", "3XB", 0, 1.5])
+def test_what_is_no_number_of_bytes_is_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"limit: found .*, must be a number of bytes, for example 200GB"):
+        build_config(Room, {"limit": value})

@@ -1,0 +1,65 @@
+"""What reading a shard set has taken, counted while it goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+Failure = Literal["server_error", "reset", "stall", "short_body", "wrong_digest", "unreachable"]
+Quantity = Literal[
+    "bytes_read", "bytes_decoded", "requests", "cache_hits", "cache_misses", "cache_evictions", "cache_repairs"
+]
+Stage = Literal["index", "fetch", "ranges", "read"]
+Counters = dict[str, Any]  # numbers, and dictionaries of numbers
+
+_QUANTITIES: tuple[Quantity, ...] = Quantity.__args__  # type: ignore[attr-defined]
+_FAILURES: tuple[Failure, ...] = Failure.__args__  # type: ignore[attr-defined]
+_STAGES: tuple[Stage, ...] = Stage.__args__  # type: ignore[attr-defined]
+
+
+class FetchReport:
+    """Counters that several threads add to; they only grow."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._quantities: Counter[Quantity] = Counter()
+        self._retries: Counter[Failure] = Counter()
+        self._seconds: dict[Stage, float] = dict.fromkeys(_STAGES, 0.0)
+
+    def add(self, quantity: Quantity, amount: int = 1) -> None:
+        """Count so much more of something."""
+        with self._lock:
+            self._quantities[quantity] += amount
+
+    def failed(self, reason: Failure) -> None:
+        """Count a request that has to be made again."""
+        with self._lock:
+            self._retries[reason] += 1
+
+    @contextmanager
+    def timed(self, stage: Stage) -> Iterator[None]:
+        """Add the block's wall time to a stage; threads that work side by side all add theirs."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._seconds[stage] += time.perf_counter() - start
+
+    def counters(self) -> Counters:
+        """All counts so far.
+
+        `bytes_read` were received or read from local disk for use, `bytes_decoded` are of the stills handed on,
+        `requests` includes those that failed, `retries` counts failed requests by reason, `seconds` sums
+        wall time by stage over threads.
+        """
+        with self._lock:
+            return {
+                **{name: self._quantities[name] for name in _QUANTITIES},
+                "retries": {name: self._retries[name] for name in _FAILURES},
+                "seconds": dict(self._seconds),
+            }
