@@ -31,7 +31,7 @@ from dataloading.shards import (
     shard_name,
 )
 from dataloading.sources import Source, SourceFolder
-from dataloading.workers import ordered_map
+from dataloading.workers import Executor
 from mcl_dist.errors import UserError
 from mcl_dist.storage import Folder
 
@@ -52,12 +52,12 @@ Listener = Callable[[Outcome | GoingOn], None]
 
 
 def build_shards(
-    sources: SourceFolder, destination: Folder, config: BuildConfig, workers: int, listen: Listener
+    sources: SourceFolder, destination: Folder, config: BuildConfig, executor: Executor, listen: Listener
 ) -> Manifest:
     """Build the shard set of a folder of class folders of videos, or go on with an unfinished build of it.
 
     `listen` is told every video's outcome, in the order of the set, but for those in shards that an earlier
-    run finished. Bytes depend on the sources and `config` alone, not on `workers` or interruptions. Nothing
+    run finished. Bytes depend on the sources and `config` alone, not on the executor or interruptions. Nothing
     counts before the manifest, which is written last.
 
     Raises:
@@ -76,7 +76,7 @@ def build_shards(
         shards = read_finished(destination, record)
         _tell_kept(shards, claim, listen)
         taken = shards[-1].taken if shards else 0
-        with ordered_map(processor, videos[taken:], workers) as outcomes:
+        with executor.map(processor, videos[taken:]) as outcomes:
             rest = _Rest(destination, claim, config, record, shards, taken)
             rest.build(_told(outcomes, listen))
         if not shards:
@@ -88,7 +88,7 @@ def build_shards(
         manifest = Manifest(record, sources.classes, tuple(shard.entry for shard in shards), tuple(refused), alike)
         _remove_strays(destination, manifest)
         claim.check()
-        report = {**summary(manifest, time.monotonic() - start, len(videos) - taken), "workers": workers}
+        report = {**summary(manifest, time.monotonic() - start, len(videos) - taken), **executor.description}
         destination.write(REPORT, json.dumps(report, indent=1).encode() + b"\n")
         destination.write(MANIFEST, manifest.to_json())
         remove_journals(destination)

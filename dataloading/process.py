@@ -72,7 +72,8 @@ class VideoProcessor:
     """Turns one video into a sample, or says why it cannot; runs in a worker process."""
 
     def __init__(self, root: str | Path, classes: Sequence[str], config: BuildConfig) -> None:
-        self._root = str(root)
+        # Elsewhere the same relative path would mean another folder.
+        self._root = str(root) if "://" in str(root) else str(Path(root).absolute())
         self._classes = classes
         self._config = config
 

@@ -31,6 +31,9 @@ class Source:
     size: int = 0
     refusal: str = ""
 
+    def __str__(self) -> str:
+        return self.path
+
 
 @dataclass(frozen=True)
 class SourceFolder:

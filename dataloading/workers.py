@@ -10,10 +10,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.synchronize import Event
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from mcl_dist.errors import UserError
 
@@ -25,6 +26,37 @@ _stop: Event | None = None  # of this worker process; each is handed its parent'
 
 class StoppedError(Exception):
     """The parent no longer wants the result."""
+
+
+class Executor(Protocol):
+    """What runs tasks somewhere, and hands their results out in the order of the tasks."""
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What `build.json` says of it."""
+
+    def map(
+        self, function: Callable[[Item], Result], items: Sequence[Item]
+    ) -> AbstractContextManager[Iterator[Result]]:
+        """Results of `function` in the order of `items`, few of them waiting to be taken."""
+
+
+@dataclass(frozen=True)
+class LocalExecutor:
+    """Runs tasks in that many processes of this machine; see `ordered_map`."""
+
+    workers: int
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What `build.json` says of it."""
+        return {"executor": "local", "workers": self.workers}
+
+    def map(
+        self, function: Callable[[Item], Result], items: Sequence[Item]
+    ) -> AbstractContextManager[Iterator[Result]]:
+        """`ordered_map` with these workers."""
+        return ordered_map(function, items, self.workers)
 
 
 @contextmanager
@@ -72,6 +104,11 @@ def _in_order(
 def _start_worker(stop: Event) -> None:
     global _stop
     _stop = stop
+    follow_parent()
+
+
+def follow_parent() -> None:
+    """Let this process end with its parent, and at no other sign: to be called once by a process that was spawned."""
     # Ctrl-C reaches the whole process group; the parent alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dataloading.lists import ListChoice
     from dataloading.process import BuildConfig, Outcome
     from dataloading.shards import Manifest
+    from dataloading.workers import Executor
 
 BUILD_EXAMPLE = """\
 example:
@@ -68,7 +69,7 @@ def _add_build_arguments(build: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--flow", default="tvl1", help="flow estimator: tvl1, opencv-tvl1, or dis (coarser); compare by mcl bench flow"
     )
-    build.add_argument("--workers", type=int, default=num_cores(), help="worker processes (default: one a core)")
+    _add_executor_arguments(build)
     build.add_argument("--shard-megabytes", type=int, default=256, help="a shard is closed once it holds as much (256)")
     build.add_argument("--seed", type=int, default=0, help="of the order of the videos (0)")
     build.add_argument(
@@ -85,6 +86,17 @@ def _add_build_arguments(build: argparse.ArgumentParser) -> None:
     build.set_defaults(run=run_build)
 
 
+def _add_executor_arguments(build: argparse.ArgumentParser) -> None:
+    where = build.add_argument_group("where", "The set is the same to the byte wherever it is built.")
+    where.add_argument("--executor", default="local", help="local: processes of this machine (default), or ray")
+    where.add_argument("--workers", type=int, default=num_cores(), help="local: processes (default: one a core)")
+    where.add_argument(
+        "--address",
+        default="",
+        help="ray: HOST:PORT of the cluster's head (default: RAY_ADDRESS, or the cluster of this machine)",
+    )
+
+
 def num_cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -98,6 +110,7 @@ def run_build(args: argparse.Namespace) -> int:
     from mcl_dist.storage import Folder
 
     config = _build_config(args)
+    executor = _executor(args)
     sources = scan_sources(args.source, _list_choice(args))
     duplicates = find_duplicates(sources)
     if args.drop_duplicates:
@@ -117,7 +130,7 @@ def run_build(args: argparse.Namespace) -> int:
     start = time.monotonic()
     progress = BuildProgress(len(sources.videos))
     try:
-        manifest = build_shards(sources, destination, config, args.workers, progress)
+        manifest = build_shards(sources, destination, config, executor, progress)
     finally:
         progress.close()
     _report(manifest, time.monotonic() - start, progress.num_built, len(duplicates), as_json=args.json)
@@ -251,13 +264,26 @@ def _build_config(args: argparse.Namespace) -> BuildConfig:
     from dataloading.process import BuildConfig
     from mcl_dist.config import build_config
 
-    if args.workers < 1:
-        raise ConfigError(f"--workers: found {args.workers}, must be at least 1")
     names = {field.name for field in fields(BuildConfig)}
     try:
         return build_config(BuildConfig, {name: value for name, value in vars(args).items() if name in names})
     except ConfigError as error:
         raise ConfigError(f"--{str(error).replace('_', '-')}") from error
+
+
+def _executor(args: argparse.Namespace) -> Executor:
+    from dataloading.ray_cluster import RayExecutor
+    from dataloading.workers import LocalExecutor
+
+    if args.executor not in ("local", "ray"):
+        raise ConfigError(f"--executor: found {args.executor!r}, must be local or ray")
+    if args.executor == "ray":
+        return RayExecutor(args.address, tell=_say)
+    if args.address:
+        raise ConfigError(f"--address: found {args.address!r} without --executor ray; give both")
+    if args.workers < 1:
+        raise ConfigError(f"--workers: found {args.workers}, must be at least 1")
+    return LocalExecutor(args.workers)
 
 
 def _report(manifest: Manifest, seconds: float, num_built: int, duplicates: int, *, as_json: bool) -> None:

@@ -17,6 +17,7 @@ from dataloading.shards import KEY, REPORT, Manifest, RefusedVideo, ShardWriter,
 from dataloading.sources import Source, scan_sources
 from dataloading.synthetic import write_video
 from dataloading.verify import verify_shards
+from dataloading.workers import LocalExecutor
 from mcl_dist.errors import UserError
 from mcl_dist.storage import Folder
 
@@ -36,7 +37,9 @@ def source(tmp_path: Path) -> Path:
 
 
 def build(source: Path, destination: Path | str, workers: int = 1, config: BuildConfig = CONFIG) -> Manifest:
-    return build_shards(scan_sources(str(source)), Folder(str(destination)), config, workers, lambda _: None)
+    return build_shards(
+        scan_sources(str(source)), Folder(str(destination)), config, LocalExecutor(workers), lambda _: None
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -85,7 +88,7 @@ def test_the_seed_decides_the_order(source: Path, tmp_path: Path) -> None:
             sources.append(outcome.source if isinstance(outcome, RefusedVideo) else outcome.info["source"])
 
         config = BuildConfig(flow="dis", short_side=0, window=8, seed=seed)
-        build_shards(scan_sources(str(source)), Folder(str(tmp_path / str(seed))), config, 1, listen)
+        build_shards(scan_sources(str(source)), Folder(str(tmp_path / str(seed))), config, LocalExecutor(1), listen)
     assert sorted(told[0]) == sorted(told[1])
     assert told[0] != told[1]
 

@@ -21,6 +21,7 @@ from dataloading.sources import Source, scan_sources
 from dataloading.stream import ShardSet
 from dataloading.synthetic import FPS, write_video
 from dataloading.verify import verify_shards
+from dataloading.workers import LocalExecutor
 from mcl_dist.batch import TubeletBatch
 from mcl_dist.errors import ConfigError, UserError
 from mcl_dist.storage import Folder
@@ -40,7 +41,7 @@ def write_source(folder: Path, lengths: list[int]) -> Path:
 
 def build(source: Path, destination: Path, keep_every: int) -> Path:
     config = BuildConfig("dis", short_side=0, window=WINDOW, keep_every=keep_every)
-    build_shards(scan_sources(str(source)), Folder(str(destination)), config, 1, lambda _: None)
+    build_shards(scan_sources(str(source)), Folder(str(destination)), config, LocalExecutor(1), lambda _: None)
     assert verify_shards(Folder(str(destination))).problems == ()
     return destination
 

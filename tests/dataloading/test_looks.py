@@ -13,6 +13,7 @@ from dataloading.process import BuildConfig
 from dataloading.shards import read_manifest
 from dataloading.sources import scan_sources
 from dataloading.synthetic import write_video
+from dataloading.workers import LocalExecutor
 from mcl_dist.storage import Folder
 
 
@@ -72,7 +73,7 @@ def test_a_build_lists_them_also_when_it_was_interrupted_between(
         write_video(tmp_path / "source" / "a" / f"{name}.mp4", np.array(film(seed, size)))
     sources, config = scan_sources(str(tmp_path / "source")), BuildConfig("dis", short_side=0, window=4)
     whole, resumed = (Folder(str(tmp_path / name)) for name in ("whole", "resumed"))
-    manifest = build_shards(sources, whole, config, 1, lambda _: None)
+    manifest = build_shards(sources, whole, config, LocalExecutor(1), lambda _: None)
     (found,) = manifest.near_duplicates
     assert {found.source, found.like} == {"a/one.mp4", "a/copy.mp4"}
     told = []
@@ -83,5 +84,7 @@ def test_a_build_lists_them_also_when_it_was_interrupted_between(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_shards(sources, resumed, config, 1, stop)
-    assert build_shards(sources, resumed, config, 1, lambda _: None) == manifest == read_manifest(resumed)
+        build_shards(sources, resumed, config, LocalExecutor(1), stop)
+    assert (
+        build_shards(sources, resumed, config, LocalExecutor(1), lambda _: None) == manifest == read_manifest(resumed)
+    )

@@ -27,6 +27,7 @@ from dataloading.shards import REPORT, Manifest, RefusedVideo
 from dataloading.sources import scan_sources
 from dataloading.synthetic import write_video
 from dataloading.verify import verify_shards
+from dataloading.workers import LocalExecutor
 from mcl_dist.errors import UserError
 from mcl_dist.storage import Folder
 
@@ -37,6 +38,7 @@ import sys
 import dataloading.build as build
 from dataloading.process import BuildConfig
 from dataloading.sources import scan_sources
+from dataloading.workers import LocalExecutor
 from mcl_dist.storage import Folder
 
 def listen(event):
@@ -45,7 +47,7 @@ def listen(event):
 if __name__ == "__main__":
     build.MEGABYTE = {SHARD_BYTES}
     config = BuildConfig("dis", short_side=0, window=8, shard_megabytes=1)
-    build.build_shards(scan_sources(sys.argv[1]), Folder(sys.argv[2]), config, int(sys.argv[3]), listen)
+    build.build_shards(scan_sources(sys.argv[1]), Folder(sys.argv[2]), config, LocalExecutor(int(sys.argv[3])), listen)
 """
 
 
@@ -86,7 +88,7 @@ def build(
     config: BuildConfig = CONFIG,
     listen: Callable[[Outcome | GoingOn], None] = lambda _: None,
 ) -> Manifest:
-    return build_shards(scan_sources(str(source)), Folder(str(destination)), config, 1, listen)
+    return build_shards(scan_sources(str(source)), Folder(str(destination)), config, LocalExecutor(1), listen)
 
 
 def contents(folder: Path | str) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ from dataloading.shards import RefusedVideo, Sample
 from dataloading.sources import Source, SourceFolder, scan_sources
 from dataloading.synthetic import write_video
 from dataloading.verify import verify_shards
+from dataloading.workers import LocalExecutor
 from mcl_dist.errors import ConfigError, UserError
 from mcl_dist.storage import Folder
 
@@ -227,7 +228,7 @@ def test_of_every_kind_of_list_the_good_are_stored_and_the_missing_and_broken_na
     write_video(source / good.format("good"), np.zeros((6, 48, 64), dtype=np.uint8))
     split = "train" if name.startswith("wave") else ""
     sources = scan_sources(str(source), ListChoice(choice.url, split=split))
-    manifest = build_shards(sources, Folder(str(tmp_path / "set")), CONFIG, 1, lambda _: None)
+    manifest = build_shards(sources, Folder(str(tmp_path / "set")), CONFIG, LocalExecutor(1), lambda _: None)
     kinds = sorted(video.reason.partition(":")[0] for video in manifest.refused)
     assert (manifest.num_videos, kinds) == (1, ["missing", "unreadable"])
 
@@ -248,7 +249,7 @@ def test_a_set_is_built_from_a_store_elsewhere_as_from_this_machine(tmp_path: Pa
     (tmp_path / "source/b/broken.mp4").write_bytes(b"no video")
     (tmp_path / "source/a/good ä.mp4").write_bytes((tmp_path / "good.mp4").read_bytes())
     for name, root in (("here", str(tmp_path / "source")), ("there", remote)):
-        build_shards(scan_sources(root), Folder(str(tmp_path / name)), CONFIG, 1, lambda _: None)
+        build_shards(scan_sources(root), Folder(str(tmp_path / name)), CONFIG, LocalExecutor(1), lambda _: None)
     here, there = (
         {file.name: file.read_bytes() for file in (tmp_path / name).iterdir() if file.name != "build.json"}
         for name in ("here", "there")

@@ -1,0 +1,162 @@
+"""Builds on a Ray cluster of two nodes, both on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataloading.ray_cluster import RayExecutor
+from dataloading.shards import REPORT
+from dataloading.synthetic import write_video
+from launch.cli import main
+from mcl_dist.errors import EXIT_FAILURE, UserError
+from mcl_dist.storage import Folder
+
+OPTIONS = ("--flow", "tvl1", "--short-side", "0", "--window", "8", "--shard-megabytes", "1")
+pytestmark = pytest.mark.slow
+QUICK = {  # to see that a node is dead; by itself Ray waits longer
+    "RAY_health_check_period_ms": "300",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(shutdown_at_exit=True)
+cluster.add_node(num_cpus=1, include_dashboard=False)
+second = cluster.add_node(num_cpus=1)
+print(cluster.address, flush=True)
+for line in sys.stdin:
+    cluster.remove_node(second, allow_graceful=False)
+    print("killed", flush=True)
+cluster.shutdown()
+"""
+
+
+class TwoNodes:
+    """A cluster of two nodes with a processor each, in processes of its own."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self.address = self._line()
+
+    def kill_one(self) -> None:
+        print(file=self._process.stdin, flush=True)
+        assert self._line() == "killed"
+
+    def end(self) -> None:
+        self._process.communicate()
+
+    def _line(self) -> str:
+        assert self._process.stdout
+        return self._process.stdout.readline().strip()
+
+
+@contextmanager
+def running_cluster() -> Iterator[TwoNodes]:
+    environment = {**os.environ, **QUICK, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", CLUSTER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        text=True,
+    ) as process:
+        yield TwoNodes(process)
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[TwoNodes]:
+    """A cluster for tests that let it live."""
+    with running_cluster() as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def mortal_nodes() -> Iterator[TwoNodes]:
+    """A cluster for one test alone."""
+    with running_cluster() as nodes:
+        yield nodes
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve good videos, which make a shard of a megabyte each, and one that is none."""
+    folder = tmp_path_factory.mktemp("videos") / "a"
+    folder.mkdir()
+    rng = np.random.default_rng(5)
+    for number in range(12):
+        write_video(folder / f"{number}.mp4", rng.integers(0, 256, (80, 112, 144), dtype=np.uint8))
+    (folder / "broken.mp4").write_bytes(b"no video")
+    return folder.parent
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    there = Folder(str(folder))
+    return {name: there.read(name) for name in there.names() if name != REPORT}
+
+
+def test_a_set_is_the_same_wherever_it_is_built_though_a_node_dies_midway(
+    source: Path, tmp_path: Path, mortal_nodes: TwoNodes
+) -> None:
+    for workers in ("1", "2"):
+        where = ("--workers", workers)
+        assert main(["shards", "build", str(source), str(tmp_path / workers), *OPTIONS, *where]) == 0
+    command = [sys.executable, "-m", "launch.cli", "shards", "build", str(source), str(tmp_path / "ray"), *OPTIONS]
+    command += ["--executor", "ray", "--address", mortal_nodes.address, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as build:
+        while not (tmp_path / "ray" / "shard-000000.done.json").exists():
+            assert build.poll() is None, build.communicate()
+        mortal_nodes.kill_one()
+        out, err = build.communicate(timeout=120)
+    assert build.returncode == 0, err
+    assert json.loads(out)["videos"] == 12
+    assert "of the Ray cluster is gone; its videos are built elsewhere" in err
+    assert contents(tmp_path / "ray") == contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert json.loads((tmp_path / "ray" / REPORT).read_bytes())["executor"] == "ray"
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ("--executor", "ray", "--address", "127.0.0.1:9")
+    assert main(["shards", "build", str(source), str(tmp_path / "set"), *OPTIONS, *where]) == EXIT_FAILURE
+    assert capsys.readouterr().err.startswith("mcl: Ray at 127.0.0.1:9: ")
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_cluster_that_ends_is_one_line(mortal_nodes: TwoNodes) -> None:
+    with RayExecutor(mortal_nodes.address).map(time.sleep, [0, 600, 600]) as results:
+        next(results)
+        mortal_nodes.end()
+        with pytest.raises(UserError, match=r"^Ray: ") as raised:
+            next(results)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_error_on_a_node_comes_back_as_the_line_that_it_is(two_nodes: TwoNodes) -> None:
+    with (
+        RayExecutor(two_nodes.address).map(Folder("/nowhere").read, ["file"]) as results,
+        pytest.raises(UserError, match=r"^/nowhere/file: no such file or folder; check the path$"),
+    ):
+        next(results)
+
+
+def test_a_task_that_ends_its_process_each_time_is_given_up(two_nodes: TwoNodes) -> None:
+    with (
+        RayExecutor(two_nodes.address, max_retries=1).map(os._exit, [3]) as results,
+        pytest.raises(UserError, match=r"^3: its node or process died time and again, given up; Ray says: "),
+    ):
+        next(results)
