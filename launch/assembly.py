@@ -89,10 +89,11 @@ def _learner(config: PretrainConfig, ranks: Ranks, device: torch.device, *, auto
     torch.manual_seed(seed)
     network = Network(config.encoder, config.heads)
     initialise(network, config.initial)
-    if config.train.channels_last:
-        network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     network.to(device).train()
     momentum = MomentumEncoder(network, ranks, seed=seed, autocast=autocast)
+    if config.train.compile:
+        network.encoder.compile()
+        momentum.network.encoder.compile()
     queue = Queue.random(
         config.objective.queue,
         config.heads.dim,

@@ -1,4 +1,4 @@
-"""`mcl bench`: flow, build, loader and negatives."""
+"""`mcl bench`: flow, build, loader, negatives and step."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ NEGATIVES_EXAMPLE = """\
 example:
   mcl bench negatives --queue 1048576 --batch 64 --json
   mcl bench negatives --world-size 2"""
+STEP_EXAMPLE = """\
+example:
+  mcl bench step --config configs/pretrain/tiny.yaml --json
+  mcl bench step --config configs/pretrain/kinetics400.yaml train.global_batch=64"""
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -65,6 +69,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     build.set_defaults(run=run_build)
     _add_loader(actions)
     _add_negatives(actions)
+    _add_step(actions)
 
 
 def _add_loader(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -104,6 +109,22 @@ def _add_negatives(actions: argparse._SubParsersAction[argparse.ArgumentParser])
     negatives.add_argument("--world-size", type=int, default=1, help="ranks (1)")
     negatives.add_argument("--json", action="store_true", help="print one JSON list on standard output")
     negatives.set_defaults(run=run_negatives)
+
+
+def _add_step(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    step = actions.add_parser(
+        "step",
+        help="what a training step costs, from a plain form to that of mcl pretrain",
+        description="Take steps on videos of noise, the whole global batch on one device: first written plainly, then "
+        "with one change more at a time, at last as `mcl pretrain` takes them. Every form has a process of its own.",
+        epilog=STEP_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    step.add_argument("--config", help="configuration of a pre-training run (default: the demo's)")
+    step.add_argument("overrides", nargs="*", metavar="key=value", help="override it, e.g. train.global_batch=8")
+    step.add_argument("--steps", type=int, default=10, help="steps measured of every form, after three others (10)")
+    step.add_argument("--json", action="store_true", help="print one JSON list on standard output")
+    step.set_defaults(run=run_step)
 
 
 def run_flow(args: argparse.Namespace) -> int:
@@ -188,6 +209,32 @@ def run_negatives(args: argparse.Namespace) -> int:
     print(f"{'form':<10}{'ms':>10}{'peak MiB':>12}{'loss':>12}")
     for each in results:
         print(f"{each.name:<10}{each.ms:>10.1f}{each.peak_bytes / 2**20:>12.1f}{each.loss:>12.6f}")
+    return 0
+
+
+def run_step(args: argparse.Namespace) -> int:
+    """Measure every form of the step; a line each."""
+    from launch.settings import PretrainConfig, check
+    from launch.step_benchmark import PHASES, benchmark
+    from mcl_dist.config import load_config
+
+    if args.steps < 1:
+        raise ConfigError(f"--steps: found {args.steps}, must be at least 1")
+    path = args.config or Path(__file__).with_name("demo.yaml")
+    # No video is read and no folder written, whatever the configuration names.
+    config = load_config(PretrainConfig, path, ["data.train=none", "run.dir=none", *args.overrides])
+    check(config, num_ranks=1)
+    results = benchmark(config, args.steps, _say)
+    if args.json:
+        print(json.dumps([vars(result) for result in results]))
+        return 0
+    print(f"{'form':<15}{'videos/s':>10}{'speedup':>9}{'GFLOP/s':>10}{'of matmul':>11}{'peak MiB':>10}  ms by phase")
+    for each in results:
+        phases = "  ".join(f"{phase} {each.ms[phase]:.1f}" for phase in PHASES)
+        print(
+            f"{each.name:<15}{each.videos_per_second:>10.2f}{each.speedup:>9.2f}{each.tflops * 1e3:>10.1f}"
+            f"{each.matmul_share:>11.1%}{each.peak_bytes / 2**20:>10.0f}  {phases}"
+        )
     return 0
 
 

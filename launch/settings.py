@@ -9,6 +9,7 @@ from mcl_dist.checkpoint import CheckpointConfig
 from mcl_dist.config import number
 from mcl_dist.encoder import EncoderConfig
 from mcl_dist.engine import OptimizerConfig
+from mcl_dist.errors import ConfigError
 from mcl_dist.heads import HeadsConfig
 from mcl_dist.objective import ObjectiveConfig
 from mcl_dist.trainer import TrainConfig
@@ -53,5 +54,7 @@ def check(config: PretrainConfig, num_ranks: int) -> None:
             the encoder.
     """
     config.optimizer.check()
+    if config.train.compile and config.optimizer.zero_stage == 3:
+        raise ConfigError("train.compile: found true, must be false with optimizer.zero_stage=3: it hooks every layer")
     config.train.batch_per_rank(num_ranks)
     check_clips(config.data, config.encoder.grid(config.data.frames, config.data.crop))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,3 +27,14 @@ class TubeletBatch:
     motion: torch.Tensor
     order: torch.Tensor
     samples: torch.Tensor
+
+    def to(self, device: torch.device) -> TubeletBatch:
+        """The batch on a device; from pinned memory the copy does not keep the host waiting."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> TubeletBatch:
+        """The batch in host memory that a GPU reads by itself."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TubeletBatch:
+        return TubeletBatch(change(self.views), change(self.motion), change(self.order), change(self.samples))

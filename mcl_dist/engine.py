@@ -115,7 +115,7 @@ class Engine:
         self.objective = objective
         self._state_keys = STATE_KEYS[config.name] if config.name == "adamw" or config.momentum else ()
         self._stage = config.zero_stage
-        self._torch_optimizer = _optimizer(objective, config)
+        self._torch_optimizer = make_optimizer(objective, config)
         self._torch_optimizer.register_step_pre_hook(self._judge)
         zero: dict[str, Any] = {"stage": config.zero_stage}
         if config.zero_stage in (1, 2):
@@ -279,14 +279,20 @@ class Engine:
         return self.objective.network.named_parameters()
 
 
-def _optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Fused ones step all parameters in one kernel, and leave them alone where `found_inf` says so."""
+def make_optimizer(module: nn.Module, config: OptimizerConfig, *, fused: bool = True) -> torch.optim.Optimizer:
+    """The configured optimizer of a module's parameters.
+
+    Args:
+        module: what it steps.
+        config: which, and its numbers.
+        fused: all parameters in one kernel, which leaves them alone where `found_inf` says so.
+    """
     parameters, rate, decay = list(module.parameters()), config.learning_rate, config.weight_decay
     if config.name == "adamw":
-        return torch.optim.AdamW(parameters, lr=rate, betas=ADAMW_BETAS, weight_decay=decay, fused=True)
+        return torch.optim.AdamW(parameters, lr=rate, betas=ADAMW_BETAS, weight_decay=decay, fused=fused)
     if config.name == "lars":
         return LARS(parameters, lr=rate, momentum=config.momentum, weight_decay=decay)
-    return torch.optim.SGD(parameters, lr=rate, momentum=config.momentum, weight_decay=decay, fused=True)
+    return torch.optim.SGD(parameters, lr=rate, momentum=config.momentum, weight_decay=decay, fused=fused)
 
 
 def _deepspeed() -> Any:

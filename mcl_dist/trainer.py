@@ -37,7 +37,7 @@ class TrainConfig:
         epochs: length of the run in passes over the set.
         steps: length in steps instead; wins over `epochs`.
         precision: of the encoders' forward and backward; losses and cosines are always float32.
-        channels_last: clips and kernels with their channels innermost.
+        compile: the encoders by torch.compile, which takes a minute or two at the start.
         max_nonfinite_steps: steps without a finite loss and gradient in a row that end the run; single ones are
             skipped.
         on_spike: when the loss leaps, `ignore` it, `warn`, or `rollback` to the newest checkpoint and go on from there
@@ -51,7 +51,7 @@ class TrainConfig:
     epochs: int = number(400, minimum=1)
     steps: int | None = number(None, minimum=1)
     precision: str = choice("float32", "bfloat16")
-    channels_last: bool = False
+    compile: bool = False
     max_nonfinite_steps: int = number(10, minimum=1)
     on_spike: str = choice("warn", "ignore", "rollback")
     spike_window: int = number(100, minimum=4)
@@ -136,7 +136,7 @@ class Trainer:
         for step in range(self.start, total):
             started = time.perf_counter()
             batch = next(self.batches)
-            pending = self._step(step, batch, waited=time.perf_counter() - started)
+            pending = self.take(step, batch, waited=time.perf_counter() - started)
             pending.seconds = time.perf_counter() - started
             is_due = (step + 1) % self.checkpoint_every == 0 or step + 1 == total
             if is_due:
@@ -147,8 +147,8 @@ class Trainer:
                 self._save(step + 1)
         tell(self.listeners, Finished(total, _peak_bytes(self.ranks.device)))
 
-    def _step(self, step: int, batch: TubeletBatch, waited: float) -> Pending:
-        """One update, all of it in the device's hands on return."""
+    def take(self, step: int, batch: TubeletBatch, waited: float) -> Pending:
+        """One step, all of it in the device's hands on return; `waited` are the seconds that its batch took to come."""
         statistics = self.learner.statistics()
         keys = self.learner.momentum.encode(batch.views, step)
         reports = self._backward(step, batch, keys)

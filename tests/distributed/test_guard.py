@@ -39,9 +39,9 @@ class LeavingOut(Trainer):
 
     left_out: Collection[int] = ()
 
-    def _step(self, step: int, batch: TubeletBatch, waited: float) -> Any:
+    def take(self, step: int, batch: TubeletBatch, waited: float) -> Any:
         if step not in self.left_out:
-            return super()._step(step, batch, waited)
+            return super().take(step, batch, waited)
         self._settle()
         return SimpleNamespace(seconds=0.0)
 

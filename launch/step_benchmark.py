@@ -1,0 +1,202 @@
+"""What a training step costs, from the plain form to the one that `mcl pretrain` takes, one change after another."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from launch.settings import PretrainConfig
+from launch.step_forms import Form, GrowingStep, TrainerStep, forms
+from mcl_dist.batch import NUM_VIEWS, TubeletBatch
+from mcl_dist.engine import pick_device
+from mcl_dist.errors import UserError
+
+PHASES = ("copy", "keys", "forward", "backward", "optimizer", "momentum", "queue", "other")
+WARM_UP = 3  # steps; the first compiles, the next two settle the allocators
+MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}  # large enough for the full rate
+MATMUL_ROUNDS = 5
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One form of the step, measured; each has a process of its own.
+
+    Attributes:
+        name: the change over the form before; `plain` is the first, `trainer` the step of `mcl pretrain` itself.
+        videos_per_second: throughput of the fastest step: whatever else the machine does only adds.
+        ms: milliseconds of that step by phase.
+        peak_bytes: the most memory held, of the GPU's or of the process.
+        tflops: 10¹² floating-point operations a second, of the convolutions and matrix products that the step needs.
+        matmul_share: of the rate of one large matrix product in the step's precision, measured beside it.
+        speedup: throughput over the plain form's.
+        loss: of the first step, where all forms hold the same weights.
+    """
+
+    name: str
+    videos_per_second: float
+    ms: dict[str, float]
+    peak_bytes: int
+    tflops: float
+    matmul_share: float
+    speedup: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class _Measured:
+    milliseconds: float
+    ms: dict[str, float]
+    peak_bytes: int
+    matmul_rate: float
+    loss: float
+
+
+def benchmark(config: PretrainConfig, steps: int, say: Callable[[str], None]) -> list[StepResult]:
+    """Measure every form on videos of noise, the global batch on one device.
+
+    Raises:
+        UserError: when a process dies, which is mostly for want of memory.
+    """
+    operations = _in_a_process(_operations, config)
+    results: list[StepResult] = []
+    for form in forms(config, pick_device()):
+        say(f"measuring {form.name}")
+        found = _in_a_process(_measure, config, form, steps)
+        rate = config.train.global_batch / found.milliseconds * 1e3
+        per_second = operations / found.milliseconds * 1e3
+        results.append(
+            StepResult(
+                name=form.name,
+                videos_per_second=rate,
+                ms=found.ms,
+                peak_bytes=found.peak_bytes,
+                tflops=per_second / 1e12,
+                matmul_share=per_second / found.matmul_rate,
+                speedup=rate / results[0].videos_per_second if results else 1.0,
+                loss=found.loss,
+            )
+        )
+    return results
+
+
+def _measure(config: PretrainConfig, form: Form, steps: int) -> _Measured:
+    device = pick_device()
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, for all forms
+    matmul_rate = _matmul_rate(device, torch.bfloat16 if form.bfloat16 else torch.float32)
+    step = (TrainerStep if form.trainer else GrowingStep)(config, form, device)
+    batch = _noise(config, device)
+    step(batch, lambda _: None)
+    loss = float(step.loss)
+    for _ in range(WARM_UP - 1):
+        step(batch, lambda _: None)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    clocks = [_Clock(device) for _ in range(steps)]
+    for clock in clocks:
+        clock.mark("")
+        step(batch, clock.mark)
+        clock.mark("other")
+    fastest = min(clocks, key=_Clock.total)
+    return _Measured(
+        milliseconds=fastest.total(),
+        ms={phase: fastest.spent(phase) for phase in PHASES},
+        peak_bytes=_peak_bytes(device),
+        matmul_rate=matmul_rate,
+        loss=loss,
+    )
+
+
+class _Clock:
+    """When the phases of one step ended, by the device's own clock where it has one: marking it waits for nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []  # a CUDA event, or seconds
+
+    def mark(self, phase: str) -> None:
+        """A phase ends here."""
+        if self._is_gpu:
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self._marks.append((phase, event))
+        else:
+            self._marks.append((phase, time.perf_counter()))
+
+    def spent(self, phase: str) -> float:
+        """Milliseconds in a phase."""
+        pairs = zip(self._marks[:-1], self._marks[1:], strict=True)
+        return sum(_milliseconds(start, end) for (_, start), (name, end) in pairs if name == phase)
+
+    def total(self) -> float:
+        """Milliseconds of the step."""
+        return _milliseconds(self._marks[0][1], self._marks[-1][1])
+
+
+def _milliseconds(start: Any, end: Any) -> float:
+    if isinstance(start, float):
+        return float(end - start) * 1e3
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def _operations(config: PretrainConfig) -> float:
+    """Floating-point operations of a step's convolutions and matrix products, in the form that needs the fewest."""
+    device = pick_device()
+    step, batch = GrowingStep(config, Form("", closed_form=True, one_pass=True), device), _noise(config, device)
+    with FlopCounterMode(display=False) as counter:
+        step(batch, lambda _: None)
+    return float(counter.get_total_flops())
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product, the best of some rounds."""
+    side = MATMUL_SIDE[device.type]
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(MATMUL_ROUNDS):
+        clock = _Clock(device)
+        clock.mark("")
+        left @ right
+        clock.mark("matmul")
+        best = max(best, 2 * side**3 / clock.total() * 1e3)
+    return best
+
+
+def _noise(config: PretrainConfig, device: torch.device) -> TubeletBatch:
+    """A batch in host memory, pinned where a GPU copies from it."""
+    draws = torch.Generator().manual_seed(config.run.seed)
+    size, data = config.train.global_batch, config.data
+    shape = (size, NUM_VIEWS, data.frames, data.crop, data.crop, 3)
+    batch = TubeletBatch(
+        views=torch.randint(0, 256, shape, dtype=torch.uint8, generator=draws),
+        motion=torch.rand(size, *config.encoder.grid(data.frames, data.crop), generator=draws),
+        order=torch.randint(0, 2, (size,), generator=draws),
+        samples=torch.arange(size),
+    )
+    return batch.pinned() if device.type == "cuda" else batch
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # told in KiB
+
+
+def _in_a_process(function: Callable[..., _Result], *arguments: object) -> _Result:
+    """Memory that one form leaves behind is not the next one's."""
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(function, *arguments).result()
+    except BrokenProcessPool as error:
+        raise UserError("a process died, probably for want of memory; lower train.global_batch") from error

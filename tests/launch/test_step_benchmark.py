@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from launch import plain_step
+from launch.cli import main
+from launch.step_benchmark import PHASES
+from launch.step_forms import Form, forms
+from mcl_dist.config import build_config
+from mcl_dist.encoder import normalise
+from mcl_dist.losses import inter_loss, own_similarities
+from mcl_dist.negatives import Queue
+
+SMALL = ("train.global_batch=2", "data.crop=32", "encoder.width=4", "encoder.blocks=[1]", "objective.queue=64")
+
+
+def unit(*shape: int) -> torch.Tensor:
+    draws = torch.Generator().manual_seed(len(shape))
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=draws), dim=-1)
+
+
+@pytest.mark.slow
+def test_every_form_takes_the_same_step_and_the_last_is_the_trainers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "step", *SMALL, "--steps", "2", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    names = [each["name"] for each in results]
+    assert names == ["plain", "closed_form", "one_pass", "fused", "channels_last", "trainer"]
+    for each in results:
+        assert each["loss"] == pytest.approx(results[0]["loss"], rel=1e-5)
+        assert list(each["ms"]) == list(PHASES)
+        assert sum(each["ms"].values()) == pytest.approx(2e3 / each["videos_per_second"], rel=0.01)
+        assert each["speedup"] == pytest.approx(each["videos_per_second"] / results[0]["videos_per_second"])
+        assert each["peak_bytes"] > 2**20
+        assert 0 < each["matmul_share"] < 1
+        assert each["tflops"] > 0
+
+
+def test_a_gpu_gains_by_two_more_changes() -> None:
+    from launch.settings import PretrainConfig
+
+    config = build_config(PretrainConfig, {"run": {"dir": "none"}, "data": {"train": "none"}})
+    on_gpu = forms(config, torch.device("cuda"))
+    assert on_gpu[0] == Form("plain")
+    assert [form.name for form in on_gpu[-3:]] == ["bfloat16", "compiled", "trainer"]
+    assert on_gpu[-1] == Form("trainer", *[True] * 7)
+
+
+def test_the_plain_parts_are_the_products() -> None:
+    query, keys, queue = unit(2, 8), unit(3, 2, 8), unit(16, 8)
+    plain = plain_step.inter_loss(query, keys, queue, 0.1)
+    ours = inter_loss(own_similarities(query, keys), Queue(queue).against(query, 0.1), 0.1)
+    torch.testing.assert_close(plain, ours)
+    ring = Queue(queue.clone(), position=13)
+    ring.enqueue(keys)
+    written = queue.clone()
+    assert plain_step.enqueue(written, 13, keys) == ring.position
+    assert torch.equal(written, ring.vectors)
+    clips = torch.randint(0, 256, (2, 4, 8, 8, 3), dtype=torch.uint8)
+    torch.testing.assert_close(plain_step.normalised(clips), normalise(clips))
+
+
+def test_a_wrong_number_of_steps_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "step", "--steps", "0"]) == 2
+    assert "--steps: found 0" in capsys.readouterr().err
