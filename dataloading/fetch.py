@@ -21,7 +21,7 @@ from dataloading.store import RequestError, Store
 from mcl_dist.config import byte_size, choice, number
 from mcl_dist.errors import UserError
 
-FIRST_WAIT, LONGEST_WAIT = 0.05, 10.0  # seconds; doubled from one to the other, and drawn from the upper half
+FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0  # seconds; doubled from one to the other, and drawn from the upper half
 PART_BYTES = 2**25  # of a shard, in one request
 SLOWEST = 2**20  # bytes a second that a request may count on beyond its time limit
 NUM_REQUESTS = 16  # of a process at a time
@@ -132,8 +132,8 @@ class Fetcher:
                 seen.add(identity)
                 what = f"{self.url}/{name}: {len(data)} bytes from {start}"
                 raise RequestError("short_body" if is_short else "wrong_digest", what)
-            if is_short and start + len(data) < self._size(name):
-                raise RequestError("short_body", f"{self.url}/{name}: {len(data)} bytes from {start}")
+            if is_short and self._request(name, start + len(data), end, 0):
+                raise RequestError("short_body", f"{self.url}/{name}: {len(data)} bytes from {start}, and more after")
             return data
 
         return self._until_it_works(attempt)
@@ -144,10 +144,6 @@ class Fetcher:
         self._report.add("bytes_read", len(data))
         return data
 
-    def _size(self, name: str) -> int:
-        self._report.add("requests")
-        return self._store.size(name, self._config.request_seconds)
-
     def _until_it_works(self, attempt: Callable[[], Result]) -> Result:
         first_failure, tries = None, 0
         while True:
@@ -156,7 +152,7 @@ class Fetcher:
                 return attempt()
             except RequestError as error:
                 self._report.failed(error.reason)
-                wait = min(FIRST_WAIT * 2**tries, LONGEST_WAIT) * random.uniform(0.5, 1)
+                wait = min(FIRST_WAIT * 2 ** (tries - 1), LONGEST_WAIT) * random.uniform(0.5, 1)
                 first_failure = first_failure or time.monotonic()
                 waited = time.monotonic() - first_failure
                 if self._closed.is_set() or waited + wait > self._config.retry_seconds:

@@ -62,7 +62,7 @@ class Store:
             UserError: it will not work the next time either.
         """
         try:
-            data: bytes = self._asked("_cat_file", "cat_file", name, seconds, start=start, end=end)
+            data: bytes = self._asked(name, start, end, seconds)
         except _BeyondItsEndError:
             return b""
         if len(data) > end - start:
@@ -72,20 +72,15 @@ class Store:
             )
         return data
 
-    def size(self, name: str, seconds: float) -> int:
-        """Size of a file in bytes; errors as in `read`."""
-        info = self._asked("_info", "info", name, seconds)
-        return int(info.get("size") or 0)
-
-    def _asked(self, method: str, plain_method: str, name: str, seconds: float, **how: int) -> Any:
+    def _asked(self, name: str, start: int, end: int, seconds: float) -> bytes:
         where = f"{self.url}/{name}"
         try:
             with naming(where):
                 filesystem = self._connected()
                 path = f"{self._root}/{name}"
                 if not isinstance(filesystem, AsyncFileSystem):
-                    return getattr(filesystem, plain_method)(path, **how)
-                return sync(filesystem.loop, getattr(filesystem, method), path, timeout=seconds, **how)
+                    return bytes(filesystem.cat_file(path, start, end))
+                return bytes(sync(filesystem.loop, filesystem._cat_file, path, start=start, end=end, timeout=seconds))
         except UserError as error:
             cause = error.__cause__
             if isinstance(cause, FileNotFoundError):
@@ -147,11 +142,11 @@ def _reason(error: BaseException | None) -> Failure | None:
 def _status(error: BaseException) -> int:
     """HTTP status that an error of aiohttp, botocore or gcsfs carries; 0 for none."""
     response = getattr(error, "response", None)
-    metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
-    for status in (getattr(error, "status", None), getattr(error, "code", None), metadata.get("HTTPStatusCode")):
-        if isinstance(status, int):
-            return status
-    return 0
+    if isinstance(response, dict):
+        found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:
+        found = error.status if hasattr(error, "status") else getattr(error, "code", None)
+    return found if isinstance(found, int) else 0
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
