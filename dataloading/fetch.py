@@ -80,13 +80,21 @@ class Fetcher:
         """
         starts = range(0, size, PART_BYTES)
         seen: set[str] = set()
+        end = size
 
         def part(start: int) -> int:
+            nonlocal end
+            if start >= end:  # the file turned out to be shorter
+                return 0
             data = self._checked(name, start, min(start + PART_BYTES, size), lambda _: True)
             write_at(descriptor, data, start)
+            if len(data) < min(PART_BYTES, size - start):
+                end = min(end, start + len(data))
             return len(data)
 
         def attempt() -> bool:
+            nonlocal end
+            end = size
             os.ftruncate(descriptor, sum(self._requests.map(part, starts)))
             found = file_sha256(descriptor)
             if found != sha256 and found not in seen:

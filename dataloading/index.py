@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zipfile
 import zlib
@@ -13,6 +14,7 @@ import numpy as np
 
 from dataloading.npy import from_npy
 
+KEY = re.compile(r"[A-Za-z0-9_-]{1,255}")
 MEMBERS = ("json", "frames.mjpg", "flow.mjpg", "motion.npy", "scores.npy")
 TAR_HEADER = 512  # bytes of a ustar header, and the block that data is padded to
 COLUMNS = ("labels", "num_frames", "heights", "widths", "flow_heights", "flow_widths")
@@ -21,6 +23,7 @@ CHECKSUMS = ("member_crcs", "frame_crcs", "flow_crcs")
 # Nothing larger is written: frames of 8K, and what a video has of JSON, maps and scores.
 MAX_SIDE = 16384
 MAX_SMALL_MEMBER = 2**26
+MAX_INDEX = 2**32
 # Of an index: its tables' own bytes, keys of some hundred letters, and the zip around them.
 BYTES_A_SAMPLE, BYTES_A_FRAME, BYTES_AROUND = 2048, 48, 8192
 
@@ -111,6 +114,8 @@ class ShardIndex:
                 raise ValueError(f"its tables do not fit the manifest: {name} is {array.dtype} {array.shape}")
 
     def _check_values(self, frames: int, num_bytes: int) -> None:
+        if not all(map(KEY.fullmatch, self.keys.tolist())):
+            raise ValueError("it holds a key of more than letters, digits, - and _")
         sides = np.stack([self.heights, self.widths, self.flow_heights, self.flow_widths])
         sizes = self.members[..., 1]
         small = np.delete(sizes, [MEMBERS.index("frames.mjpg"), MEMBERS.index("flow.mjpg")], axis=1)
@@ -128,7 +133,7 @@ class ShardIndex:
 
 def max_index_bytes(samples: int, frames: int) -> int:
     """More than the index of so many samples and frames can take."""
-    return samples * BYTES_A_SAMPLE + frames * BYTES_A_FRAME + BYTES_AROUND
+    return min(samples * BYTES_A_SAMPLE + frames * BYTES_A_FRAME + BYTES_AROUND, MAX_INDEX)
 
 
 def _check_within(places: np.ndarray, start: np.ndarray, end: np.ndarray) -> None:

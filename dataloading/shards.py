@@ -33,8 +33,8 @@ MANIFEST = "manifest.json"
 REPORT = "build.json"  # what the build took: times differ, so it is no part of the set
 SHARD_NAME = re.compile(r"shard-\d{6,}\.tar")
 DIGEST = re.compile(r"[0-9a-f]{64}")
-KEY = re.compile(r"[A-Za-z0-9_-]+")
 MAX_MANIFEST = 2**28  # bytes: of a set of a million shards
+MAX_SHARD = 2**40
 UNSEALED = "0" * 64
 
 
@@ -348,7 +348,7 @@ def _check_entry(shard: ShardEntry) -> None:
     if any(type(number) is not int for number in numbers) or min(numbers) < 1:
         raise ValueError(f"{shard.name} is said to be empty")
     # A sample takes its members' headers, a frame some bytes for each of its stills.
-    if shard.samples * len(MEMBERS) * TAR_HEADER + shard.frames * 2 > shard.bytes or shard.bytes >= 2**62:
+    if shard.samples * len(MEMBERS) * TAR_HEADER + shard.frames * 2 > shard.bytes or shard.bytes > MAX_SHARD:
         raise ValueError(f"{shard.name} is said to hold more than its bytes can")
 
 

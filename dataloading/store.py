@@ -9,6 +9,7 @@ from typing import Any
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.implementations.local import LocalFileSystem
 
 from dataloading.fetch_report import Failure
 from mcl_dist.errors import UserError
@@ -78,6 +79,8 @@ class Store:
             with naming(where):
                 filesystem = self._connected()
                 path = f"{self._root}/{name}"
+                if isinstance(filesystem, LocalFileSystem):
+                    end = min(end, filesystem.size(path))  # room is made for all that is asked for
                 if not isinstance(filesystem, AsyncFileSystem):
                     return bytes(filesystem.cat_file(path, start, end))
                 return bytes(sync(filesystem.loop, filesystem._cat_file, path, start=start, end=end, timeout=seconds))

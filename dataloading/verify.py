@@ -17,7 +17,6 @@ from dataloading.jpeg import JPEG_END, JPEG_START, jpeg_size
 from dataloading.motion import MAP_CELLS
 from dataloading.npy import from_npy
 from dataloading.shards import (
-    KEY,
     MANIFEST,
     REPORT,
     Manifest,
@@ -117,8 +116,6 @@ def _tar_problems(data: bytes, index: ShardIndex) -> Iterator[str]:
 
 
 def _sample_problems(data: bytes, index: ShardIndex, sample: int, num_classes: int) -> Iterator[str]:
-    if not KEY.fullmatch(str(index.keys[sample])):
-        yield "its key holds more than letters, digits, - and _"
     members = {
         name: data[offset : offset + size]
         for name, (offset, size) in zip(MEMBERS, index.members[sample].tolist(), strict=True)

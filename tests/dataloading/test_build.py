@@ -11,9 +11,9 @@ import pytest
 import webdataset
 
 from dataloading.build import build_shards, existing_set
-from dataloading.index import MEMBERS
+from dataloading.index import KEY, MEMBERS
 from dataloading.process import BuildConfig, Outcome, key_of
-from dataloading.shards import KEY, REPORT, Manifest, RefusedVideo, ShardWriter, read_manifest
+from dataloading.shards import REPORT, Manifest, RefusedVideo, ShardWriter, read_manifest
 from dataloading.sources import Source, scan_sources
 from dataloading.synthetic import write_video
 from dataloading.verify import verify_shards
