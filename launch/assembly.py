@@ -48,7 +48,12 @@ def assembled(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Ite
         if not snapshot and config.objective.fill_queue:
             _fill_queue(learner, config, ranks, device)
         with _loading(config, ranks, device, start) as loader:
-            objective = Objective(learner.network, temperature=config.objective.temperature, autocast=autocast)
+            objective = Objective(
+                learner.network,
+                temperature=config.objective.temperature,
+                autocast=autocast,
+                alignment_layer=config.objective.alignment_layer,
+            )
             engine = Engine(
                 objective,
                 config.optimizer,

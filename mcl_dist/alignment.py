@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import adaptive_avg_pool3d, cosine_similarity
 
+from mcl_dist.batch_norm import AXES, mean_over_ranks, per_channel, statistics
 from mcl_dist.heads import Network, NetworkOutput, widened
 
 
@@ -25,9 +26,10 @@ class Alignment(NamedTuple):
 
 
 def similarity_gradient(network: Network, output: NetworkOutput, first_key: torch.Tensor) -> torch.Tensor:
-    """Gradient of Σ_b query·first key with respect to `EncoderOutput.projected`, in closed form.
+    """Gradient of Σ query·first key with respect to `EncoderOutput.projected`, in closed form.
 
-    Differentiable by plain operations, so that one backward pass suffices (METHOD.md, section 8).
+    The sum is over all clips that BatchNorm normalises together. Differentiable by plain operations, so that one
+    backward pass suffices (METHOD.md, section 8).
 
     Args:
         network: the query network, its BatchNorm in training mode.
@@ -48,15 +50,25 @@ def similarity_gradient(network: Network, output: NetworkOutput, first_key: torc
     return _through_batch_norm(network.encoder.last_norm, widened(features.projected), d_summed)
 
 
+def automatic_gradient(output: NetworkOutput, first_key: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
+    """As `similarity_gradient`, with respect to any activation that `output` came from, by automatic differentiation.
+
+    Its own gradient is a second backward pass, which compilation and synchronised BatchNorm do not have.
+    """
+    similarity = (output.inter.vector * widened(first_key)).sum()
+    (gradient,) = torch.autograd.grad(similarity, activation, create_graph=True)
+    return widened(gradient)
+
+
 def _through_batch_norm(norm: torch.nn.BatchNorm3d, inputs: torch.Tensor, d_outputs: torch.Tensor) -> torch.Tensor:
-    axes = (0, 2, 3, 4)
-    variance, mean = torch.var_mean(inputs, dim=axes, correction=0, keepdim=True)
+    """As BatchNorm's own backward, over the clips that it normalised together, which may be those of all ranks."""
+    mean, variance = (per_channel(values) for values in statistics(norm, inputs))
     inverse_deviation = torch.rsqrt(variance + norm.eps)
     normalised = (inputs - mean) * inverse_deviation
-    centred = d_outputs - d_outputs.mean(dim=axes, keepdim=True)
-    along = normalised * (d_outputs * normalised).mean(dim=axes, keepdim=True)
-    scale = widened(norm.weight)[:, None, None, None] * inverse_deviation
-    return scale * (centred - along)
+    own_means = torch.stack([d_outputs.mean(dim=AXES), (d_outputs * normalised).mean(dim=AXES)])
+    shift, along = (per_channel(values) for values in mean_over_ranks(norm, own_means))
+    scale = per_channel(widened(norm.weight)) * inverse_deviation
+    return scale * (d_outputs - shift - normalised * along)
 
 
 def alignment_map(gradient: torch.Tensor) -> torch.Tensor:
@@ -66,7 +78,13 @@ def alignment_map(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def align(maps: torch.Tensor, targets: torch.Tensor) -> Alignment:
-    """Compare maps with motion targets, both (B, T, H, W), in space and time, in space, and in time."""
+    """Compare maps with motion targets (B, T, H, W) in space and time, in space, and in time.
+
+    Maps of another grid, those of earlier layers, are averaged down to the targets'.
+    """
+    if maps.shape != targets.shape:
+        _, frames, height, width = targets.shape
+        maps = adaptive_avg_pool3d(maps, (frames, height, width))
     frame_weights = torch.softmax(targets.sum(dim=(2, 3)), dim=1)
     per_frame = cosine_similarity(maps.flatten(2), targets.flatten(2), dim=2)
     spatiotemporal = (frame_weights * per_frame).sum(dim=1)

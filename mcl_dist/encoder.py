@@ -5,13 +5,17 @@ Attribute names are those of the 2-D ResNet it is inflated from, so that weights
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from functools import cache
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
-from mcl_dist.config import number
+from mcl_dist.batch_norm import SynchronizedBatchNorm3d
+from mcl_dist.config import choice, number
+from mcl_dist.recompute import recomputed
 
 EXPANSION = 4  # channels out of a bottleneck over channels within, as in ResNet-50
 STEM_STRIDE = (4, 2, 2)
@@ -26,10 +30,16 @@ class EncoderConfig:
     Attributes:
         width: channels of the stem; a stage's bottlenecks are twice as wide as those of the one before.
         blocks: bottlenecks per stage.
+        batch_norm: which clips BatchNorm normalises together. `shuffled`: a rank's own for the queries; for the keys as
+            many of all ranks, dealt anew every step. `synchronized`: those of all ranks, for both. `local`: a rank's
+            own, for both.
+        checkpointing: keep a bottleneck's input alone, and compute it again on the way back: less memory, more time.
     """
 
     width: int = number(64, minimum=1)
     blocks: tuple[int, ...] = field(default=(3, 4, 6, 3), metadata={"minimum": 1})
+    batch_norm: str = choice("shuffled", "synchronized", "local")
+    checkpointing: bool = False
 
     def grid(self, frames: int, crop: int) -> tuple[int, int, int]:
         """(T', H', W') of the feature map for clips of `frames` × `crop` × `crop`."""
@@ -56,21 +66,21 @@ class EncoderOutput(NamedTuple):
 class Bottleneck(nn.Module):
     """1×1×1, then 1×3×3 and 3×1×1 with nothing between, then 1×1×1, around a shortcut."""
 
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+    def __init__(self, channels_in: int, channels: int, stride: int, norm: type[nn.BatchNorm3d]) -> None:
         super().__init__()
         channels_out = EXPANSION * channels
         space_stride = (1, stride, stride)
         self.conv1 = nn.Conv3d(channels_in, channels, 1, bias=False)
-        self.bn1 = nn.BatchNorm3d(channels)
+        self.bn1 = norm(channels)
         self.conv2 = nn.Conv3d(channels, channels, (1, 3, 3), space_stride, (0, 1, 1), bias=False)
         self.conv2_t = nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0), bias=False)
-        self.bn2 = nn.BatchNorm3d(channels)
+        self.bn2 = norm(channels)
         self.conv3 = nn.Conv3d(channels, channels_out, 1, bias=False)
-        self.bn3 = nn.BatchNorm3d(channels_out)
+        self.bn3 = norm(channels_out)
         self.downsample = (
             nn.Sequential(
                 nn.Conv3d(channels_in, channels_out, 1, space_stride, bias=False),
-                nn.BatchNorm3d(channels_out),
+                norm(channels_out),
             )
             if stride != 1 or channels_in != channels_out
             else None
@@ -96,14 +106,15 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.conv1 = nn.Conv3d(3, config.width, (4, 7, 7), STEM_STRIDE, (0, 3, 3), bias=False)
-        self.bn1 = nn.BatchNorm3d(config.width)
+        norm = SynchronizedBatchNorm3d if config.batch_norm == "synchronized" else nn.BatchNorm3d
+        self.bn1 = norm(config.width)
         self.maxpool = nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))
         channels_in = config.width
         for stage, num_blocks in enumerate(config.blocks):
             channels = config.width * 2**stage
             blocks = []
             for block in range(num_blocks):
-                blocks.append(Bottleneck(channels_in, channels, 2 if stage > 0 and block == 0 else 1))
+                blocks.append(Bottleneck(channels_in, channels, 2 if stage > 0 and block == 0 else 1, norm))
                 channels_in = EXPANSION * channels
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.feature_dim = channels_in
@@ -124,16 +135,31 @@ class Encoder(nn.Module):
 
     def forward(self, clips_bcthw: torch.Tensor) -> EncoderOutput:
         """Encode clips (B, 3, T, H, W), normalised by `normalise`."""
-        features = self.maxpool(torch.relu(self.bn1(self.conv1(clips_bcthw))))
+        features = self._through(self, self._stem, clips_bcthw)
         *earlier, last = self.bottlenecks
         for block in earlier:
-            features = block(features)
-        projected, summed = last.residual_sum(features)
+            features = self._through(block, block, features)
+        projected, summed = self._through(last, last.residual_sum, features)
         return EncoderOutput(torch.relu(summed).mean(dim=(2, 3, 4)), projected, summed)
+
+    def _through(self, part: nn.Module, function: Callable[[torch.Tensor], Any], features: torch.Tensor) -> Any:
+        if self.config.checkpointing and torch.is_grad_enabled():
+            return recomputed(part, function, features)
+        return function(features)
+
+    def _stem(self, clips_bcthw: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.maxpool(torch.relu(self.bn1(self.conv1(clips_bcthw))))
+        return features
 
 
 def normalise(views: torch.Tensor) -> torch.Tensor:
     """Bytes (…, T, H, W, 3) to float32 (…, 3, T, H, W) with ImageNet's mean and deviation removed."""
-    mean = views.new_tensor(IMAGENET_MEAN, dtype=torch.float32) * 255
-    deviation = views.new_tensor(IMAGENET_DEVIATION, dtype=torch.float32) * 255
-    return ((views - mean) / deviation).movedim(-1, -4)
+    mean, deviation = _colours(views.device)
+    normalised: torch.Tensor = (views - mean) / deviation
+    return normalised.movedim(-1, -4)
+
+
+@cache
+def _colours(device: torch.device) -> torch.Tensor:
+    """Mean and deviation in bytes; kept, because sending them to a GPU waits for it."""
+    return 255 * torch.tensor([IMAGENET_MEAN, IMAGENET_DEVIATION], device=device)

@@ -1,4 +1,4 @@
-"""The key side: a moving average of the query network, encoding under shuffled BatchNorm (METHOD.md, section 3)."""
+"""The key side: a moving average of the query network, its clips shuffled over the ranks (METHOD.md, section 3)."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ class MomentumEncoder:
     def __init__(self, network: Network, ranks: Ranks, *, seed: int, autocast: bool) -> None:
         self.network = copy.deepcopy(network).requires_grad_(False).train()
         self._ranks = ranks
+        self._shuffled = network.encoder.config.batch_norm == "shuffled" and ranks.count > 1
         self._seed = seed
         self._autocast = autocast
 
@@ -48,15 +49,12 @@ class MomentumEncoder:
     def encode(self, views: torch.Tensor, step: int) -> Keys:
         """Keys of views uint8 (B, 4, T, H, W, 3).
 
-        Each of the three keys is encoded in a forward of its own, its clips spread over the ranks by a permutation
-        that depends on (seed, step, key) alone, so that BatchNorm cannot tell which query a key belongs to.
+        Each of the three keys is encoded in a forward of its own. With shuffled BatchNorm its clips are spread over the
+        ranks by a permutation that depends on (seed, step, key) alone, so that BatchNorm cannot tell which query a key
+        belongs to.
         """
-        vectors = torch.stack(
-            [
-                self._encode_shuffled(views[:, FIRST_KEY + key].contiguous(), self._permutation(len(views), step, key))
-                for key in range(NUM_KEYS)
-            ]
-        )
+        encode = self._encode_shuffled if self._shuffled else self._encode
+        vectors = torch.stack([encode(views[:, FIRST_KEY + key].contiguous(), step, key) for key in range(NUM_KEYS)])
         inter, intra, order = vectors.unbind(dim=2)
         inter_all = self._ranks.gather(inter.transpose(0, 1)).transpose(0, 1)
         return Keys(inter, intra, order, inter_all)
@@ -76,16 +74,21 @@ class MomentumEncoder:
         torch._foreach_mul_(steps, 1 - momentum if taken is None else (1 - momentum) * taken)
         torch._foreach_add_(averages, steps)
 
-    def _encode_shuffled(self, clips: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
-        """Inter, intra and order vectors (B, 3, d) of this rank's clips, each encoded where the permutation takes it.
+    def _encode_shuffled(self, clips: torch.Tensor, step: int, key: int) -> torch.Tensor:
+        """As `_encode`, each clip on the rank that the permutation takes it to.
 
         Clips travel as bytes and come back as vectors: a rank sends no more than what it has.
         """
-        shuffled = normalise(self._ranks.permute(clips, permutation))
-        with torch.autocast(clips.device.type, torch.bfloat16, enabled=self._autocast):
-            output = self.network(shuffled.to(next(self.network.parameters()).dtype))
-        vectors = torch.stack([output.inter.vector, output.intra.vector, output.order.vector], dim=1)
+        permutation = self._permutation(len(clips), step, key)
+        vectors = self._encode(self._ranks.permute(clips, permutation))
         return self._ranks.permute(vectors, torch.argsort(permutation))
+
+    def _encode(self, clips: torch.Tensor, *_: int) -> torch.Tensor:
+        """Inter, intra and order vectors (B, 3, d) of clips uint8 (B, T, H, W, 3)."""
+        inputs = normalise(clips).to(next(self.network.parameters()).dtype)
+        with torch.autocast(clips.device.type, torch.bfloat16, enabled=self._autocast):
+            output = self.network(inputs)
+        return torch.stack([output.inter.vector, output.intra.vector, output.order.vector], dim=1)
 
     def _permutation(self, batch: int, step: int, key: int) -> torch.Tensor:
         generator = np.random.Generator(np.random.Philox(key=[self._seed, step * NUM_KEYS + key]))

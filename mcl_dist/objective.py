@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from mcl_dist.alignment import align, alignment_map, similarity_gradient
+from mcl_dist.alignment import align, alignment_map, automatic_gradient, similarity_gradient
 from mcl_dist.config import choice, number
+from mcl_dist.errors import ConfigError
 from mcl_dist.heads import Network
 from mcl_dist.losses import inter_loss, intra_loss, order_loss, own_similarities
 from mcl_dist.momentum import Keys
@@ -28,6 +32,8 @@ class ObjectiveConfig:
             else with random directions, which are easy to tell apart until keys replace them.
         momentum: of the key encoder's moving average, at the start.
         momentum_schedule: `constant`, or `cosine` towards 1 at the end of the run.
+        alignment_layer: layer of the encoder whose output the alignment looks at, as `layer4.1.conv3`, by
+            differentiating twice; none is the method's, the last convolution, in closed form.
         intra, alignment: weights of the two terms; 0 leaves a term out of the total.
         order: `ramp` weighs the order term by epoch/epochs (UCF101), `none` by 0 (Kinetics).
     """
@@ -38,6 +44,7 @@ class ObjectiveConfig:
     fill_queue: bool = False
     momentum: float = number(0.999, minimum=0, maximum=1)
     momentum_schedule: str = choice("constant", "cosine")
+    alignment_layer: str | None = None
     intra: float = number(1.0, minimum=0)
     alignment: float = number(1.0, minimum=0)
     order: str = choice("none", "ramp")
@@ -59,8 +66,18 @@ class Objective(nn.Module):
             positives and to negatives, and the alignment's spatio-temporal similarity.
     """
 
-    def __init__(self, network: Network, *, temperature: float, autocast: bool = False) -> None:
+    def __init__(
+        self, network: Network, *, temperature: float, autocast: bool = False, alignment_layer: str | None = None
+    ) -> None:
+        """Losses of a network; `alignment_layer` is `ObjectiveConfig.alignment_layer`.
+
+        Raises:
+            ConfigError: when the encoder has no such layer, or its BatchNorm cannot be differentiated twice.
+        """
         super().__init__()
+        if alignment_layer is not None:
+            _check_layer(network, alignment_layer)
+        self._layer = alignment_layer
         self.network = network
         self.report: dict[str, torch.Tensor] = {}
         self._temperature = temperature
@@ -85,13 +102,19 @@ class Objective(nn.Module):
             order: int64 (B,), order labels.
             weights: of the terms at this step.
         """
-        with torch.autocast(clips.device.type, torch.bfloat16, enabled=self._autocast):
+        with (
+            torch.autocast(clips.device.type, torch.bfloat16, enabled=self._autocast),
+            _kept(self.network, self._layer) as activations,
+        ):
             output = self.network(clips)
         query = output.inter.vector
         own = own_similarities(query, keys.inter)
         inter = inter_loss(own, queue.against(query, self._temperature), self._temperature)
         intra = intra_loss(own_similarities(output.intra.vector, keys.intra), self._temperature)
-        gradient = similarity_gradient(self.network, output, keys.inter[0])
+        if self._layer is None:
+            gradient = similarity_gradient(self.network, output, keys.inter[0])
+        else:
+            gradient = automatic_gradient(output, keys.inter[0], activations[0])
         aligned = align(alignment_map(gradient), motion.to(gradient.dtype))
         _, second, third = keys.order
         ordered = order_loss(self.network.order_classifier, output.order.vector, second, third, order)
@@ -110,3 +133,30 @@ class Objective(nn.Module):
             }.items()
         }
         return total
+
+
+def _check_layer(network: Network, layer: str) -> None:
+    known = [name for name, _ in network.encoder.named_modules() if name]
+    if layer not in known:
+        close = ", ".join(get_close_matches(layer, known)) or known[-1]
+        raise ConfigError(f"objective.alignment_layer: the encoder has no `{layer}`; near it are: {close}")
+    if network.encoder.config.batch_norm == "synchronized":
+        raise ConfigError(
+            "objective.alignment_layer: synchronized BatchNorm cannot be differentiated twice; "
+            "leave the layer out, or choose another encoder.batch_norm"
+        )
+
+
+@contextmanager
+def _kept(network: Network, layer: str | None) -> Iterator[list[torch.Tensor]]:
+    """What the encoder's layer puts out meanwhile, if one is named."""
+    activations: list[torch.Tensor] = []
+    if layer is None:
+        yield activations
+        return
+    module = network.encoder.get_submodule(layer)
+    handle = module.register_forward_hook(lambda _module, _inputs, output: activations.append(output))
+    try:
+        yield activations
+    finally:
+        handle.remove()

@@ -61,6 +61,48 @@ def keys_come_back_to_their_videos() -> None:
     torch.testing.assert_close(keys.order, expected.order[:, own])
 
 
+def count_sent(ranks: Ranks) -> Callable[[], dict[str, int]]:
+    """From now on, count the bytes that this rank hands to others, by collective."""
+    sent = {"all_to_all_single": 0, "all_gather": 0}
+    all_to_all_single, all_gather = distributed.all_to_all_single, distributed.all_gather
+
+    def counting_all_to_all(output, rows, output_sizes=None, sizes=None):
+        stays = sizes[ranks.rank] if sizes else len(rows) // ranks.count
+        sent["all_to_all_single"] += (len(rows) - stays) * rows[0].nbytes
+        all_to_all_single(output, rows, output_sizes, sizes)
+
+    def counting_all_gather(gathered, rows):
+        sent["all_gather"] += rows.nbytes * (ranks.count - 1)
+        all_gather(gathered, rows)
+
+    distributed.all_to_all_single, distributed.all_gather = counting_all_to_all, counting_all_gather
+    return lambda: sent
+
+
+def shuffling_sends_no_more_than_the_own_clips() -> None:
+    """Vectors that come back and keys for the queue included."""
+    ranks = joined()
+    network = Network(EncoderConfig(width=4, blocks=(1,)), HeadsConfig(dim=8))
+    momentum = MomentumEncoder(network, ranks, seed=5, autocast=False)
+    views = torch.randint(0, 256, (8, 4, 4, 32, 32, 3), dtype=torch.uint8)
+    own_clips = views[:, 1:].nbytes
+    sent_so_far = count_sent(ranks)
+    for step in range(3):
+        before = sum(sent_so_far().values())
+        momentum.encode(views, step)
+        sent = sum(sent_so_far().values()) - before
+        print(f"rank {ranks.rank} of {ranks.count}, step {step}: {sent} bytes sent, own clips have {own_clips}")
+        assert 0 < sent <= own_clips
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_shuffled_batch_norm_sends_no_more_than_the_own_clips_as_bytes(
+    run_ranks: Callable[..., None], count: int
+) -> None:
+    run_ranks(__file__, shuffling_sends_no_more_than_the_own_clips.__name__, count)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("check", [permute_as_if_alone, gather_in_rank_order, keys_come_back_to_their_videos])

@@ -1,0 +1,93 @@
+"""BatchNorm over the clips of all ranks against one rank that has them all, on gloo."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import distributed
+from torch.nn.functional import normalize
+
+from mcl_dist.encoder import EncoderConfig
+from mcl_dist.heads import HeadsConfig, Network
+from mcl_dist.momentum import Keys, MomentumEncoder
+from mcl_dist.negatives import Queue
+from mcl_dist.objective import LossWeights, Objective
+from mcl_dist.ranks import Ranks
+
+GLOBAL_BATCH, DIM = 8, 8
+
+
+def small_network(batch_norm: str, *, checkpointing: bool = False) -> Network:
+    torch.manual_seed(0)
+    config = EncoderConfig(width=4, blocks=(1, 1), batch_norm=batch_norm, checkpointing=checkpointing)
+    return Network(config, HeadsConfig(dim=DIM)).double().train()
+
+
+def backward(network: Network, own: slice) -> torch.Tensor:
+    """Loss of some of the global batch's videos, gradients left in the network."""
+    draws = torch.Generator().manual_seed(1)
+    clips = torch.randn(GLOBAL_BATCH, 3, 8, 32, 32, generator=draws, dtype=torch.float64)
+    motion = torch.rand(GLOBAL_BATCH, 2, 4, 4, generator=draws, dtype=torch.float64)
+    vectors = normalize(torch.randn(4, 3, GLOBAL_BATCH, DIM, generator=draws, dtype=torch.float64), dim=-1)
+    queue = Queue(normalize(torch.randn(50, DIM, generator=draws, dtype=torch.float64), dim=-1))
+    order = torch.arange(GLOBAL_BATCH) % 2
+    objective = Objective(network, temperature=0.1)
+    loss = objective(clips[own], Keys(*vectors).of(own), queue, motion[own], order[own], LossWeights(1.0, 2.0, 0.5))
+    loss.backward()
+    return loss.detach()
+
+
+def share(ranks: Ranks) -> slice:
+    size = GLOBAL_BATCH // ranks.count
+    return slice(size * ranks.rank, size * (ranks.rank + 1))
+
+
+def gradients_are_those_of_the_whole_batch(checkpointing: str) -> None:
+    distributed.init_process_group("gloo")
+    ranks = Ranks()
+    whole = small_network("local")
+    loss = backward(whole, slice(None))
+    parts = small_network("synchronized", checkpointing=checkpointing == "True")
+    torch.testing.assert_close(ranks.mean(backward(parts, share(ranks))), loss, rtol=0, atol=1e-10)
+    for (name, one), all_of_it in zip(parts.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ranks.mean(one.grad), all_of_it.grad, rtol=0, atol=1e-10, msg=name)
+    for (name, one), all_of_it in zip(parts.named_buffers(), whole.buffers(), strict=True):
+        torch.testing.assert_close(one, all_of_it, rtol=0, atol=1e-10, msg=name)
+
+
+def keys_are_those_of_the_whole_batch() -> None:
+    distributed.init_process_group("gloo")
+    ranks = Ranks()
+    views = torch.randint(0, 256, (GLOBAL_BATCH, 4, 4, 16, 16, 3), dtype=torch.uint8)
+    distributed.broadcast(views, src=0)
+    own = share(ranks)
+    keys = MomentumEncoder(small_network("synchronized"), ranks, seed=0, autocast=False).encode(views[own], step=3)
+    alone = Ranks()
+    alone.rank, alone.count = 0, 1
+    expected = MomentumEncoder(small_network("local"), alone, seed=0, autocast=False).encode(views, step=3)
+    torch.testing.assert_close(keys.inter_all, expected.inter, rtol=0, atol=1e-10)
+    for one, all_of_it in zip(keys[:3], expected[:3], strict=True):
+        torch.testing.assert_close(one, all_of_it[:, own], rtol=0, atol=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "checkpointing"), [(2, False), (2, True), (4, False)])
+def test_a_synchronised_step_is_that_of_the_whole_batch(
+    run_ranks: Callable[..., None], count: int, checkpointing: bool
+) -> None:
+    run_ranks(__file__, gradients_are_those_of_the_whole_batch.__name__, count, checkpointing)
+
+
+@pytest.mark.slow
+def test_synchronised_keys_are_those_of_the_whole_batch(run_ranks: Callable[..., None]) -> None:
+    run_ranks(__file__, keys_are_those_of_the_whole_batch.__name__, 2)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
+    distributed.barrier()
+    os._exit(0)  # tearing gloo down aborts now and then
