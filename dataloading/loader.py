@@ -135,6 +135,10 @@ class TubeletLoader:
     def __iter__(self) -> Iterator[TubeletBatch]:
         return iter(self._ahead)
 
+    def name_of(self, position: int) -> str:
+        """What messages call the video at a position of `TubeletBatch.samples`."""
+        return self._set.name_of(position)
+
     def close(self) -> None:
         """End the thread and the decoders; the batches are over."""
         self._ahead.close()

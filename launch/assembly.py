@@ -47,6 +47,8 @@ def assembled(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Ite
             Folder(config.run.dir).write("config.yaml", dump_config(config).encode())
         if not snapshot and config.objective.fill_queue:
             _fill_queue(learner, config, ranks, device)
+        if config.train.compile:
+            learner.compile()
         with _loading(config, ranks, device, start) as loader:
             objective = Objective(
                 learner.network,
@@ -79,6 +81,7 @@ def assembled(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Ite
                 settings=config.train,
                 listeners=listeners,
                 start=start,
+                name_of=loader.name_of,
             )
 
 
@@ -96,9 +99,6 @@ def _learner(config: PretrainConfig, ranks: Ranks, device: torch.device, *, auto
     initialise(network, config.initial)
     network.to(device).train()
     momentum = MomentumEncoder(network, ranks, seed=seed, autocast=autocast)
-    if config.train.compile:
-        network.encoder.compile()
-        momentum.network.encoder.compile()
     queue = Queue.random(
         config.objective.queue,
         config.heads.dim,

@@ -210,11 +210,11 @@ def _learner(config: PretrainConfig, form: Form, device: torch.device) -> Learne
     network = Network(config.encoder, config.heads)
     network.to(device).train()
     momentum = MomentumEncoder(network, Ranks(device), seed=config.run.seed, autocast=form.bfloat16)
-    if form.compiled:
-        network.encoder.compile()
-        momentum.network.encoder.compile()
     draws = torch.Generator().manual_seed(config.run.seed)
-    return Learner(network, momentum, Queue.random(config.objective.queue, config.heads.dim, draws, device))
+    learner = Learner(network, momentum, Queue.random(config.objective.queue, config.heads.dim, draws, device))
+    if form.compiled:
+        learner.compile()
+    return learner
 
 
 def _free_port() -> int:

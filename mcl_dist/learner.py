@@ -48,6 +48,11 @@ class Learner:
         restore(self.momentum.network, snapshot.momentum, snapshot.statistics, "key", where)
         self.queue.load(snapshot.queue, snapshot.queue_position)
 
+    def compile(self) -> None:
+        """Let torch.compile have both encoders, when they are first called."""
+        self.network.encoder.compile()
+        self.momentum.network.encoder.compile()
+
     def statistics(self) -> Statistics:
         """BatchNorm statistics of both sides as they are now."""
         return Statistics([*self.network.buffers(), *self.momentum.network.buffers()])

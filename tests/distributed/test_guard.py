@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -14,14 +15,22 @@ import pytest
 import torch
 from torch import distributed
 
+from dataloading.stream import ShardSet
+from launch.assembly import assembled
+from launch.settings import PretrainConfig
 from mcl_dist.batch import FIRST_KEY, QUERY, TubeletBatch
-from mcl_dist.engine import OptimizerConfig
+from mcl_dist.config import load_config
+from mcl_dist.engine import OptimizerConfig, join_process_group, pick_device
 from mcl_dist.errors import UserError
 from mcl_dist.listeners import Event, LossSpike, StepDone, StepSkipped
 from mcl_dist.ranks import Ranks
 from mcl_dist.trainer import TrainConfig, Trainer
 from tests.distributed.runs import QUIET, STEPS, joined, noise, put_together
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+SMALL = ("data.crop=48", "encoder.width=4", "heads.dim=8", "objective.queue=64", "train.global_batch=4")
+POISONED_STEP = 3
+LEARNT = ("network", "momentum", "optimizer", "queue", "statistics-00000", "statistics-00001")
 CULPRIT = 2  # of four videos: on the second of two ranks
 
 
@@ -97,6 +106,37 @@ def skipping(folder: str) -> None:
         assert files(hurt, STEPS) == files(whole, STEPS), f"stage {stage}"
 
 
+def on_videos(shards: str, folder: str, left_out: str) -> None:
+    """A run as `mcl pretrain` puts it together; a pixel of one video of the second rank's is no number in one step."""
+    device = pick_device()
+    words = [f"data.train={shards}", f"run.dir={folder}", "train.steps=6", "checkpoint.every=6", *SMALL]
+    config = load_config(PretrainConfig, REPOSITORY / "configs" / "pretrain" / "tiny.yaml", words)
+    join_process_group(device)
+    ranks = Ranks(device)
+    with assembled(config, ranks, device) as trainer:
+        take, batches = trainer.take, trainer.batches
+
+        def poisoned_batches() -> Iterator[TubeletBatch]:
+            for step, batch in enumerate(batches):
+                views = batch.views.float()
+                if step == POISONED_STEP and not ranks.is_first:
+                    views[0, QUERY, 1, 2, 3, 0] = torch.nan
+                    Path(folder, "culprit").write_text(ShardSet(shards).name_of(int(batch.samples[0])))
+                yield replace(batch, views=views)
+
+        def take_others(step: int, batch: TubeletBatch, waited: float) -> Any:
+            if step != POISONED_STEP:
+                return take(step, batch, waited)
+            trainer._settle()
+            return SimpleNamespace(seconds=0.0)
+
+        if left_out == "True":
+            trainer.take = take_others  # type: ignore[method-assign]
+        else:
+            trainer.batches = poisoned_batches()
+        trainer.fit()
+
+
 def stopping(folder: str) -> None:
     ranks = joined()
     with pytest.raises(UserError, match=f"step 5: 2 steps in a row .* {CULPRIT}: its pixels"):
@@ -125,6 +165,25 @@ def test_a_step_that_is_not_finite_is_named_and_as_if_it_had_been_left_out(
     run_ranks: Callable[..., None], tmp_path: Path
 ) -> None:
     run_ranks(__file__, "skipping", 2, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_pixel_that_is_no_number_costs_a_run_on_videos_that_one_step(
+    run_ranks: Callable[..., None], synthetic_shards: Path, tmp_path: Path
+) -> None:
+    for left_out in (False, True):
+        run_ranks(__file__, "on_videos", 2, synthetic_shards, tmp_path / str(left_out), left_out)
+    hurt, whole = (files(tmp_path / str(left_out), 6) for left_out in (False, True))
+    for name in LEARNT:
+        assert hurt[f"{name}.safetensors"] == whole[f"{name}.safetensors"], name
+    culprit = (tmp_path / "False" / "culprit").read_text()
+    for log in ("log.jsonl", "log-00001.jsonl"):
+        events = [json.loads(line) for line in (tmp_path / "False" / log).read_text().splitlines()]
+        (skipped,) = [event for event in events if event["event"] == "StepSkipped"]
+        assert (skipped["step"], skipped["in_a_row"]) == (POISONED_STEP + 1, 1)
+        assert skipped["samples"] == [culprit]
+    lines = [json.loads(line) for line in (tmp_path / "False" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["taken"] for line in lines] == [True, True, True, False, True, True]
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def losses_of(folder: Path) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("optimizer", "zero_stage"), [("sgd", 0), ("adamw", 1), ("sgd", 2), ("adamw", 3)])
+@pytest.mark.parametrize(("optimizer", "zero_stage"), [("lars", 0), ("adamw", 1), ("sgd", 2), ("adamw", 3)])
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     run_ranks: Callable[..., None], tmp_path: Path, optimizer: str, zero_stage: int
 ) -> None:
