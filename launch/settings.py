@@ -56,5 +56,9 @@ def check(config: PretrainConfig, num_ranks: int) -> None:
     config.optimizer.check()
     if config.train.compile and config.optimizer.zero_stage == 3:
         raise ConfigError("train.compile: found true, must be false with optimizer.zero_stage=3: it hooks every layer")
+    if config.train.compile and config.objective.alignment_layer is not None:
+        raise ConfigError(
+            "train.compile: found true, must be false with objective.alignment_layer, which differentiates twice"
+        )
     config.train.batch_per_rank(num_ranks)
     check_clips(config.data, config.encoder.grid(config.data.frames, config.data.crop))

@@ -16,7 +16,7 @@ import torch
 CHUNK_LOGITS = 2**20
 # A GPU has some hundred multiprocessors, each working on a block of queries; vectors are cut into parts, so that
 # there are enough blocks for all.
-GPU_BLOCKS = 512
+GPU_BLOCKS = 256
 QUERIES_A_BLOCK = 64
 
 

@@ -47,11 +47,12 @@ def put_together(
     trainer: type[Trainer] = Trainer,
     settings: TrainConfig = QUIET,
     steps: int = STEPS,
+    batch_norm: str = "shuffled",
 ) -> Trainer:
     """A run that starts from the newest checkpoint in the folder, if there is one."""
     engine_module.PERSISTENT_NUMEL = 0  # stage 3 shards all, however small
     torch.manual_seed(0)
-    network = Network(EncoderConfig(width=4, blocks=(1, 1)), HeadsConfig(dim=8)).train()
+    network = Network(EncoderConfig(width=4, blocks=(1, 1), batch_norm=batch_norm), HeadsConfig(dim=8)).train()
     momentum = MomentumEncoder(network, ranks, seed=0, autocast=False)
     queue = Queue.random(LOSSES.queue, 8, torch.Generator().manual_seed(0), ranks.device, ranks=ranks, sharded=True)
     learner = Learner(network, momentum, queue)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +14,14 @@ from torch import distributed
 from torch.nn.functional import normalize
 
 from mcl_dist.encoder import EncoderConfig
+from mcl_dist.engine import OptimizerConfig
 from mcl_dist.heads import HeadsConfig, Network
+from mcl_dist.listeners import MetricsFile, Started
 from mcl_dist.momentum import Keys, MomentumEncoder
 from mcl_dist.negatives import Queue
 from mcl_dist.objective import LossWeights, Objective
 from mcl_dist.ranks import Ranks
+from tests.distributed.runs import STEPS, joined, noise, put_together
 
 GLOBAL_BATCH, DIM = 8, 8
 
@@ -80,6 +85,31 @@ def test_a_synchronised_step_is_that_of_the_whole_batch(
     run_ranks: Callable[..., None], count: int, checkpointing: bool
 ) -> None:
     run_ranks(__file__, gradients_are_those_of_the_whole_batch.__name__, count, checkpointing)
+
+
+def train(folder: str) -> None:
+    ranks = joined()
+    config = OptimizerConfig(learning_rate=0.01, zero_stage=1)
+    trainer = put_together(folder, ranks, config, lambda start: noise(ranks, start), batch_norm="synchronized")
+    if ranks.is_first:
+        trainer.listeners = [MetricsFile(Path(folder) / "metrics.jsonl")]
+        trainer.listeners[0](Started(0, STEPS, None))
+    trainer.fit()
+
+
+@pytest.mark.slow
+def test_a_synchronised_run_has_the_losses_of_any_number_of_ranks(
+    run_ranks: Callable[..., None], tmp_path: Path
+) -> None:
+    losses = {}
+    for count in (1, 2, 4):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        run_ranks(__file__, train.__name__, count, folder)
+        losses[count] = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses[1]) == STEPS
+    assert losses[2] == pytest.approx(losses[1], rel=0, abs=1e-5)
+    assert losses[4] == pytest.approx(losses[1], rel=0, abs=1e-5)
 
 
 @pytest.mark.slow
