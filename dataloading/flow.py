@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import cv2
 import numpy as np
 import torch
 
-from dataloading.tvl1 import tvl1_flow
+from dataloading.tvl1 import pair_flows, tvl1_flow
 
 TVL1 = "tvl1"
 OPENCV_TVL1 = "opencv-tvl1"
 DIS = "dis"
 ESTIMATORS = (TVL1, OPENCV_TVL1, DIS)
 BOUND = 20.0  # pixels of the stored frame that a component is clipped to, either way
-# Shares of the frame's size. At 0.6 ours agrees with full TV-L1 no less than OpenCV's does at half size.
-SIZES = {TVL1: 0.6, OPENCV_TVL1: 0.5, DIS: 1.0}
+SCALES = {TVL1: 1.0, OPENCV_TVL1: 0.5, DIS: 1.0}  # shares of the frame's size
 JPEG_BLOCK = 8  # rows
 PAIRS_AHEAD = 32  # estimated together, so that memory is bounded however long the video
 
@@ -27,14 +27,19 @@ Estimate = Callable[[Sequence[np.ndarray]], Iterable[np.ndarray]]  # N grey fram
 class FlowEstimator:
     """Flow between consecutive frames, in pixels of the frames given to it.
 
-    `tvl1` is ours, at 0.6 of the size; `opencv-tvl1` is OpenCV's at half size with 2 warps and 1 outer iteration,
-    whose motion agrees with full TV-L1 as well as the costlier settings do; `dis` works at full size and points at
-    the moving region less reliably. docs/benchmarks.md has what each costs and how well it agrees.
+    `tvl1` is ours; `opencv-tvl1` is OpenCV's at half size with 2 warps and 1 outer iteration; `dis` points at the
+    moving region less reliably. docs/benchmarks.md has what each costs and how well it agrees with full TV-L1.
+
+    Args:
+        name: `tvl1`, `opencv-tvl1` or `dis`.
+        scale: share of the frames' size that the flow is estimated at, and has; by default the estimator's own, full
+            size but for `opencv-tvl1`.
+        device: that `tvl1` computes on, in PyTorch's words; a GPU's flow is near the CPU's, not the same to the bit.
     """
 
-    def __init__(self, name: str) -> None:
-        self._scale = SIZES[name]
-        self._estimate = _estimate(name)
+    def __init__(self, name: str, scale: float | None = None, device: str = "cpu") -> None:
+        self._scale = SCALES[name] if scale is None else scale
+        self._estimate = _estimate(name, device)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the flow of frames of that size; no JPEG block of a still holds both components."""
@@ -67,8 +72,10 @@ class FlowEstimator:
 
 def flow_bytes(flow: np.ndarray) -> np.ndarray:
     """Pixels to bytes: clipped to 20 either way, round((f + 20)·255/40)."""
-    coded = (flow.clip(-BOUND, BOUND) + BOUND) * (255 / (2 * BOUND))
-    return np.asarray(np.rint(coded), dtype=np.uint8)
+    coded = flow.clip(-BOUND, BOUND)
+    coded += BOUND
+    coded *= 255 / (2 * BOUND)
+    return np.asarray(np.rint(coded, out=coded), dtype=np.uint8)
 
 
 def flow_pixels(coded: np.ndarray) -> np.ndarray:
@@ -86,16 +93,20 @@ def _grey(frame_hw3: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(cv2.resize(grey, (width, height), interpolation=cv2.INTER_AREA))
 
 
-def _estimate(name: str) -> Estimate:
+def _estimate(name: str, device: str) -> Estimate:
     if name == TVL1:
-        return _batched_tvl1
+        return _own_tvl1 if device == "cpu" else partial(_batched_tvl1, device)
     algorithm = _dis() if name == DIS else dual_tvl1(warps=2, outer_iterations=1)
     return lambda frames: opencv_flows(algorithm, frames)
 
 
-def _batched_tvl1(frames: Sequence[np.ndarray]) -> np.ndarray:
-    stack = torch.from_numpy(np.stack(frames))
-    return tvl1_flow(stack[:-1], stack[1:]).permute(0, 2, 3, 1).numpy()
+def _own_tvl1(frames: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    return (flow.transpose(1, 2, 0) for flow in pair_flows(pairwise(frames)))
+
+
+def _batched_tvl1(device: str, frames: Sequence[np.ndarray]) -> np.ndarray:
+    stack = torch.from_numpy(np.stack(frames)).to(device)
+    return tvl1_flow(stack[:-1], stack[1:]).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def opencv_flows(algorithm: cv2.DenseOpticalFlow, frames: Sequence[np.ndarray]) -> Iterator[np.ndarray]:

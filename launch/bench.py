@@ -53,6 +53,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     flow.add_argument(
         "--groups", type=int, default=8, help="moments looked at in every video, spread evenly, 4 flows each (8)"
     )
+    flow.add_argument("--device", default="cpu", help="what tvl1 computes on: cpu, cuda or cuda:N (cpu)")
     flow.add_argument("--short-side", type=int, default=256, help="pixels that the shorter side is resized to (256)")
     flow.add_argument("--json", action="store_true", help="print one JSON list on standard output")
     flow.set_defaults(run=run_flow)
@@ -135,7 +136,7 @@ def run_flow(args: argparse.Namespace) -> int:
         raise ConfigError(f"--groups: found {args.groups}, must be at least 1")
     with tempfile.TemporaryDirectory(prefix="mcl-bench-") as temporary:
         folder = args.videos or _synthetic(Path(temporary))
-        results = benchmark(folder, args.groups, args.short_side, _say)
+        results = benchmark(folder, args.groups, args.short_side, _say, _device(args.device))
     if args.json:
         print(json.dumps([vars(result) for result in results]))
     else:
@@ -238,6 +239,16 @@ def run_step(args: argparse.Namespace) -> int:
     return 0
 
 
+def _device(name: str) -> str:
+    import torch
+
+    found = ["cpu", "cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if name not in found or (name == "cuda" and not torch.cuda.is_available()):
+        there = f"there are {torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "PyTorch sees no GPU"
+        raise ConfigError(f"--device: found {name!r}; must be cpu, cuda or cuda:N, and {there}")
+    return name
+
+
 def _synthetic(folder: Path) -> Path:
     from dataloading.synthetic import write_synthetic
 
@@ -246,11 +257,11 @@ def _synthetic(folder: Path) -> Path:
 
 
 def _print_table(results: list[EstimatorResult]) -> None:
-    print(f"{'estimator':<14}{'ms/frame':>10}{'CPU ratio':>11}{'agreement':>11}{'box IoU':>9}")
+    print(f"{'estimator':<14}{'ms/frame':>10}{'CPU ratio':>11}{'agreement':>11}{'box IoU':>9}{'frames/s':>10}")
     for each in results:
         print(
             f"{each.name:<14}{each.ms_per_frame:>10.1f}{each.cpu_ratio:>11.1f}{each.agreement:>11.3f}"
-            f"{each.box_iou:>9.3f}"
+            f"{each.box_iou:>9.3f}{each.frames_per_second:>10.0f}"
         )
 
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 
-from dataloading.flow import ESTIMATORS, FlowEstimator, dual_tvl1, flow_bytes, opencv_flows
+from dataloading.flow import ESTIMATORS, TVL1, FlowEstimator, dual_tvl1, flow_bytes, opencv_flows
 from dataloading.motion import MAP_CELLS, summarise_motion
 from dataloading.tubelets import MotionRegion, motion_region
+from dataloading.tvl1 import tvl1_flow
 from dataloading.videos import Video, VideoRefusedError
 from mcl_dist.errors import UserError
 
 FLOWS_PER_GROUP = 4  # the window of a frame map
+GPU_BATCH = 64  # pairs
+GPU_BATCHES = 8  # timed
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class EstimatorResult:
         reference_ms_per_frame: the reference's.
         videos: looked at.
         flows: looked at.
+        frames_per_second: flows a wall second on the device asked for; on a GPU in batches, frames and flow there.
     """
 
     name: str
@@ -44,16 +48,20 @@ class EstimatorResult:
     reference_ms_per_frame: float
     videos: int
     flows: int
+    frames_per_second: float
 
 
 @dataclass
 class _Measured:
-    seconds: float
+    seconds: float  # of the processor
+    wall_seconds: float
     maps: list[np.ndarray]  # (G, 7, 7) a video
 
 
-def benchmark(folder: Path, groups: int, short_side: int, say: Callable[[str], None]) -> list[EstimatorResult]:
-    """Run the reference and every estimator on the same frames, on one thread.
+def benchmark(
+    folder: Path, groups: int, short_side: int, say: Callable[[str], None], device: str = "cpu"
+) -> list[EstimatorResult]:
+    """Run the reference and every estimator on the same frames, on one thread; `tvl1` on the device.
 
     Raises:
         UserError: no video in the folder can be used.
@@ -65,11 +73,26 @@ def benchmark(folder: Path, groups: int, short_side: int, say: Callable[[str], N
         reference = _measure(_reference, videos)
         results = []
         for name in ESTIMATORS:
-            estimator = FlowEstimator(name)
-            warm_up = videos[0][0]
-            list(estimator.flows(warm_up))
+            estimator = FlowEstimator(name, device=device)
+            list(estimator.flows(videos[0][0]))  # what is compiled at the first call is no flow's cost
             results.append(_compare(name, _measure(_whole_groups(estimator), videos), reference, num_flows))
+            if name == TVL1 and device != "cpu":
+                results[-1] = replace(results[-1], frames_per_second=_batched_speed(videos[0], device))
     return results
+
+
+def _batched_speed(groups: list[list[np.ndarray]], device: str) -> float:
+    """Flows a second of batches that lie on the device."""
+    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for group in groups for frame in group]
+    frames = torch.from_numpy(np.stack(grey)).to(device)
+    frames = frames.repeat(-(-GPU_BATCH // len(frames)) + 1, 1, 1)[: GPU_BATCH + 1]
+    for batches in (1, GPU_BATCHES):  # the first compiles
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(batches):
+            tvl1_flow(frames[:-1], frames[1:])
+        torch.cuda.synchronize(device)
+    return GPU_BATCH * GPU_BATCHES / (time.perf_counter() - start)
 
 
 def map_correlation(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -119,10 +142,10 @@ def _videos(folder: Path, groups: int, short_side: int, say: Callable[[str], Non
 def _measure(
     estimate: Callable[[list[list[np.ndarray]]], list[np.ndarray]], videos: Sequence[list[list[np.ndarray]]]
 ) -> _Measured:
-    start = time.process_time()
+    start, wall_start = time.process_time(), time.perf_counter()
     flows = [estimate(groups) for groups in videos]
-    seconds = time.process_time() - start
-    return _Measured(seconds, [_maps(each) for each in flows])
+    seconds, wall_seconds = time.process_time() - start, time.perf_counter() - wall_start
+    return _Measured(seconds, wall_seconds, [_maps(each) for each in flows])
 
 
 def _maps(flows: list[np.ndarray]) -> np.ndarray:
@@ -155,6 +178,7 @@ def _compare(name: str, measured: _Measured, reference: _Measured, num_flows: in
         reference_ms_per_frame=1000 * reference.seconds / num_flows,
         videos=len(pairs),
         flows=num_flows,
+        frames_per_second=num_flows / measured.wall_seconds,
     )
 
 

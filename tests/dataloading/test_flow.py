@@ -33,10 +33,19 @@ def test_flow_is_in_pixels_of_the_frame_across_then_down(name: str) -> None:
     np.testing.assert_allclose(np.median(inside, axis=0), [4, -2], atol=0.3)
 
 
-@pytest.mark.parametrize(("name", "size"), [("tvl1", (56, 77)), ("opencv-tvl1", (48, 64)), ("dis", (96, 128))])
+@pytest.mark.parametrize(("name", "size"), [("tvl1", (96, 128)), ("opencv-tvl1", (48, 64)), ("dis", (96, 128))])
 def test_flow_has_the_estimators_size(name: str, size: tuple[int, int]) -> None:
     assert FlowEstimator(name).size(96, 128) == size
     assert flow_of(name, shifted_pair(1, 0)).shape == (*size, 2)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_flow_can_be_had_at_another_size_in_the_same_pixels(name: str) -> None:
+    estimator = FlowEstimator(name, scale=0.75)
+    assert estimator.size(96, 128) == (72, 96)
+    (flow,) = estimator.flows(shifted_pair(4, -2))
+    assert flow.shape == (72, 96, 2)
+    np.testing.assert_allclose(np.median(pixels(flow)[8:-8, 8:-8].reshape(-1, 2), axis=0), [4, -2], atol=0.4)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

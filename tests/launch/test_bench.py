@@ -32,7 +32,13 @@ def test_every_estimator_is_held_against_the_reference(videos: Path, capsys: pyt
         assert each["ms_per_frame"] > 0
         assert each["cpu_ratio"] == pytest.approx(each["reference_ms_per_frame"] / each["ms_per_frame"])
         assert each["agreement"] > 0.3  # on videos of 56 pixels
+        assert each["frames_per_second"] > 0
         assert 0 <= each["box_iou"] <= 1
+
+
+def test_a_device_that_is_not_there_fails_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "flow", "--device", "cuda:99"]) == 2
+    assert "--device: found 'cuda:99'" in capsys.readouterr().err
 
 
 def test_a_folder_without_usable_videos_fails_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

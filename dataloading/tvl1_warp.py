@@ -1,0 +1,152 @@
+"""TV-L1's data term: the later frame, and its gradients, taken to where the flow says, by OpenCV's cubic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dataloading.lanes import (
+    LANES,
+    blend,
+    first_of,
+    floor,
+    fused,
+    kernel,
+    lanes_with,
+    larger,
+    load,
+    numbered,
+    root,
+    smaller,
+    spread,
+    store,
+    where_above,
+    whole,
+)
+from dataloading.planes import stride
+
+RIM = 4  # zeros around a picture that is warped: the reach of a cubic, and where pixels from far outside are taken
+FLAT = np.float32(1.1920929e-7)  # squared image gradient under which the data term says nothing of the flow, as there
+
+_ONE = np.float32(1)
+_HALF = np.float32(0.5)
+
+
+@kernel
+def _picture_stride(width: int) -> int:
+    return LANES * (-(-(width + 2 * RIM) // LANES))
+
+
+@kernel
+def _picture_start(width: int) -> int:
+    """Where the first pixel of a picture with a rim is."""
+    return RIM * _picture_stride(width) + RIM + LANES
+
+
+def picture_size(height: int, width: int) -> int:
+    """Floats of a picture with its rim, and what vectors may read beyond."""
+    return int((height + 2 * RIM) * _picture_stride(width) + 4 * LANES)
+
+
+@kernel
+def fill_pictures(frame: np.ndarray, pictures: np.ndarray, height: int, width: int) -> None:
+    """Put a frame (H, W) and its gradients, across and down, into three pictures, whose rims stay zero.
+
+    A gradient is half the difference of the two neighbours; at the border half that to the one there is.
+    """
+    picture, across, down = pictures
+    for y in range(height):
+        above, below = max(y - 1, 0), min(y + 1, height - 1)
+        row = _picture_start(width) + y * _picture_stride(width)
+        for x in range(width):
+            picture[row + x] = frame[y, x]
+            down[row + x] = _HALF * (frame[below, x] - frame[above, x])
+        across[row] = _HALF * (frame[y, 1] - frame[y, 0])
+        across[row + width - 1] = _HALF * (frame[y, width - 1] - frame[y, width - 2])
+        for x in range(1, width - 1):
+            across[row + x] = _HALF * (frame[y, x + 1] - frame[y, x - 1])
+
+
+@kernel
+def linearise(
+    flow: np.ndarray, earlier: np.ndarray, pictures: np.ndarray, data: np.ndarray, height: int, width: int, limit: float
+) -> None:
+    """Warp the later frame and its gradients by the flow, and make the data term linear there.
+
+    Args:
+        flow: planes (2, plane_size), across and down.
+        earlier: the plane of the earlier frame.
+        pictures: of the later frame, by `fill_pictures`.
+        data: planes (4, plane_size) to be filled: slope across and down, of length 1; the residual at a flow of zero
+            along it; how far along it a step may go.
+        height: of the planes.
+        width: of the planes.
+        limit: λθ.
+
+    Sixteen neighbours mostly move by the same whole pixels, so their surroundings are taken as
+    vectors: once for every different shift among them.
+    """
+    u, v = flow
+    picture, across, down = pictures
+    across_out, down_out, residual_out, limit_out = data
+    stride_, picture_stride = stride(width), _picture_stride(width)
+    corner = _picture_start(width) - picture_stride - 1  # of the 4×4 surroundings of the first pixel
+    lanes, flat, largest = numbered(), spread(FLAT), spread(np.float32(limit))
+    # Outside by more than the cubic's reach is as good as anywhere outside.
+    lowest, rightmost, bottom = spread(np.float32(-3)), spread(np.float32(width + 1)), spread(np.float32(height + 1))
+    for y in range(height):
+        for x in range(0, width, LANES):
+            at = (y + 1) * stride_ + LANES + x
+            flow_across, flow_down = load(u, at), load(v, at)
+            place_x = smaller(larger(flow_across + (spread(np.float32(x)) + lanes), lowest), rightmost)
+            place_y = smaller(larger(flow_down + spread(np.float32(y)), lowest), bottom)
+            left, top = floor(place_x), floor(place_y)
+            weights_x, weights_y = _cubic_weights(place_x - left), _cubic_weights(place_y - top)
+            shifts = whole(left - lanes + top * spread(np.float32(picture_stride)))  # exact: far below 2^24
+            open_lanes = np.uint32(2**LANES - 1)
+            value, slope_across, slope_down = lanes, lanes, lanes
+            while open_lanes:
+                shift = first_of(shifts, open_lanes)
+                same = lanes_with(shifts, shift)
+                start = corner + shift
+                value = blend(same, _cubic(picture, start, picture_stride, weights_x, weights_y), value)
+                slope_across = blend(same, _cubic(across, start, picture_stride, weights_x, weights_y), slope_across)
+                slope_down = blend(same, _cubic(down, start, picture_stride, weights_x, weights_y), slope_down)
+                open_lanes &= ~same
+            square = slope_across * slope_across + slope_down * slope_down
+            inverse = where_above(square, flat, spread(_ONE) / root(square))
+            residual = value - slope_across * flow_across - slope_down * flow_down - load(earlier, at)
+            store(across_out, at, slope_across * inverse)
+            store(down_out, at, slope_down * inverse)
+            store(residual_out, at, residual * inverse)
+            store(limit_out, at, largest * (square * inverse))
+
+
+@kernel
+def _cubic_weights(place: Any) -> Any:
+    """Of the four neighbours of a place between the second and the third: Keys' cubic with a = −0.75, as in OpenCV.
+
+    To the bit as there: on what stands still the flow is rounding, and its sign decides a byte.
+    """
+    one, a = spread(_ONE), spread(np.float32(-0.75))
+    rest = one - place
+    first, last = a * (place * (rest * rest)), a * (place * place * rest)
+    second = fused(fused(spread(np.float32(1.25)), place, spread(np.float32(-2.25))), place * place, one)
+    return first, second, one - first - second - last, last
+
+
+@kernel
+def _cubic(picture: np.ndarray, start: int, picture_stride: int, across: Any, down: Any) -> Any:
+    value = _four_across(picture, start, across) * down[0]
+    value = fused(_four_across(picture, start + picture_stride, across), down[1], value)
+    value = fused(_four_across(picture, start + 2 * picture_stride, across), down[2], value)
+    return fused(_four_across(picture, start + 3 * picture_stride, across), down[3], value)
+
+
+@kernel
+def _four_across(picture: np.ndarray, start: int, weights: Any) -> Any:
+    value = load(picture, start) * weights[0]
+    value = fused(load(picture, start + 1), weights[1], value)
+    value = fused(load(picture, start + 2), weights[2], value)
+    return fused(load(picture, start + 3), weights[3], value)

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numba
+import numpy as np
+import pytest
+
+from dataloading.lanes import kernel, load, numbered, root, spread, store
+from dataloading.median import median, median_scratch_size
+from dataloading.planes import aligned, inside, plane_size
+from dataloading.tvl1_warp import fill_pictures, linearise, picture_size
+
+
+@kernel
+def distances(plane: np.ndarray, out: np.ndarray) -> None:
+    for start in range(0, len(plane), 16):
+        value = load(plane, start) - numbered()
+        store(out, start, root(value * value) / spread(np.float32(2)))
+
+
+def test_sixteen_lanes_compute_what_numpy_does() -> None:
+    plane = np.random.default_rng(0).normal(size=48).astype(np.float32)
+    out = np.empty_like(plane)
+    distances(plane, out)
+    np.testing.assert_array_equal(out, np.abs(plane - np.tile(np.arange(16, dtype=np.float32), 3)) / 2)
+
+
+def test_a_kernel_works_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    njit = numba.njit
+
+    def without_a_cache(**options: Any) -> Callable[..., Any]:
+        if options.pop("cache", False):
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(**options)
+
+    monkeypatch.setattr(numba, "njit", without_a_cache)
+    assert kernel(lambda x: x + 1)(2) == 3
+
+
+@pytest.mark.parametrize("size", [(37, 53), (16, 16), (5, 64), (3, 1)])
+def test_the_median_is_opencvs(size: tuple[int, int]) -> None:
+    picture = np.random.default_rng(0).normal(size=size).astype(np.float32)
+    planes = aligned(2, plane_size(*size))
+    inside(planes, *size)[0] = picture
+    median(planes[0], planes[1], aligned(1, median_scratch_size(size[1]))[0], *size)
+    np.testing.assert_array_equal(inside(planes, *size)[1], cv2.medianBlur(picture, 5))
+
+
+def test_a_warp_is_opencvs_cubic_far_outside_as_well() -> None:
+    height, width = 24, 37
+    generator = np.random.default_rng(0)
+    earlier, later = generator.random((2, height, width), dtype=np.float32) * 255
+    planes, pictures = aligned(7, plane_size(height, width)), aligned(3, picture_size(height, width))
+    pixels = inside(planes, height, width)
+    pixels[:2] = generator.normal(scale=5, size=(2, height, width))
+    pixels[:2, 3, 4] = 1e4, -1e4
+    pixels[2] = earlier
+    fill_pictures(later, pictures, height, width)
+    linearise(planes[:2], planes[2], pictures, planes[3:], height, width, 0.5)
+
+    down, across = np.mgrid[:height, :width].astype(np.float32)
+    places = across + pixels[0], down + pixels[1]
+    padded = cv2.copyMakeBorder(later, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+    gradients = (padded[1:-1, 2:] - padded[1:-1, :-2]) / 2, (padded[2:, 1:-1] - padded[:-2, 1:-1]) / 2
+    frame, *slopes = (cv2.remap(each, *places, cv2.INTER_CUBIC) for each in (later, *gradients))
+    length = np.hypot(*slopes)
+    np.testing.assert_allclose(pixels[3] * length, slopes[0], atol=1e-3)
+    np.testing.assert_allclose(pixels[4] * length, slopes[1], atol=1e-3)
+    np.testing.assert_allclose(pixels[6], length / 2, rtol=1e-5)
+    residual = frame - slopes[0] * pixels[0] - slopes[1] * pixels[1] - earlier
+    np.testing.assert_allclose((pixels[5] * length)[length > 0], residual[length > 0], atol=0.01)
