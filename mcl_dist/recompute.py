@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from mcl_dist.batch_norm import SynchronizedBatchNorm3d
+
 
 def recomputed(owner: nn.Module, function: Callable[[torch.Tensor], Any], inputs: torch.Tensor) -> Any:
     """`function(inputs)`, of whose activations only the inputs are kept; the others are computed again on the way back.
@@ -19,9 +21,15 @@ def recomputed(owner: nn.Module, function: Callable[[torch.Tensor], Any], inputs
         function: of no randomness.
         inputs: its only argument.
     """
-    if torch.compiler.is_compiling():  # which moves running statistics once in any case, and takes no contexts
+    # The compiler moves running statistics once in any case, and takes no contexts; but it cannot see through exchanges
+    # between ranks.
+    if torch.compiler.is_compiling() and not any(isinstance(m, SynchronizedBatchNorm3d) for m in owner.modules()):
         return checkpoint(function, inputs, use_reentrant=False)
+    return _statistics_held_meanwhile(owner, function, inputs)
 
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _statistics_held_meanwhile(owner: nn.Module, function: Callable[[torch.Tensor], Any], inputs: torch.Tensor) -> Any:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _statistics_held(owner)
 

@@ -51,12 +51,14 @@ def share(ranks: Ranks) -> slice:
     return slice(size * ranks.rank, size * (ranks.rank + 1))
 
 
-def gradients_are_those_of_the_whole_batch(checkpointing: str) -> None:
+def gradients_are_those_of_the_whole_batch(*changes: str) -> None:
     distributed.init_process_group("gloo")
     ranks = Ranks()
     whole = small_network("local")
     loss = backward(whole, slice(None))
-    parts = small_network("synchronized", checkpointing=checkpointing == "True")
+    parts = small_network("synchronized", checkpointing="checkpointing" in changes)
+    if "compiled" in changes:
+        parts.encoder.compile(backend="aot_eager")
     torch.testing.assert_close(ranks.mean(backward(parts, share(ranks))), loss, rtol=0, atol=1e-10)
     for (name, one), all_of_it in zip(parts.named_parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(ranks.mean(one.grad), all_of_it.grad, rtol=0, atol=1e-10, msg=name)
@@ -80,11 +82,11 @@ def keys_are_those_of_the_whole_batch() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "checkpointing"), [(2, False), (2, True), (4, False)])
+@pytest.mark.parametrize(("count", "changes"), [(2, ["checkpointing"]), (2, ["checkpointing", "compiled"]), (4, [])])
 def test_a_synchronised_step_is_that_of_the_whole_batch(
-    run_ranks: Callable[..., None], count: int, checkpointing: bool
+    run_ranks: Callable[..., None], count: int, changes: list[str]
 ) -> None:
-    run_ranks(__file__, gradients_are_those_of_the_whole_batch.__name__, count, checkpointing)
+    run_ranks(__file__, gradients_are_those_of_the_whole_batch.__name__, count, *changes)
 
 
 def train(folder: str) -> None:
