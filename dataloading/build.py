@@ -16,7 +16,7 @@ from dataloading.claim import LEASE, Claim, claimed
 from dataloading.flow import BOUND
 from dataloading.journal import FinishedShard, check_record, read_finished, remove_journals
 from dataloading.looks import Look, near_duplicates
-from dataloading.process import BuildConfig, Outcome, VideoProcessor
+from dataloading.process import BuildConfig, Outcome, Processed, VideoProcessor
 from dataloading.shards import (
     MANIFEST,
     REPORT,
@@ -33,6 +33,7 @@ from dataloading.shards import (
 from dataloading.sources import Source, SourceFolder
 from dataloading.workers import Executor
 from mcl_dist.errors import UserError
+from mcl_dist.patience import Patience
 from mcl_dist.storage import Folder
 
 MEGABYTE = 1_000_000
@@ -58,7 +59,8 @@ def build_shards(
 
     `listen` is told every video's outcome, in the order of the set, but for those in shards that an earlier
     run finished. Bytes depend on the sources and `config` alone, not on the executor or interruptions. Nothing
-    counts before the manifest, which is written last.
+    counts before the manifest, which is written last. What the stores of videos and set did not do at once is
+    asked for again with the destination's patience, which counts it.
 
     Raises:
         UserError: none of the videos is usable (nothing is left behind then), storage that fails or is
@@ -67,7 +69,8 @@ def build_shards(
     """
     start = time.monotonic()
     record = build_record(sources, config)
-    processor = VideoProcessor(sources.root, sources.classes, config)
+    patience = destination.patience
+    processor = VideoProcessor(sources.root, sources.classes, config, patience.seconds, patience.request_seconds)
     videos = _shuffled(sources, config)
     with claimed(destination) as claim:
         manifest = _complete(destination, record)
@@ -76,9 +79,9 @@ def build_shards(
         shards = read_finished(destination, record)
         _tell_kept(shards, claim, listen)
         taken = shards[-1].taken if shards else 0
-        with executor.map(processor, videos[taken:]) as outcomes:
+        with executor.map(processor.processed, videos[taken:]) as processed:
             rest = _Rest(destination, claim, config, record, shards, taken)
-            rest.build(_told(outcomes, listen))
+            rest.build(_told(processed, patience, listen))
         if not shards:
             raise UserError(
                 f"{sources.root}: none of its {len(sources.videos)} videos can be used; nothing was written"
@@ -88,7 +91,11 @@ def build_shards(
         manifest = Manifest(record, sources.classes, tuple(shard.entry for shard in shards), tuple(refused), alike)
         _remove_strays(destination, manifest)
         claim.check()
-        report = {**summary(manifest, time.monotonic() - start, len(videos) - taken), **executor.description}
+        report = {
+            **summary(manifest, time.monotonic() - start, len(videos) - taken),
+            **executor.description,
+            "retries": dict(patience.failures),
+        }
         destination.write(REPORT, json.dumps(report, indent=1).encode() + b"\n")
         destination.write(MANIFEST, manifest.to_json())
         remove_journals(destination)
@@ -152,10 +159,11 @@ def _tell_kept(shards: list[FinishedShard], claim: Claim, listen: Listener) -> N
         listen(GoingOn(claim.taken_from, len(shards), num_stored, num_refused))
 
 
-def _told(outcomes: Iterator[Outcome], listen: Listener) -> Iterator[Outcome]:
-    for outcome in outcomes:
-        listen(outcome)
-        yield outcome
+def _told(processed: Iterator[Processed], patience: Patience, listen: Listener) -> Iterator[Outcome]:
+    for each in processed:
+        patience.failures.update(each.failures)
+        listen(each.outcome)
+        yield each.outcome
 
 
 class _Rest:

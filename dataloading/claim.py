@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mcl_dist.errors import UserError
+from mcl_dist.patience import Patience
 from mcl_dist.storage import Folder
 
 WORK_FOLDER = ".building"
@@ -119,6 +120,8 @@ class Lease:
 
     def __init__(self, destination: Folder) -> None:
         self._destination = destination
+        # Beside the work and at its end nobody waits long for a store that does not answer: leases run out.
+        self._hurried = destination.with_patience(Patience(seconds=REFRESH_SECONDS, request_seconds=REFRESH_SECONDS))
         self._me = {**_myself(), "id": uuid.uuid4().hex}
 
     def take(self) -> str | None:
@@ -127,7 +130,7 @@ class Lease:
         Raises:
             UserError: its holder is still there.
         """
-        holder = self._holder()
+        holder = _holder(self._destination)
         if holder is not None:
             if not _is_gone(holder):
                 raise _held(self._destination.url, _name(holder))
@@ -148,38 +151,40 @@ class Lease:
             done.set()
             thread.join()
 
-    def refresh(self) -> None:
+    def refresh(self, destination: Folder | None = None) -> None:
         """Say that we are still here; `UserError` when another holder took over."""
-        holder = self._holder()
+        destination = destination or self._destination
+        holder = _holder(destination)
         if holder is None or holder.get("id") != self._me["id"]:
             now = "nobody" if holder is None else _name(holder)
             raise UserError(
-                f"{self._destination.url}: this build's lease was lost to {now}; let one of them finish, then try again"
+                f"{destination.url}: this build's lease was lost to {now}; let one of them finish, then try again"
             )
-        self._destination.write(LEASE, self._text())
+        destination.write(LEASE, self._text())
 
     def give_back(self) -> None:
         """Remove the lease if it is still ours."""
         with suppress(UserError):  # it runs out by itself
-            if (self._holder() or {}).get("id") == self._me["id"]:
-                self._destination.remove(LEASE)
+            if (_holder(self._hurried) or {}).get("id") == self._me["id"]:
+                self._hurried.remove(LEASE)
 
     def _keep(self, done: threading.Event) -> None:
         while not done.wait(REFRESH_SECONDS):
             with suppress(UserError):  # the next write that counts meets it too, and tells
-                self.refresh()
-
-    def _holder(self) -> dict[str, Any] | None:
-        if not self._destination.exists(LEASE):
-            return None
-        try:
-            holder = json.loads(self._destination.read(LEASE))
-        except ValueError:
-            holder = None
-        return holder if isinstance(holder, dict) else {}
+                self.refresh(self._hurried)
 
     def _text(self) -> bytes:
         return json.dumps({**self._me, "time": time.time()}).encode()
+
+
+def _holder(destination: Folder) -> dict[str, Any] | None:
+    if not destination.exists(LEASE):
+        return None
+    try:
+        holder = json.loads(destination.read(LEASE))
+    except ValueError:
+        holder = None
+    return holder if isinstance(holder, dict) else {}
 
 
 def _myself() -> dict[str, Any]:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-Failure = Literal["server_error", "reset", "stall", "short_body", "wrong_digest", "unreachable"]
+from mcl_dist.remote import Failure
+
 Quantity = Literal[
     "bytes_read", "bytes_decoded", "requests", "cache_hits", "cache_misses", "cache_evictions", "cache_repairs"
 ]

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from dataloading.videos import Video, VideoRefusedError
 from dataloading.workers import leave_if_stopped
 from mcl_dist.config import choice, number
 from mcl_dist.errors import ConfigError, UserError
+from mcl_dist.patience import Patience
+from mcl_dist.remote import Failure
 from mcl_dist.storage import Folder
 
 # At 95 the flow is off by 0.06 to 0.08 px (root mean square) on real clips, half a step of its bytes (0.157 px),
@@ -31,6 +33,14 @@ from mcl_dist.storage import Folder
 FLOW_QUALITY = 95
 
 Outcome = Sample | RefusedVideo
+
+
+@dataclass(frozen=True)
+class Processed:
+    """What became of a video, and how many requests to its store had to be made again, by reason."""
+
+    outcome: Outcome
+    failures: Mapping[Failure, int]
 
 
 @dataclass(frozen=True)
@@ -69,15 +79,35 @@ class BuildConfig:
 
 
 class VideoProcessor:
-    """Turns one video into a sample, or says why it cannot; runs in a worker process."""
+    """Turns one video into a sample, or says why it cannot; runs in a worker process.
 
-    def __init__(self, root: str | Path, classes: Sequence[str], config: BuildConfig) -> None:
+    Args:
+        root: folder of the videos, at any fsspec URL.
+        classes: names by label.
+        config: what decides the sample's bytes.
+        retry_seconds, request_seconds: patience with the store of the videos (`Patience`).
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        classes: Sequence[str],
+        config: BuildConfig,
+        retry_seconds: float = Patience.seconds,
+        request_seconds: float = Patience.request_seconds,
+    ) -> None:
         # Elsewhere the same relative path would mean another folder.
         self._root = str(root) if "://" in str(root) else str(Path(root).absolute())
         self._classes = classes
         self._config = config
+        self._patience = (retry_seconds, request_seconds)
 
-    def __call__(self, source: Source) -> Outcome:
+    def processed(self, source: Source) -> Processed:
+        """The same as calling it, and what its store took; errors as there."""
+        patience = Patience(*self._patience)
+        return Processed(self(source, patience), dict(patience.failures))
+
+    def __call__(self, source: Source, patience: Patience | None = None) -> Outcome:
         """The sample that `source` is stored as; the same bytes in any process.
 
         Raises:
@@ -89,7 +119,7 @@ class VideoProcessor:
         try:
             if source.refusal:
                 return RefusedVideo(source.path, source.refusal)
-            with local_file(self._root, source.path) as file, Video(file, self._config.short_side) as video:
+            with local_file(self._root, source.path, patience) as file, Video(file, self._config.short_side) as video:
                 return self._sample(source, video)
         except VideoRefusedError as error:
             return RefusedVideo(source.path, error.reason)
@@ -158,14 +188,14 @@ class VideoProcessor:
 
 
 @contextmanager
-def local_file(root: str, path: str) -> Iterator[Path]:
+def local_file(root: str, path: str, patience: Patience | None = None) -> Iterator[Path]:
     """The file at `path` below the folder: itself on this machine, else a copy that goes when the block ends.
 
     Raises:
         VideoRefusedError: it is not there.
         UserError: the store or the disk failed.
     """
-    folder = Folder(root)
+    folder = Folder(root, patience)
     gone = VideoRefusedError("missing", "it was listed but is gone; fetch it or leave it out")
     if folder.is_local:
         local = Path(folder.path(path))

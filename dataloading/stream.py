@@ -24,8 +24,9 @@ from dataloading.npy import from_npy
 from dataloading.read_ahead import ReadAhead
 from dataloading.shard_bytes import CachedFile, FetchedRanges, FileInPlace, ShardBytes
 from dataloading.shards import MANIFEST, MAX_MANIFEST, Manifest, ShardEntry, manifest_from, manifest_is_right
-from dataloading.store import MissingFileError, Store, without_credentials
+from dataloading.store import MissingFileError, Store
 from mcl_dist.errors import ConfigError, UserError
+from mcl_dist.remote import without_credentials
 from mcl_dist.storage import Folder
 
 

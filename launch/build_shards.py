@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launch import inspect_shards
 from mcl_dist.errors import EXIT_FAILURE, ConfigError, UserError
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from dataloading.process import BuildConfig, Outcome
     from dataloading.shards import Manifest
     from dataloading.workers import Executor
+    from mcl_dist.patience import Patience
 
 BUILD_EXAMPLE = """\
 example:
@@ -70,6 +73,7 @@ def _add_build_arguments(build: argparse.ArgumentParser) -> None:
         "--flow", default="tvl1", help="flow estimator: tvl1, opencv-tvl1, or dis (coarser); compare by mcl bench flow"
     )
     _add_executor_arguments(build)
+    _add_patience_arguments(build)
     build.add_argument("--shard-megabytes", type=int, default=256, help="a shard is closed once it holds as much (256)")
     build.add_argument("--seed", type=int, default=0, help="of the order of the videos (0)")
     build.add_argument(
@@ -97,6 +101,16 @@ def _add_executor_arguments(build: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_patience_arguments(build: argparse.ArgumentParser) -> None:
+    patience = build.add_argument_group("patience", "With the stores of the videos and of the set.")
+    patience.add_argument(
+        "--retry-seconds", type=float, default=300.0, help="how long what failed in passing is tried again (300)"
+    )
+    patience.add_argument(
+        "--request-seconds", type=float, default=30.0, help="for one answer, and a second more for each MiB (30)"
+    )
+
+
 def num_cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -110,12 +124,14 @@ def run_build(args: argparse.Namespace) -> int:
     from mcl_dist.storage import Folder
 
     config = _build_config(args)
-    executor = _executor(args)
+    progress = BuildProgress()
+    executor = _executor(args, progress.say)
     sources = scan_sources(args.source, _list_choice(args))
     duplicates = find_duplicates(sources)
     if args.drop_duplicates:
         sources = without(sources, duplicates)
-    destination = Folder(args.destination)
+    patience = _patience(args, progress.say)
+    destination = Folder(args.destination, patience)
     if sources.num_others:
         _say(f"{args.source}: {sources.num_others} files are not videos by their extension, left out")
     if not args.drop_duplicates:
@@ -125,15 +141,16 @@ def run_build(args: argparse.Namespace) -> int:
     if manifest is not None:
         _say(f"{args.destination}: complete already, built from the same videos in the same way; nothing to do")
         remove_traces(destination)
-        _report(manifest, seconds=0.0, num_built=0, duplicates=len(duplicates), as_json=args.json)
+        _report(manifest, 0.0, 0, {"duplicates": len(duplicates), "retries": {}}, as_json=args.json)
         return 0
     start = time.monotonic()
-    progress = BuildProgress(len(sources.videos))
+    progress.total = len(sources.videos)
     try:
         manifest = build_shards(sources, destination, config, executor, progress)
     finally:
         progress.close()
-    _report(manifest, time.monotonic() - start, progress.num_built, len(duplicates), as_json=args.json)
+    more = {"duplicates": len(duplicates), "retries": dict(patience.failures)}
+    _report(manifest, time.monotonic() - start, progress.num_built, more, as_json=args.json)
     return 0
 
 
@@ -164,11 +181,12 @@ class BuildProgress:
     """Tells standard error how a build gets on: each refusal, and one line rewritten or a line now and then.
 
     Attributes:
-        num_built: videos stored or refused by this run.
+        total: videos in all.
+        num_built: those stored or refused by this run.
     """
 
-    def __init__(self, total: int) -> None:
-        self._total = total
+    def __init__(self, total: int = 0) -> None:
+        self.total = total
         self.num_built = 0
         self._refused = self._kept = self._bytes = 0
         self._start = self._told = time.monotonic()
@@ -187,12 +205,16 @@ class BuildProgress:
             self._bytes += outcome.num_bytes
         else:
             self._refused += 1
-            self._clear()
-            _say(f"{outcome.source}: refused, {outcome.reason}")
+            self.say(f"{outcome.source}: refused, {outcome.reason}")
         now = time.monotonic()
         if self._rewrites or now - self._told >= PLAIN_LINE_SECONDS:
             self._told = now
             self._tell(now - self._start)
+
+    def say(self, line: str) -> None:
+        """Tell something else between two lines of progress."""
+        self._clear()
+        _say(line)
 
     def close(self) -> None:
         """Leave the line of progress clean for what follows."""
@@ -210,8 +232,8 @@ class BuildProgress:
         done = self._kept + self.num_built
         speed = self.num_built / max(seconds, 1e-9)
         line = (
-            f"{done} of {self._total} videos, {self._refused} refused, {speed:.1f} videos/s, "
-            f"{self._bytes / max(seconds, 1e-9) / 1e6:.1f} MB/s, about {_duration((self._total - done) / speed)} left"
+            f"{done} of {self.total} videos, {self._refused} refused, {speed:.1f} videos/s, "
+            f"{self._bytes / max(seconds, 1e-9) / 1e6:.1f} MB/s, about {_duration((self.total - done) / speed)} left"
         )
         self._clear()
         print(line, end="" if self._rewrites else "\n", file=sys.stderr, flush=True)
@@ -271,14 +293,14 @@ def _build_config(args: argparse.Namespace) -> BuildConfig:
         raise ConfigError(f"--{str(error).replace('_', '-')}") from error
 
 
-def _executor(args: argparse.Namespace) -> Executor:
+def _executor(args: argparse.Namespace, tell: Callable[[str], None]) -> Executor:
     from dataloading.ray_cluster import RayExecutor
     from dataloading.workers import LocalExecutor
 
     if args.executor not in ("local", "ray"):
         raise ConfigError(f"--executor: found {args.executor!r}, must be local or ray")
     if args.executor == "ray":
-        return RayExecutor(args.address, tell=_say)
+        return RayExecutor(args.address, tell=tell)
     if args.address:
         raise ConfigError(f"--address: found {args.address!r} without --executor ray; give both")
     if args.workers < 1:
@@ -286,18 +308,27 @@ def _executor(args: argparse.Namespace) -> Executor:
     return LocalExecutor(args.workers)
 
 
-def _report(manifest: Manifest, seconds: float, num_built: int, duplicates: int, *, as_json: bool) -> None:
+def _patience(args: argparse.Namespace, tell: Callable[[str], None]) -> Patience:
+    from mcl_dist.patience import Patience
+
+    for option in ("retry_seconds", "request_seconds"):
+        if not 0 <= getattr(args, option) < math.inf:
+            raise ConfigError(f"--{option.replace('_', '-')}: found {getattr(args, option)}, must be at least 0")
+    return Patience(args.retry_seconds, args.request_seconds, tell)
+
+
+def _report(manifest: Manifest, seconds: float, num_built: int, more: dict[str, Any], *, as_json: bool) -> None:
     from dataloading.build import summary
 
     for video in manifest.near_duplicates:
         _say(f"{video.source}: looks like {video.like}, {video.bits} bits of their hashes differ")
-    report = {**summary(manifest, seconds, num_built), "duplicates": duplicates}
+    report = {**summary(manifest, seconds, num_built), **more}
     if as_json:
         print(json.dumps(report))
         return
-    refusals = report.pop("refused")
-    rows = {**report, **{f"refused, {reason}": count for reason, count in refusals.items()}}
-    for name, value in rows.items():
+    for what in ("refused", "retries"):
+        report |= {f"{what}, {reason}": count for reason, count in report.pop(what).items()}
+    for name, value in report.items():
         print(f"{name.replace('_', ' '):<30}{value:>16,}")
 
 

@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from mcl_dist.errors import UserError
+from mcl_dist.patience import Patience
+from mcl_dist.remote import asked, connected, failure
 
+Result = TypeVar("Result")
+BLOCK_BYTES = 2**25  # of a file, in one request
 PARTIAL = re.compile(r"\..+\.\d+\.partial")
 
 
 class Folder:
     """Reads and writes named files below one URL (`/data/set`, `s3://bucket/set`, `memory://set`).
 
-    Every method that fails for a reason outside the program raises `UserError` naming the file's URL.
+    What a store does not do at once is asked for again, as long as there is `patience`. Every method that fails for a
+    reason outside the program raises `UserError` naming the file's URL.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, patience: Patience | None = None) -> None:
         self.url = str(url).rstrip("/")
+        self.patience = patience or Patience()
         with naming(self.url):
-            self._filesystem, self._root = fsspec.core.url_to_fs(self.url)
+            self._filesystem, self._root = connected(self.url)
+
+    def with_patience(self, patience: Patience) -> Folder:
+        """The same folder, with other patience."""
+        folder = copy.copy(self)
+        folder.patience = patience
+        return folder
 
     @property
     def is_local(self) -> bool:
@@ -40,89 +54,110 @@ class Folder:
 
     def names(self) -> list[str]:
         """Names of the entries directly below, sorted; empty when the folder does not exist."""
-        with naming(self.url):
+
+        def attempt() -> list[str]:
             self._filesystem.invalidate_cache()
-            if not self._filesystem.exists(self._root):
+            if not self._asked("exists", self._root):
                 return []
-            return sorted(Path(entry).name for entry in self._filesystem.ls(self._root, detail=False))
+            return sorted(Path(entry).name for entry in self._asked("ls", self._root, detail=False))
+
+        return self._patiently("", attempt)
 
     def is_folder(self) -> bool:
         """Whether the URL is a folder: neither a file nor missing."""
-        with naming(self.url):
-            return bool(self._filesystem.isdir(self._root))
+        return self._patiently("", lambda: bool(self._asked("isdir", self._root)))
 
     def files(self) -> dict[str, int]:
         """Sizes in bytes of all files below, by their path relative to the folder; links are followed."""
-        with naming(self.url):
+
+        def attempt() -> dict[str, int]:
             if self.is_local:
                 return dict(_local_files(Path(self._root)))
             self._filesystem.invalidate_cache()
-            found = self._filesystem.find(self._root, detail=True)
+            found = self._asked("find", self._root, detail=True)
             start = len(self._root.rstrip("/")) + 1
             return {path[start:]: int(entry.get("size") or 0) for path, entry in found.items()}
 
+        return self._patiently("", attempt)
+
     def exists(self, name: str) -> bool:
         """Whether a file of that name is there."""
-        with naming(f"{self.url}/{name}"):
-            return bool(self._filesystem.exists(self.path(name)))
+        return self._patiently(name, lambda: bool(self._asked("exists", self.path(name))))
 
     def size(self, name: str) -> int:
-        """Size in bytes."""
-        with naming(f"{self.url}/{name}"):
-            return int(self._filesystem.size(self.path(name)))
+        """Size in bytes; 0 where the store does not tell."""
+        return self._patiently(name, lambda: int(self._asked("info", self.path(name)).get("size") or 0))
 
     def read(self, name: str) -> bytes:
         """The whole file."""
-        with naming(f"{self.url}/{name}"):
-            return bytes(self._filesystem.cat_file(self.path(name)))
+        return self._patiently(name, lambda: bytes(self._asked("cat_file", self.path(name))))
 
     def head(self, name: str, num_bytes: int) -> bytes:
         """The first bytes of a file, all of it when it has no more."""
-        with naming(f"{self.url}/{name}"):
-            return bytes(self._filesystem.cat_file(self.path(name), start=0, end=num_bytes))
+        return self._patiently(name, lambda: bytes(self._asked("cat_file", self.path(name), start=0, end=num_bytes)))
 
     def sha256(self, name: str) -> str:
         """Hexadecimal digest of a file, which is never held as a whole."""
         digest = hashlib.sha256()
-        with naming(f"{self.url}/{name}"), self._filesystem.open(self.path(name), "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
+
+        def block(start: int) -> bytes:
+            return bytes(self._asked("cat_file", self.path(name), start=start, end=start + BLOCK_BYTES))
+
+        for start in range(0, self.size(name), BLOCK_BYTES):
+            digest.update(self._patiently(name, partial(block, start)))
         return digest.hexdigest()
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file so that readers see all of it or nothing; on local disks it is synced."""
-        with naming(f"{self.url}/{name}"):
+
+        def attempt() -> None:
             if self.is_local:
-                with _whole(Path(self.path(name))) as partial:
-                    partial.write_bytes(data)
+                with _whole(Path(self.path(name))) as temporary:
+                    temporary.write_bytes(data)
             else:
-                self._filesystem.pipe_file(self.path(name), data)
+                self._asked("pipe_file", self.path(name), data, num_bytes=len(data))
+
+        self._patiently(name, attempt)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write a file unless it is there already, which stores that know exclusive writes do in one step."""
-        with naming(f"{self.url}/{name}"):
+        """Write a file unless it is there already, which stores that know exclusive writes do in one step.
+
+        Data that nobody else would write tells an earlier try of ours, whose answer was lost, from another's file.
+        """
+
+        def attempt() -> bool:
             try:
-                self._filesystem.pipe_file(self.path(name), data, mode="create")
-            except OSError:
+                self._asked("pipe_file", self.path(name), data, mode="create")
+            except OSError as error:
                 # FileExistsError, or what s3fs makes of "the precondition did not hold".
-                if not self._filesystem.exists(self.path(name)):
+                if failure(error) or not self._asked("exists", self.path(name)):
                     raise
-                return False
-        return True
+                return bytes(self._asked("cat_file", self.path(name))) == data
+            return True
+
+        return self._patiently(name, attempt)
 
     def put(self, local: Path, name: str) -> None:
         """Copy a local file here, visible only when complete; the local file stays."""
-        with naming(f"{self.url}/{name}"):
+
+        def attempt() -> None:
             if self.is_local:
-                with _whole(Path(self.path(name))) as partial:
-                    self._filesystem.cp_file(str(local), str(partial))
+                with _whole(Path(self.path(name))) as temporary:
+                    self._filesystem.cp_file(str(local), str(temporary))
             else:
-                self._filesystem.put_file(str(local), self.path(name))
+                self._asked("put_file", str(local), self.path(name), num_bytes=local.stat().st_size)
+
+        self._patiently(name, attempt)
 
     def get(self, name: str, local: Path) -> None:
         """Copy a file from here to a local path, visible only when complete."""
-        with naming(f"{self.url}/{name}"), _whole(local) as partial:
-            self._filesystem.get_file(self.path(name), str(partial))
+
+        def attempt() -> None:
+            with _whole(local) as temporary:
+                num_bytes = int(self._asked("info", self.path(name)).get("size") or 0)
+                self._asked("get_file", self.path(name), str(temporary), num_bytes=num_bytes)
+
+        self._patiently(name, attempt)
 
     def remove_partials(self) -> None:
         """Remove what killed writers left half-written on a local disk; nobody else may be writing here."""
@@ -133,9 +168,23 @@ class Folder:
 
     def remove(self, name: str) -> None:
         """Remove a file, or a folder with everything below it; no error when it is not there."""
-        with naming(f"{self.url}/{name}"):
-            if self._filesystem.exists(self.path(name)):
-                self._filesystem.rm(self.path(name), recursive=True)
+
+        def attempt() -> None:
+            with suppress(FileNotFoundError):
+                if self._asked("exists", self.path(name)):
+                    self._asked("rm", self.path(name), recursive=True)
+
+        self._patiently(name, attempt)
+
+    def _asked(self, method: str, *arguments: Any, num_bytes: int = 0, **how: Any) -> Any:
+        return asked(self._filesystem, method, *arguments, seconds=self.patience.limit(num_bytes), **how)
+
+    def _patiently(self, name: str, attempt: Callable[[], Result]) -> Result:
+        def named() -> Result:
+            with naming(f"{self.url}/{name}" if name else self.url):
+                return attempt()
+
+        return named() if self.is_local else self.patience.until_it_works(named)
 
 
 def _local_files(root: Path) -> Iterator[tuple[str, int]]:

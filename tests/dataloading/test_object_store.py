@@ -20,6 +20,7 @@ from dataloading.synthetic import write_video
 from dataloading.verify import verify_shards
 from launch.cli import main
 from mcl_dist.errors import EXIT_FAILURE, UserError
+from mcl_dist.patience import Patience
 from mcl_dist.storage import Folder
 from tests.s3 import SECRET
 
@@ -153,6 +154,6 @@ def test_a_store_that_refuses_or_does_not_answer_is_one_line(
     monkeypatch.setenv(name, value)
     S3FileSystem.clear_instance_cache()
     with pytest.raises(UserError, match=message) as raised:
-        Folder(s3_url).read("manifest.json")
+        Folder(s3_url, Patience(seconds=0)).read("manifest.json")
     assert "\n" not in str(raised.value)
     assert value == "http://127.0.0.1:9" or value not in str(raised.value)

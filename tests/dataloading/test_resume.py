@@ -152,9 +152,9 @@ def test_refused_videos_of_finished_shards_are_not_opened_again(
     opened = []
     process = VideoProcessor.__call__
 
-    def watched(processor: VideoProcessor, video: Any) -> Outcome:
+    def watched(processor: VideoProcessor, video: Any, *patience: Any) -> Outcome:
         opened.append(video.path)
-        return process(processor, video)
+        return process(processor, video, *patience)
 
     monkeypatch.setattr(VideoProcessor, "__call__", watched)
     manifest = build(source, tmp_path / "set")
