@@ -74,7 +74,12 @@ class FileCache:
                 if (file := self._found(digest)) is not None:
                     self._report.add("cache_hits")
                     return file
-                if (file := self._fetched(digest, size, fill, ahead=False)) is not None:
+                partial = self._partial(digest)
+                if (file := locked(partial, create=True, wait=False)) is None:
+                    # Shared, since it becomes the lock of a reader, which is no reason to wait.
+                    if (file := locked(partial, shared=True)) is not None:
+                        file.close()
+                elif self._filled(file, digest, size, fill, ahead=False):
                     return file
 
     def fetch_ahead(self, digest: str, size: int, fill: Fill) -> bool:
@@ -82,10 +87,12 @@ class FileCache:
         with naming(str(self._folder)):
             if self.holds(digest):
                 return True
-            file = self._fetched(digest, size, fill, ahead=True)
-            if file is not None:
-                file.close()
-            return file is not None or self.holds(digest)
+            file = locked(self._partial(digest), create=True, wait=False)
+            if file is None:  # another process is at it
+                return True
+            is_there = self._filled(file, digest, size, fill, ahead=True)
+            file.close()
+            return is_there or self.holds(digest)
 
     def discard(self, digest: str, file: LockedFile) -> bool:
         """Forget the file that was opened here and has gone bad; False when it was damaged where it came from."""
@@ -106,26 +113,25 @@ class FileCache:
                 return file
         return None
 
-    def _fetched(self, digest: str, size: int, fill: Fill, *, ahead: bool) -> LockedFile | None:
-        """None when another process has fetched it meanwhile, or when there is no room for it ahead."""
-        partial = self._folder / f"{digest}{PARTIAL}"
-        file = locked(partial, create=True)
-        if file is None:
-            return None
+    def _partial(self, digest: str) -> Path:
+        return self._folder / f"{digest}{PARTIAL}"
+
+    def _filled(self, file: LockedFile, digest: str, size: int, fill: Fill, *, ahead: bool) -> bool:
+        """Whether the locked, empty file is now the wanted one; not if that came meanwhile, or has no room ahead."""
         try:
             if self.holds(digest) or not self._reserved(file, digest, size, ahead):
-                partial.unlink()
+                file.path.unlink()
                 file.close()
-                return None
+                return False
             whole, damaged = self._paths(digest)
-            partial.replace(whole if fill(file.descriptor) else damaged)
+            file.path.replace(whole if fill(file.descriptor) else damaged)
         except BaseException:
-            partial.unlink(missing_ok=True)
+            file.path.unlink(missing_ok=True)
             file.close()
             raise
         self._report.add("cache_misses")
         file.share()
-        return file
+        return True
 
     def _reserved(self, file: LockedFile, digest: str, size: int, ahead: bool) -> bool:
         """Make room, and take it: from now on the file counts with its size."""

@@ -38,7 +38,8 @@ class ReadAhead:
             self._changed.notify_all()
 
     def _work(self) -> None:
-        while (item := self._next()) is not None:
+        while (work := self._next()) is not None:
+            item, order = work
             try:
                 there_is_room = self._fetch(item)
             except (UserError, RuntimeError):
@@ -46,15 +47,16 @@ class ReadAhead:
             with self._changed:
                 self._working.discard(item)
                 if not there_is_room:
-                    self._expected = []
+                    order.clear()  # what was expected since then is another list
 
-    def _next(self) -> int | None:
+    def _next(self) -> tuple[int, list[int]] | None:
+        """The next item and the order that it is of, when there is one."""
         with self._changed:
             while not self._closed:
                 while self._expected:
                     item = self._expected.pop(0)
                     if item not in self._working:
                         self._working.add(item)
-                        return item
+                        return item, self._expected
                 self._changed.wait()
         return None

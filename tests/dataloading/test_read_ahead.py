@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from dataloading.read_ahead import ReadAhead
+from dataloading.side_by_side import SideBySide
+from dataloading.stream import ShardSet
+from mcl_dist.errors import UserError
+
+WriteSet = Callable[..., Path]
+
+
+class Fetches:
+    """Notes what is fetched, and lets wait for it."""
+
+    def __init__(self, room: int = 100, failing: int | None = None) -> None:
+        self.items: list[int] = []
+        self._room = room
+        self._failing = failing
+        self._changed = threading.Condition()
+
+    def __call__(self, item: int) -> bool:
+        with self._changed:
+            self.items.append(item)
+            self._changed.notify_all()
+        if item == self._failing:
+            raise UserError("the store is down")
+        return len(self.items) < self._room
+
+    def wait_for(self, items: set[int]) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: items <= set(self.items), timeout=30)
+
+
+def test_what_is_expected_is_fetched_and_what_replaces_it_too() -> None:
+    fetches = Fetches()
+    ahead = ReadAhead(fetches)
+    ahead.expect([3, 1, 2])
+    fetches.wait_for({1, 2, 3})
+    ahead.expect([4])
+    fetches.wait_for({4})
+    ahead.close()
+    assert sorted(fetches.items) == [1, 2, 3, 4]
+
+
+def test_a_failure_is_left_to_whoever_needs_the_item_and_the_next_order_is_followed() -> None:
+    fetches = Fetches(failing=1)
+    ahead = ReadAhead(fetches)
+    ahead.expect([1])
+    fetches.wait_for({1})
+    ahead.expect([2])
+    fetches.wait_for({2})
+    ahead.close()
+
+
+def test_shards_that_are_expected_are_there_when_they_are_read(write_set: WriteSet, tmp_path: Path) -> None:
+    folder = write_set([9, 9, 9, 9], per_shard=1)
+    fsspec.filesystem("memory").put(str(folder), f"/{tmp_path.name}", recursive=True)
+    shards = ShardSet(f"memory://{tmp_path.name}", str(tmp_path / "cache"))
+    shards.expect(range(4))
+    alone = threading.Event()
+    while len(list((tmp_path / "cache").glob("*.tar"))) < 4:
+        alone.wait(0.001)
+    fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
+    assert [len(shards.read(position).frames([0])) for position in range(4)] == [1] * 4
+    counters = shards.counters()
+    assert (counters["cache_hits"], counters["cache_misses"]) == (4, 4)
+    shards.close()
+
+
+def test_calls_side_by_side_return_in_order_and_end_before_an_error_is_told() -> None:
+    pool = SideBySide(4, "calls")
+    both = threading.Barrier(2)
+    assert pool.map(lambda item: (both.wait(30), item)[1], range(4)) == [0, 1, 2, 3]
+    ended: list[int] = []
+
+    def call(item: int) -> None:
+        if item == 0:
+            raise ValueError("the first")
+        ended.append(item)
+
+    with pytest.raises(ValueError, match="the first"):
+        pool.map(call, range(8))
+    assert sorted(ended) == list(range(1, 8))
+    pool.close()
+    with pytest.raises(RuntimeError, match="after its end"):
+        pool.map(call, [1])
