@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-import random
-import threading
-import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
 from dataloading.fetch_report import FetchReport
 from dataloading.ranges import ByteRange, merged
 from dataloading.side_by_side import SideBySide
-from dataloading.store import RequestError, Store
+from dataloading.store import Store
 from mcl_dist.config import byte_size, choice, number
-from mcl_dist.errors import UserError
+from mcl_dist.patience import PassingError, Patience
 
-FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0  # seconds; doubled from one to the other, and drawn from the upper half
 PART_BYTES = 2**25  # of a shard, in one request
-SLOWEST = 2**20  # bytes a second that a request may count on beyond its time limit
 NUM_REQUESTS = 16  # of a process at a time
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +48,13 @@ class Fetcher:
     def __init__(self, store: Store, config: FetchConfig, report: FetchReport) -> None:
         self.url = store.url
         self._store = store
-        self._config = config
         self._report = report
-        self._closed = threading.Event()
+        self._patience = Patience(config.retry_seconds, config.request_seconds, failures=report.retries)
         self._requests = SideBySide(NUM_REQUESTS, "fetch")
 
     def close(self) -> None:
         """Give up what is being waited for; requests under way end by themselves."""
-        self._closed.set()
+        self._patience.ended.set()
         self._requests.close()
 
     def small_file(self, name: str, most: int, is_right: Callable[[bytes], bool]) -> bytes:
@@ -99,10 +90,10 @@ class Fetcher:
             found = file_sha256(descriptor)
             if found != sha256 and found not in seen:
                 seen.add(found)
-                raise RequestError("wrong_digest", f"{self.url}/{name}: not the bytes that the manifest names")
+                raise PassingError("wrong_digest", f"{self.url}/{name}: not the bytes that the manifest names")
             return found == sha256
 
-        return self._until_it_works(attempt)
+        return self._patience.until_it_works(attempt)
 
     def pieces(self, name: str, places: np.ndarray, crcs: np.ndarray) -> list[bytes]:
         """The bytes at each (offset, size), int64 (n, 2), with each one's CRC-32, uint32 (n,).
@@ -139,36 +130,18 @@ class Fetcher:
             if (identity := zlib.crc32(data)) not in seen:
                 seen.add(identity)
                 what = f"{self.url}/{name}: {len(data)} bytes from {start}"
-                raise RequestError("short_body" if is_short else "wrong_digest", what)
+                raise PassingError("short_body" if is_short else "wrong_digest", what)
             if is_short and self._request(name, start + len(data), end, 0):
-                raise RequestError("short_body", f"{self.url}/{name}: {len(data)} bytes from {start}, and more after")
+                raise PassingError("short_body", f"{self.url}/{name}: {len(data)} bytes from {start}, and more after")
             return data
 
-        return self._until_it_works(attempt)
+        return self._patience.until_it_works(attempt)
 
     def _request(self, name: str, start: int, end: int, expected: int) -> bytes:
         self._report.add("requests")
-        data = self._store.read(name, start, end, self._config.request_seconds + expected / SLOWEST)
+        data = self._store.read(name, start, end, self._patience.limit(expected))
         self._report.add("bytes_read", len(data))
         return data
-
-    def _until_it_works(self, attempt: Callable[[], Result]) -> Result:
-        first_failure, tries = None, 0
-        while True:
-            tries += 1
-            try:
-                return attempt()
-            except RequestError as error:
-                self._report.failed(error.reason)
-                wait = min(FIRST_WAIT * 2 ** (tries - 1), LONGEST_WAIT) * random.uniform(0.5, 1)
-                first_failure = first_failure or time.monotonic()
-                waited = time.monotonic() - first_failure
-                if self._closed.is_set() or waited + wait > self._config.retry_seconds:
-                    raise UserError(
-                        f"{error}; given up after {tries} tries, {waited:.0f} s after the first; check the store "
-                        "and the network, or give it longer (data.retry_seconds)"
-                    ) from error
-            self._closed.wait(wait)
 
 
 def write_at(descriptor: int, data: bytes, start: int) -> None:

@@ -23,23 +23,22 @@ _STAGES: tuple[Stage, ...] = Stage.__args__  # type: ignore[attr-defined]
 
 
 class FetchReport:
-    """Counters that several threads add to; they only grow."""
+    """Counters that several threads add to; they only grow.
+
+    Attributes:
+        retries: requests that failed and were made again, by reason; whoever makes them counts.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._quantities: Counter[Quantity] = Counter()
-        self._retries: Counter[Failure] = Counter()
+        self.retries: Counter[Failure] = Counter()
         self._seconds: dict[Stage, float] = dict.fromkeys(_STAGES, 0.0)
 
     def add(self, quantity: Quantity, amount: int = 1) -> None:
         """Count so much more of something."""
         with self._lock:
             self._quantities[quantity] += amount
-
-    def failed(self, reason: Failure) -> None:
-        """Count a request that has to be made again."""
-        with self._lock:
-            self._retries[reason] += 1
 
     @contextmanager
     def timed(self, stage: Stage) -> Iterator[None]:
@@ -61,6 +60,6 @@ class FetchReport:
         with self._lock:
             return {
                 **{name: self._quantities[name] for name in _QUANTITIES},
-                "retries": {name: self._retries[name] for name in _FAILURES},
+                "retries": {name: self.retries[name] for name in _FAILURES},
                 "seconds": dict(self._seconds),
             }

@@ -8,18 +8,10 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from mcl_dist.errors import UserError
-from mcl_dist.remote import Failure, asked, chain, connected, failure, status, without_credentials
+from mcl_dist.remote import asked, chain, connected, status, without_credentials
 from mcl_dist.storage import naming
 
 BEYOND_ITS_END = 416
-
-
-class RequestError(Exception):
-    """A request that failed in a way that may pass: `reason` says how."""
-
-    def __init__(self, reason: Failure, detail: str) -> None:
-        super().__init__(f"{reason.replace('_', ' ')}: {detail}")
-        self.reason = reason
 
 
 class _BeyondItsEndError(Exception):
@@ -47,9 +39,8 @@ class Store:
         """Bytes `start` to `end` of a file, fewer when it ends before.
 
         Raises:
-            RequestError: it did not work, and may the next time.
             MissingFileError: there is no such file.
-            UserError: it will not work the next time either.
+            UserError: it did not work; its cause says whether it may the next time.
         """
         try:
             data: bytes = self._asked(name, start, end, seconds)
@@ -77,10 +68,7 @@ class Store:
                 raise MissingFileError(without_credentials(str(error))) from None
             if BEYOND_ITS_END in map(status, chain(cause)):
                 raise _BeyondItsEndError from None
-            reason = failure(cause)
-            if reason is None:
-                raise UserError(without_credentials(str(error))) from None
-            raise RequestError(reason, without_credentials(str(error))) from None
+            raise UserError(without_credentials(str(error))) from cause
 
     def _connected(self) -> Any:
         if self._owner != os.getpid():
