@@ -229,12 +229,13 @@ def run_step(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([vars(result) for result in results]))
         return 0
-    print(f"{'form':<15}{'videos/s':>10}{'speedup':>9}{'GFLOP/s':>10}{'of matmul':>11}{'peak MiB':>10}  ms by phase")
+    columns = ("videos/s", "speedup", "CPU ms", "GFLOP/s", "of matmul", "peak MiB")
+    print(f"{'form':<15}" + "".join(f"{column:>11}" for column in columns) + "  ms by phase")
     for each in results:
         phases = "  ".join(f"{phase} {each.ms[phase]:.1f}" for phase in PHASES)
         print(
-            f"{each.name:<15}{each.videos_per_second:>10.2f}{each.speedup:>9.2f}{each.tflops * 1e3:>10.1f}"
-            f"{each.matmul_share:>11.1%}{each.peak_bytes / 2**20:>10.0f}  {phases}"
+            f"{each.name:<15}{each.videos_per_second:>11.2f}{each.speedup:>11.2f}{each.cpu_ms:>11.1f}"
+            f"{each.tflops * 1e3:>11.1f}{each.matmul_share:>11.1%}{each.peak_bytes / 2**20:>11.0f}  {phases}"
         )
     return 0
 

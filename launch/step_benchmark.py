@@ -36,6 +36,7 @@ class StepResult:
         name: the change over the form before; `plain` is the first, `trainer` the step of `mcl pretrain` itself.
         videos_per_second: throughput of the fastest step: whatever else the machine does only adds.
         ms: milliseconds of that step by phase.
+        cpu_ms: milliseconds that the processors spent on the step that took them least, whatever else they did.
         peak_bytes: the most memory held, of the GPU's or of the process.
         tflops: 10¹² floating-point operations a second, of the convolutions and matrix products that the step needs.
         matmul_share: of the rate of one large matrix product in the step's precision, measured beside it.
@@ -46,6 +47,7 @@ class StepResult:
     name: str
     videos_per_second: float
     ms: dict[str, float]
+    cpu_ms: float
     peak_bytes: int
     tflops: float
     matmul_share: float
@@ -57,6 +59,7 @@ class StepResult:
 class _Measured:
     milliseconds: float
     ms: dict[str, float]
+    cpu_ms: float
     peak_bytes: int
     matmul_rate: float
     loss: float
@@ -80,6 +83,7 @@ def benchmark(config: PretrainConfig, steps: int, say: Callable[[str], None]) ->
                 name=form.name,
                 videos_per_second=rate,
                 ms=found.ms,
+                cpu_ms=found.cpu_ms,
                 peak_bytes=found.peak_bytes,
                 tflops=per_second / 1e12,
                 matmul_share=per_second / found.matmul_rate,
@@ -102,15 +106,18 @@ def _measure(config: PretrainConfig, form: Form, steps: int) -> _Measured:
         step(batch, lambda _: None)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    clocks = [_Clock(device) for _ in range(steps)]
+    clocks, cpu = [_Clock(device) for _ in range(steps)], []
     for clock in clocks:
+        start = time.process_time()
         clock.mark("")
         step(batch, clock.mark)
         clock.mark("other")
+        cpu.append(time.process_time() - start)
     fastest = min(clocks, key=_Clock.total)
     return _Measured(
         milliseconds=fastest.total(),
         ms={phase: fastest.spent(phase) for phase in PHASES},
+        cpu_ms=min(cpu) * 1e3,
         peak_bytes=_peak_bytes(device),
         matmul_rate=matmul_rate,
         loss=loss,

@@ -131,6 +131,7 @@ class Engine:
                 "gradient_clipping": 0.0,  # DeepSpeed's default of 1.0 is not MCL's
                 "zero_optimization": zero,
                 "zero_allow_untested_optimizer": True,
+                "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
             },
         )
         self._is_behind = False

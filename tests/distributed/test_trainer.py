@@ -15,23 +15,33 @@ from torch import distributed
 from mcl_dist.checkpoint import read_snapshot
 from mcl_dist.engine import OptimizerConfig
 from mcl_dist.listeners import MetricsFile, Started
+from mcl_dist.ranks import Ranks
 from tests.distributed.runs import STEPS, joined, noise, put_together
 
 
-def train(folder: str, optimizer: str, zero_stage: str, until: str) -> None:
-    ranks = joined()
-    config = OptimizerConfig(name=optimizer, learning_rate=0.01, zero_stage=int(zero_stage))
-    trainer = put_together(
-        folder, ranks, config, lambda start: itertools.islice(noise(ranks, start), int(until) - start)
-    )
+def train(ranks: Ranks, folder: Path, optimizer: OptimizerConfig, until: int) -> None:
+    """Go on from the last checkpoint; after `until` steps the data end, and with them the run."""
+    trainer = put_together(folder, ranks, optimizer, lambda start: itertools.islice(noise(ranks, start), until - start))
     if ranks.is_first:
-        metrics = MetricsFile(Path(folder) / "metrics.jsonl")
+        metrics = MetricsFile(folder / "metrics.jsonl")
         metrics(Started(trainer.start, STEPS, None))
         trainer.listeners = [metrics]
     try:
         trainer.fit()
     except StopIteration:
-        assert int(until) < STEPS
+        assert until < STEPS
+
+
+def train_whole_and_broken(folder: str, optimizer: str, zero_stage: str) -> None:
+    ranks = joined()
+    config = OptimizerConfig(name=optimizer, learning_rate=0.01, zero_stage=int(zero_stage))
+    train(ranks, Path(folder, "whole"), config, STEPS)
+    train(ranks, Path(folder, "broken"), config, 5)  # stops two steps after its checkpoint
+    train(ranks, Path(folder, "broken"), config, STEPS)
+
+
+def train_until(folder: str, until: str) -> None:
+    train(joined(), Path(folder), OptimizerConfig(learning_rate=0.01), int(until))
 
 
 def train_at_every_stage(folder: str) -> None:
@@ -53,9 +63,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
-    run_ranks(__file__, "train", 2, whole, optimizer, zero_stage, STEPS)
-    run_ranks(__file__, "train", 2, broken, optimizer, zero_stage, 5)  # stops two steps after its checkpoint
-    run_ranks(__file__, "train", 2, broken, optimizer, zero_stage, STEPS)
+    run_ranks(__file__, "train_whole_and_broken", 2, tmp_path, optimizer, zero_stage)
     assert losses_of(whole) == losses_of(broken)
     last = f"checkpoints/step-{STEPS:09d}"
     assert {file.name: file.read_bytes() for file in (whole / last).iterdir()} == {
@@ -77,8 +85,8 @@ def test_the_zero_stages_take_the_same_ten_steps(run_ranks: Callable[..., None],
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks(run_ranks: Callable[..., None], tmp_path: Path) -> None:
-    run_ranks(__file__, "train", 2, tmp_path, "sgd", 1, 3)
-    run_ranks(__file__, "train", 1, tmp_path, "sgd", 1, STEPS)
+    run_ranks(__file__, "train_until", 2, tmp_path, 3)
+    run_ranks(__file__, "train_until", 1, tmp_path, STEPS)
     assert len(losses_of(tmp_path)) == STEPS
 
 
