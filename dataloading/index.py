@@ -7,6 +7,7 @@ import re
 import struct
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,7 @@ KEY = re.compile(r"[A-Za-z0-9_-]{1,255}")
 MEMBERS = ("json", "frames.mjpg", "flow.mjpg", "motion.npy", "scores.npy")
 TAR_HEADER = 512  # bytes of a ustar header, and the block that data is padded to
 COLUMNS = ("labels", "num_frames", "heights", "widths", "flow_heights", "flow_widths")
+TABLES = ("members", "member_crcs", "frame_stills", "frame_crcs", "flow_stills", "flow_crcs")
 CHECKSUMS = ("member_crcs", "frame_crcs", "flow_crcs")
 
 # Nothing larger is written: frames of 8K, and what a video has of JSON, maps and scores.
@@ -90,45 +92,46 @@ class ShardIndex:
         Raises:
             ValueError: it is no index, not of such a shard, or it leads out of it.
         """
-        arrays = _arrays(data)
-        for name in CHECKSUMS:
-            if name not in arrays:
-                raise ValueError(f"it holds no checksums ({name}), the set was built by an earlier version")
-        try:
-            index = cls(**{name: arrays[name] for name in cls.__dataclass_fields__})
-        except KeyError as error:
-            raise ValueError(f"it holds no {error.args[0]}") from error
-        index._check_shapes(samples, frames)
-        index._check_values(frames, num_bytes)
+        columns = parse_columns(data, samples=samples, frames=frames)
+        index = cls(**columns, **_arrays(data, TABLES))
+        index._check_tables(samples, frames)
+        index._check_places(num_bytes)
         return index
 
-    def _check_shapes(self, samples: int, frames: int) -> None:
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("keys", *COLUMNS), (samples,))
-        shapes |= {"members": (samples, len(MEMBERS), 2), "member_crcs": (samples, len(MEMBERS))}
+    def _check_tables(self, samples: int, frames: int) -> None:
+        shapes: dict[str, tuple[int, ...]] = {"members": (samples, len(MEMBERS), 2)}
+        shapes |= {"member_crcs": (samples, len(MEMBERS))}
         shapes |= dict.fromkeys(("frame_stills", "flow_stills"), (frames, 2))
         shapes |= dict.fromkeys(("frame_crcs", "flow_crcs"), (frames,))
         for name, shape in shapes.items():
-            array = getattr(self, name)
-            kind = "U" if name == "keys" else "u" if name in CHECKSUMS else "i"
-            if array.shape != shape or array.dtype.kind != kind:
-                raise ValueError(f"its tables do not fit the manifest: {name} is {array.dtype} {array.shape}")
+            _check_array(name, getattr(self, name), "u" if name in CHECKSUMS else "i", shape)
 
-    def _check_values(self, frames: int, num_bytes: int) -> None:
-        if not all(map(KEY.fullmatch, self.keys.tolist())):
-            raise ValueError("it holds a key of more than letters, digits, - and _")
-        sides = np.stack([self.heights, self.widths, self.flow_heights, self.flow_widths])
+    def _check_places(self, num_bytes: int) -> None:
         sizes = self.members[..., 1]
         small = np.delete(sizes, [MEMBERS.index("frames.mjpg"), MEMBERS.index("flow.mjpg")], axis=1)
-        if not (self.num_frames.min() >= 1 and self.num_frames.max() <= frames and self.num_frames.sum() == frames):
-            raise ValueError("its tables do not fit the manifest: numbers of frames")
-        if not (sides.min() >= 1 and sides.max() <= MAX_SIDE):
-            raise ValueError(f"it holds pictures of no pixels or of more than {MAX_SIDE} a side")
         if small.max() > MAX_SMALL_MEMBER:
             raise ValueError("it holds a member of an absurd size")
         _check_within(self.members.reshape(-1, 2), np.array([TAR_HEADER]), np.array([num_bytes]))
         for table, member in ((self.frame_stills, "frames.mjpg"), (self.flow_stills, "flow.mjpg")):
-            place = np.repeat(self.members[:, MEMBERS.index(member)], self.num_frames, axis=0)
-            _check_within(table, place[:, 0], place.sum(axis=1))
+            place = self.members[:, MEMBERS.index(member)]
+            ends = place[:, 0] + place[:, 1]
+            _check_within(table, np.repeat(place[:, 0], self.num_frames), np.repeat(ends, self.num_frames))
+
+
+def parse_columns(data: bytes, *, samples: int, frames: int) -> dict[str, np.ndarray]:
+    """`keys` and the `COLUMNS` of the index in an npz file's bytes, without its tables; errors as of `parse`."""
+    columns = _arrays(data, ("keys", *COLUMNS))
+    for name, array in columns.items():
+        _check_array(name, array, "U" if name == "keys" else "i", (samples,))
+    if not all(map(KEY.fullmatch, columns["keys"].tolist())):
+        raise ValueError("it holds a key of more than letters, digits, - and _")
+    num_frames = columns["num_frames"]
+    if not (num_frames.min() >= 1 and num_frames.max() <= frames and num_frames.sum() == frames):
+        raise ValueError("its tables do not fit the manifest: numbers of frames")
+    for name in ("heights", "widths", "flow_heights", "flow_widths"):
+        if not (columns[name].min() >= 1 and columns[name].max() <= MAX_SIDE):
+            raise ValueError(f"it holds pictures of no pixels or of more than {MAX_SIDE} a side")
+    return columns
 
 
 def max_index_bytes(samples: int, frames: int) -> int:
@@ -143,14 +146,22 @@ def _check_within(places: np.ndarray, start: np.ndarray, end: np.ndarray) -> Non
         raise ValueError("it leads out of the shard")
 
 
-def _arrays(data: bytes) -> dict[str, np.ndarray]:
-    """The arrays of an npz file; they take no more room than the file does."""
+def _check_array(name: str, array: np.ndarray, kind: str, shape: tuple[int, ...]) -> None:
+    if array.shape != shape or array.dtype.kind != kind:
+        raise ValueError(f"its tables do not fit the manifest: {name} is {array.dtype} {array.shape}")
+
+
+def _arrays(data: bytes, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Arrays of an npz file; they take no more room than the file does."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            entries = archive.infolist()
-            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-            if packed or sum(entry.file_size for entry in entries) > len(data):
+            entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values())
+            if packed or sum(entry.file_size for entry in entries.values()) > len(data):
                 raise ValueError("it is compressed, or larger than its file")
-            return {entry.filename.removesuffix(".npy"): from_npy(archive.read(entry)) for entry in entries}
+            for name in (*CHECKSUMS, *names):
+                if name not in entries:
+                    raise ValueError(f"it holds no {name}; sets of an earlier version have no checksums")
+            return {name: from_npy(archive.read(entries[name])) for name in names}
     except (zipfile.BadZipFile, struct.error, zlib.error, RuntimeError, EOFError, KeyError, OSError) as error:
         raise ValueError(f"no npz file ({error})") from error

@@ -11,7 +11,7 @@ import numpy as np
 from dataloading.cache import FileCache, Fill
 from dataloading.fetch import Fetcher, write_at
 from dataloading.index import COLUMNS, ShardIndex
-from dataloading.shards import Manifest, ShardEntry, index_from, index_name, max_index_size, sha256
+from dataloading.shards import Manifest, ShardEntry, columns_from, index_from, index_name, max_index_size, sha256
 from dataloading.side_by_side import SideBySide
 
 MOST_TABLES = 2**28  # bytes of still tables that are kept in memory
@@ -19,7 +19,7 @@ NUM_READERS = 8
 
 
 class Indices:
-    """Every index is read and checked once at the start, several at a time; its tables are read again when needed.
+    """Every index is read and checked once at the start, several at a time; its tables are parsed when needed.
 
     Attributes:
         columns: `keys` and the `COLUMNS` of all shards, one after another, by name.
@@ -39,7 +39,7 @@ class Indices:
         self.first_positions = np.cumsum([0, *(entry.samples for entry in manifest.shards)])
         readers = SideBySide(min(NUM_READERS, len(manifest.shards)), "indices")
         try:
-            parts = readers.map(self._small_columns, range(len(manifest.shards)))
+            parts = readers.map(self._columns_of, manifest.shards)
         finally:
             readers.close()
         self.columns = {name: np.concatenate([part[name] for part in parts]) for name in ("keys", *COLUMNS)}
@@ -49,7 +49,8 @@ class Indices:
             if shard in self._tables:
                 self._tables.move_to_end(shard)
                 return self._tables[shard]
-        index = self._read(self._entries[shard])
+        entry = self._entries[shard]
+        index = index_from(self._data(entry), entry, self._url(entry))
         with self._lock:
             self._tables[shard] = index
             self._num_bytes += index.num_bytes
@@ -57,13 +58,12 @@ class Indices:
                 self._num_bytes -= self._tables.popitem(last=False)[1].num_bytes
         return index
 
-    def _small_columns(self, shard: int) -> dict[str, np.ndarray]:
-        index = self[shard]
-        return {name: getattr(index, name).copy() for name in ("keys", *COLUMNS)}
+    def _columns_of(self, entry: ShardEntry) -> dict[str, np.ndarray]:
+        columns = columns_from(self._data(entry), entry, self._url(entry))
+        return {name: column.copy() for name, column in columns.items()}  # the file's bytes need not stay
 
-    def _read(self, entry: ShardEntry) -> ShardIndex:
-        where = f"{self._fetcher.url}/{index_name(entry.name)}"
-        return index_from(self._data(entry), entry, where)
+    def _url(self, entry: ShardEntry) -> str:
+        return f"{self._fetcher.url}/{index_name(entry.name)}"
 
     def _data(self, entry: ShardEntry) -> bytes:
         if self._cache is None:

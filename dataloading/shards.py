@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import webdataset
 
-from dataloading.index import CHECKSUMS, MEMBERS, TAR_HEADER, ShardIndex, max_index_bytes
+from dataloading.index import CHECKSUMS, MEMBERS, TAR_HEADER, ShardIndex, max_index_bytes, parse_columns
 from dataloading.looks import NearDuplicate
 from dataloading.npy import to_npy
 from mcl_dist.errors import UserError
@@ -229,10 +229,22 @@ def read_index(folder: Folder, entry: ShardEntry) -> ShardIndex:
 
 def index_from(data: bytes, entry: ShardEntry, where: str) -> ShardIndex:
     """The index in a file's bytes; errors, which begin with `where`, as in `read_index`."""
+    with _trusted(data, entry, where):
+        return ShardIndex.parse(data, samples=entry.samples, frames=entry.frames, num_bytes=entry.bytes)
+
+
+def columns_from(data: bytes, entry: ShardEntry, where: str) -> dict[str, np.ndarray]:
+    """The small columns of the index in a file's bytes (`parse_columns`); errors as of `index_from`."""
+    with _trusted(data, entry, where):
+        return parse_columns(data, samples=entry.samples, frames=entry.frames)
+
+
+@contextmanager
+def _trusted(data: bytes, entry: ShardEntry, where: str) -> Iterator[None]:
     if sha256(data) != entry.index_sha256:
         raise UserError(f"{where}: not the index that the manifest names; rebuild the set")
     try:
-        return ShardIndex.parse(data, samples=entry.samples, frames=entry.frames, num_bytes=entry.bytes)
+        yield
     except ValueError as error:
         raise UserError(f"{where}: {error}; rebuild the set") from error
 

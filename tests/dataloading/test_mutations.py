@@ -245,6 +245,8 @@ def outcome(shards: ShardSet, position: int, expected: Any) -> str:
         found = sample(shards, position)
     except BadSampleError as error:
         return error.reason if error.key == shards.keys[position] else "of another sample"
+    except UserError as error:
+        return "set refused" if "index.npz" in str(error) else "something else"
     return "as stored" if found == expected else "unreported"
 
 
