@@ -34,7 +34,7 @@ from dataloading.sources import Source, SourceFolder
 from dataloading.workers import Executor
 from mcl_dist.errors import UserError
 from mcl_dist.patience import Patience
-from mcl_dist.storage import Folder
+from mcl_dist.storage import Folder, naming
 
 MEGABYTE = 1_000_000
 
@@ -89,7 +89,7 @@ def build_shards(
         refused = [video for shard in shards for video in shard.refused] + rest.refused
         alike = near_duplicates([look for shard in shards for look in shard.looks])
         manifest = Manifest(record, sources.classes, tuple(shard.entry for shard in shards), tuple(refused), alike)
-        _remove_strays(destination, manifest)
+        _check_whole(destination, manifest)
         claim.check()
         report = {
             **summary(manifest, time.monotonic() - start, len(videos) - taken),
@@ -201,7 +201,7 @@ class _Rest:
             with ShardWriter(shard) as writer:
                 self._fill(writer, outcomes)
             if not writer.num_samples:
-                shard.unlink()
+                shard.unlink(missing_ok=True)
                 return
             self._claim.check()
             entry = replace(_publish(writer, self._destination, shard), seconds=round(self._seconds, 3))
@@ -228,21 +228,26 @@ class _Rest:
 def _publish(writer: ShardWriter, destination: Folder, shard: Path) -> ShardEntry:
     index = writer.index()
     index_data = index.to_bytes()
-    with shard.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(MEGABYTE):
-            digest.update(block)
-    size = shard.stat().st_size
+    digest = hashlib.sha256()
+    with naming(str(shard)):
+        with shard.open("rb") as file:
+            while block := file.read(MEGABYTE):
+                digest.update(block)
+        size = shard.stat().st_size
     destination.put(shard, shard.name)
-    shard.unlink()
+    shard.unlink(missing_ok=True)
     destination.write(index_name(shard.name), index_data)
     return ShardEntry(shard.name, len(index), int(index.num_frames.sum()), size, digest.hexdigest(), sha256(index_data))
 
 
-def _remove_strays(destination: Folder, manifest: Manifest) -> None:
-    """Shards that an interrupted build of more videos left."""
+def _check_whole(destination: Folder, manifest: Manifest) -> None:
+    """Remove shards that an interrupted build of more videos left, and miss none that the manifest names."""
     named = {shard.name for shard in manifest.shards}
-    for name in destination.names():
+    present = set(destination.names())
+    for name in sorted(named | set(map(index_name, named))):
+        if name not in present:
+            raise UserError(f"{destination.url}/{name}: gone since it was written; run the same command again")
+    for name in present:
         if SHARD_NAME.fullmatch(name) and name not in named:
             destination.remove(name)
             destination.remove(index_name(name))

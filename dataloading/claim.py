@@ -11,14 +11,14 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from mcl_dist.errors import UserError
-from mcl_dist.patience import Patience
 from mcl_dist.storage import Folder
 
 WORK_FOLDER = ".building"
@@ -35,17 +35,12 @@ class Claim:
     Attributes:
         work: an empty local folder for files being written, on the destination's own disk where it has one.
         taken_from: the earlier holder whose lease had run out, None when there was none.
-        lease: what has to be held still; None where a lock does it.
+        check: to be called before each write that counts: `UserError` when the right is lost.
     """
 
     work: Path
+    check: Callable[[], None]
     taken_from: str | None = None
-    lease: Lease | None = None
-
-    def check(self) -> None:
-        """To be called before each write that counts: `UserError` when another builder took over."""
-        if self.lease is not None:
-            self.lease.refresh()
 
 
 @contextmanager
@@ -73,7 +68,7 @@ def _locked(destination: Folder) -> Iterator[Claim]:
                 if entry.name != LOCK:
                     entry.unlink()
             destination.remove_partials()
-            yield Claim(work)
+            yield Claim(work, partial(_check_lock, lock, work, destination.url))
         finally:
             shutil.rmtree(work, ignore_errors=True)
             if is_new:
@@ -95,13 +90,23 @@ def _lock(work: Path, url: str) -> TextIO:
             with file:
                 file.seek(0)
                 raise _held(url, file.read().strip() or "it has just begun") from error
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), (work / LOCK).stat()):
-                file.truncate(0)
-                file.write(_name(_myself()))
-                file.flush()
-                return file
+        if _is_at(file, work / LOCK):
+            file.truncate(0)
+            file.write(_name(_myself()))
+            file.flush()
+            return file
         file.close()
+
+
+def _check_lock(lock: TextIO, work: Path, url: str) -> None:
+    if not _is_at(lock, work / LOCK):
+        raise UserError(f"{url}: removed while a build was writing there; run the same command again")
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    with suppress(OSError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
 
 
 @contextmanager
@@ -110,7 +115,7 @@ def _leased(destination: Folder) -> Iterator[Claim]:
     taken_from = lease.take()
     try:
         with lease.kept(), tempfile.TemporaryDirectory() as work:
-            yield Claim(Path(work), taken_from, lease)
+            yield Claim(Path(work), lease.refresh, taken_from)
     finally:
         lease.give_back()
 
@@ -121,7 +126,8 @@ class Lease:
     def __init__(self, destination: Folder) -> None:
         self._destination = destination
         # Beside the work and at its end nobody waits long for a store that does not answer: leases run out.
-        self._hurried = destination.with_patience(Patience(seconds=REFRESH_SECONDS, request_seconds=REFRESH_SECONDS))
+        patience = replace(destination.patience, seconds=min(REFRESH_SECONDS, destination.patience.seconds))
+        self._hurried = destination.with_patience(patience)
         self._me = {**_myself(), "id": uuid.uuid4().hex}
 
     def take(self) -> str | None:

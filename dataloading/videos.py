@@ -16,6 +16,7 @@ EXTENSIONS = frozenset(
 )
 SMALLEST_SIDE = 32  # a motion map has 7 cells a side and flow may be half as large
 MAX_PIXELS = 2**25  # of a frame, before or after resizing: 8K fits, and what a damaged header claims does not
+STRAIGHT = 0.02  # of the display matrix's largest number; what is smaller is rounding
 WHOLE = 0.95  # containers may announce a few frames that nobody is meant to see; a cut-off file lacks many
 DECODER_OPTIONS = {"max_pixels": str(MAX_PIXELS)}
 
@@ -33,7 +34,7 @@ class VideoRefusedError(Exception):
 
 
 class Video:
-    """An open video file; iterating it gives RGB frames, uint8 (H, W, 3), all of one size, turned as they are shown.
+    """An open video file; iterating it gives RGB frames, uint8 (H, W, 3), all of one size, as they are to be shown.
 
     Only one frame of the file's own size is held at a time. A variable frame rate changes nothing: every frame
     counts as one.
@@ -89,7 +90,7 @@ class Video:
         # One converter for all frames: `to_ndarray` would set up a new one for each, which costs more than decoding.
         converter = VideoReformatter()
         for frame in self._decoded():
-            rgb = turned(converter.reformat(frame, format="rgb24").to_ndarray(), frame.rotation)
+            rgb = as_shown(converter.reformat(frame, format="rgb24").to_ndarray(), display_matrix(frame))
             if not num_frames:
                 self.height, self.width = target_size(rgb.shape[0], rgb.shape[1], self._short_side)
             yield resized(rgb, self.height, self.width)
@@ -134,9 +135,30 @@ def target_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     return height, width
 
 
-def turned(frame: np.ndarray, degrees: int) -> np.ndarray:
-    """The frame turned counterclockwise, by quarters: as a phone's video says that it is to be shown."""
-    return np.ascontiguousarray(np.rot90(frame, round(degrees / 90)))
+def display_matrix(frame: Any) -> np.ndarray:
+    """How a decoded frame says that it is to be shown: (x, y) of a pixel times this (2, 2), y pointing down."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return np.eye(2, dtype=np.int32)
+    # FFmpeg's libavutil/display.h: three rows of three numbers, the last column and row for perspective and place.
+    return np.frombuffer(data, dtype=np.int32).reshape(3, 3)[:2, :2]
+
+
+def as_shown(frame: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """The frame turned by quarters and mirrored, as a phone's video says that it is to be shown.
+
+    Raises:
+        VideoRefusedError: the matrix does something else.
+    """
+    largest = np.abs(matrix).max()
+    (along, across), (back, down) = np.where(np.abs(matrix) > STRAIGHT * largest, np.sign(matrix), 0).tolist()
+    is_upright = along and down and not (across or back)
+    is_quarter = across and back and not (along or down)
+    if not (is_upright or is_quarter):
+        raise VideoRefusedError("turned", "it is to be shown at an angle, only quarters are known; turn it upright")
+    if is_quarter:
+        frame, along, down = frame.swapaxes(0, 1), back, across
+    return np.ascontiguousarray(frame[:: int(down), :: int(along)])
 
 
 def resized(frame: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -57,7 +57,7 @@ class Folder:
 
         def attempt() -> list[str]:
             self._filesystem.invalidate_cache()
-            if not self._asked("exists", self._root):
+            if not self._is_there(self._root):
                 return []
             return sorted(Path(entry).name for entry in self._asked("ls", self._root, detail=False))
 
@@ -82,7 +82,7 @@ class Folder:
 
     def exists(self, name: str) -> bool:
         """Whether a file of that name is there."""
-        return self._patiently(name, lambda: bool(self._asked("exists", self.path(name))))
+        return self._patiently(name, lambda: self._is_there(self.path(name)))
 
     def size(self, name: str) -> int:
         """Size in bytes; 0 where the store does not tell."""
@@ -130,7 +130,7 @@ class Folder:
                 self._asked("pipe_file", self.path(name), data, mode="create")
             except OSError as error:
                 # FileExistsError, or what s3fs makes of "the precondition did not hold".
-                if failure(error) or not self._asked("exists", self.path(name)):
+                if failure(error) or not self._is_there(self.path(name)):
                     raise
                 return bytes(self._asked("cat_file", self.path(name))) == data
             return True
@@ -171,10 +171,18 @@ class Folder:
 
         def attempt() -> None:
             with suppress(FileNotFoundError):
-                if self._asked("exists", self.path(name)):
+                if self._is_there(self.path(name)):
                     self._asked("rm", self.path(name), recursive=True)
 
         self._patiently(name, attempt)
+
+    def _is_there(self, path: str) -> bool:
+        # Not the libraries' own `exists`: to some of them a store that is busy has no such file.
+        try:
+            self._asked("info", path)
+        except FileNotFoundError:
+            return False
+        return True
 
     def _asked(self, method: str, *arguments: Any, num_bytes: int = 0, **how: Any) -> Any:
         return asked(self._filesystem, method, *arguments, seconds=self.patience.limit(num_bytes), **how)

@@ -68,6 +68,42 @@ def test_a_video_is_turned_as_it_is_shown(tmp_path: Path, turn: int, row: int, c
     assert corners == [(row, column)]
 
 
+@pytest.mark.parametrize(
+    ("matrix", "row", "column"),
+    [
+        ((-1, 0, 0, 1), 0, -1),
+        ((1, 0, 0, -1), -1, 0),
+        ((0, 1, 1, 0), 0, 0),
+        ((0, -1, -1, 0), -1, -1),
+        ((0, 1, -1, 0), 0, -1),
+    ],
+)
+def test_a_mirrored_video_is_mirrored_as_it_is_shown(
+    tmp_path: Path, matrix: tuple[int, int, int, int], row: int, column: int
+) -> None:
+    with Video(with_matrix(write(tmp_path / "mirrored.mp4"), matrix), 0) as video:
+        frames = list(video)
+    assert frames[0].shape[:2] == ((HEIGHT, WIDTH) if matrix[0] else (WIDTH, HEIGHT))
+    corners = [(y, x) for y in (0, -1) for x in (0, -1) if frames[0][y, x].mean() > 150]
+    assert corners == [(row, column)]
+
+
+@pytest.mark.parametrize("matrix", [(0.7, 0.7, -0.7, 0.7), (1, 0.5, 0, 1), (1, 0, 0, 0)])
+def test_a_video_to_be_shown_at_an_angle_is_refused(tmp_path: Path, matrix: tuple[float, float, float, float]) -> None:
+    path = with_matrix(write(tmp_path / "aslant.mp4"), matrix)
+    assert refusal(path) == "turned: it is to be shown at an angle, only quarters are known; turn it upright"
+
+
+def with_matrix(path: Path, matrix: tuple[float, float, float, float]) -> Path:
+    """Let the file say that (x, y) of a pixel is shown at (x, y) times the matrix, given by its rows."""
+    a, b, c, d = (round(number * 2**16) for number in matrix)
+    data = bytearray(path.read_bytes())
+    # ISO 14496-12, the track's header: its matrix is the last but two of its fields.
+    struct.pack_into(">9i", data, data.index(b"tkhd") + 44, a, b, 0, c, d, 0, 0, 0, 2**30)
+    path.write_bytes(data)
+    return path
+
+
 def test_a_turned_video_is_stored_upright(tmp_path: Path) -> None:
     sample = outcome(write(tmp_path / "turned.mp4", turn=90), short_side=36)
     assert isinstance(sample, Sample)
