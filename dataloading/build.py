@@ -8,12 +8,11 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dataloading.claim import LEASE, Claim, claimed
-from dataloading.flow import BOUND
 from dataloading.journal import FinishedShard, check_record, read_finished, remove_journals
 from dataloading.looks import Look, near_duplicates
 from dataloading.process import BuildConfig, Outcome, Processed, VideoProcessor
@@ -135,7 +134,7 @@ def remove_traces(destination: Folder) -> None:
 
 def build_record(sources: SourceFolder, config: BuildConfig) -> dict[str, Any]:
     """What the manifest says a set was built from: the configuration and a digest of the list of videos."""
-    return {**asdict(config), "flow_bound": BOUND, "sources": sources.digest()}
+    return {**config.record(), "sources": sources.digest()}
 
 
 def _shuffled(sources: SourceFolder, config: BuildConfig) -> list[Source]:

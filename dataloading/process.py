@@ -8,14 +8,15 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import torch
 
-from dataloading.flow import BOUND, ESTIMATORS, FlowEstimator, stacked
+from dataloading.flow import BOUND, ESTIMATORS, SCALES, TVL1, FlowEstimator, stacked
 from dataloading.looks import dhash
 from dataloading.motion import MotionSummary
 from dataloading.shards import RefusedVideo, Sample
@@ -58,9 +59,11 @@ class BuildConfig:
         shard_megabytes: a shard is closed once it holds as much.
         keep_every: every so many frames one is stored, with the flow to its successor in the video; its map and
             score are those that it would have if all were stored. It divides the window.
+        flow_size: share of the frame's size that flow is estimated and stored at; None for the estimator's own.
+        device: that `tvl1` computes on, `cpu` or `cuda`. Their flows are near each other, not the same to the bit.
 
     Raises:
-        ConfigError: `keep_every` does not divide the window.
+        ConfigError: `keep_every` does not divide the window; another estimator than `tvl1` on a GPU.
     """
 
     flow: str = choice(*ESTIMATORS)
@@ -72,10 +75,18 @@ class BuildConfig:
     flow_quality: int = number(FLOW_QUALITY, minimum=1, maximum=100)
     shard_megabytes: int = number(256, minimum=1)
     keep_every: int = number(1, minimum=1)
+    flow_size: float | None = number(None, minimum=0.25, maximum=1.0)
+    device: str = choice("cpu", "cuda")
 
     def __post_init__(self) -> None:
         if self.window % self.keep_every:
             raise ConfigError(f"keep_every: found {self.keep_every}, must divide the window, {self.window} frames")
+        if self.device == "cuda" and self.flow != TVL1:
+            raise ConfigError(f"device: found cuda with flow {self.flow}, only {TVL1} computes on a GPU")
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        return {**asdict(self), "flow_size": self.flow_size or SCALES[self.flow], "flow_bound": BOUND}
 
 
 class VideoProcessor:
@@ -130,7 +141,7 @@ class VideoProcessor:
 
     def _sample(self, source: Source, video: Video) -> Sample:
         config = self._config
-        estimate = FlowEstimator(config.flow)
+        estimate = FlowEstimator(config.flow, config.flow_size, _device(config))
         motion = MotionSummary(config.map_window, config.window)
         frames: list[bytes] = []
         flow_stills: list[bytes] = []
@@ -218,6 +229,11 @@ def key_of(source: Source) -> str:
     """A name for the tar: what of the file's own name it can carry, and a digest of its path."""
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(source.path).stem)[:60]
     return f"{stem}-{hashlib.sha256(os.fsencode(source.path)).hexdigest()[:12]}"
+
+
+def _device(config: BuildConfig) -> str:
+    """The GPUs of a machine are shared out among its worker processes."""
+    return config.device if config.device == "cpu" else f"cuda:{os.getpid() % max(1, torch.cuda.device_count())}"
 
 
 def _jpeg(picture: np.ndarray, quality: int) -> bytes:

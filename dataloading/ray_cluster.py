@@ -24,7 +24,7 @@ from mcl_dist.errors import ConfigError, UserError
 
 MAX_RETRIES = 10  # of one task: nodes of a cluster may be taken away many times in a night
 CHECK_SECONDS = 2.0  # between looks at the cluster while a result is waited for
-PATIENCE_SECONDS = 60.0  # for a cluster without any processor: another node may join
+PATIENCE_SECONDS = 60.0  # for a cluster without room for a task: another node may join
 ANSWER_SECONDS = 10.0  # for the cluster's head to take a connection, and for the driver to leave it
 
 Message = tuple[Literal["result", "told", "failed", "broken", "done"], Any]
@@ -164,12 +164,12 @@ def _messages(task_options: dict[str, Any], function: Callable[[Any], Any], item
 
     task = ray.remote(_guarded).options(**task_options)
     shared = ray.put(function)
-    cluster = _Cluster()
+    cluster = _Cluster(task_options["num_gpus"])
     waiting = iter(items)
     pending: deque[tuple[Any, Any]] = deque()
     while True:
         # A cluster may grow and shrink: how many results may wait is asked anew each time.
-        wanted = max(0, 2 * max(1, cluster.num_processors()) - len(pending))
+        wanted = max(0, 2 * max(1, cluster.num_places()) - len(pending))
         pending.extend((item, task.remote(shared, item)) for item in islice(waiting, wanted))
         if not pending:
             break
@@ -205,15 +205,18 @@ def _got(item: Any, reference: Any) -> Any:
 class _Cluster:
     """The nodes of the cluster that Ray is connected to."""
 
-    def __init__(self) -> None:
+    def __init__(self, gpus: float) -> None:
+        self._gpus = gpus
         self._alive = self._names()
         self._without_since: float | None = None
 
-    def num_processors(self) -> int:
-        """Of all nodes that are alive."""
+    def num_places(self) -> int:
+        """How many tasks all nodes that are alive have room for."""
         import ray
 
-        return int(ray.cluster_resources().get("CPU", 0))
+        there = ray.cluster_resources()
+        room = there.get("CPU", 0)
+        return int(min(room, there.get("GPU", 0) / self._gpus) if self._gpus else room)
 
     def losses(self) -> Iterator[Message]:
         """A line for each node that is gone since the last call."""
@@ -222,15 +225,15 @@ class _Cluster:
             yield "told", f"node {before[node]} of the Ray cluster is gone; its videos are built elsewhere"
 
     def check(self) -> None:
-        """Raises `UserError` when there has been no processor for a while."""
+        """Raises `UserError` when there has been no room for a task for a while."""
         now = time.monotonic()
-        if self.num_processors():
+        if self.num_places():
             self._without_since = None
             return
         self._without_since = self._without_since or now
         if now - self._without_since > PATIENCE_SECONDS:
             raise UserError(
-                f"Ray: no node has had a processor for {PATIENCE_SECONDS:.0f} s; "
+                f"Ray: no node has had a processor{' and a GPU' if self._gpus else ''} for {PATIENCE_SECONDS:.0f} s; "
                 "start nodes by `ray start --address`, then run the same command again"
             )
 

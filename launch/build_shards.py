@@ -31,6 +31,7 @@ example:
 VERIFY_EXAMPLE = """\
 example:
   mcl shards verify s3://bucket/train --json"""
+GPUS_OF_A_TASK = 0.25  # a video's decoding and encoding take a processor longer than its flow takes a GPU
 PLAIN_LINE_SECONDS = 30.0  # between lines of progress when nobody watches
 
 
@@ -72,6 +73,7 @@ def _add_build_arguments(build: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--flow", default="tvl1", help="flow estimator: tvl1, opencv-tvl1, or dis (coarser); compare by mcl bench flow"
     )
+    build.add_argument("--flow-size", type=float, help="share of the frame's size that flow has (1; opencv-tvl1: 0.5)")
     _add_executor_arguments(build)
     _add_patience_arguments(build)
     build.add_argument("--shard-megabytes", type=int, default=256, help="a shard is closed once it holds as much (256)")
@@ -98,6 +100,12 @@ def _add_executor_arguments(build: argparse.ArgumentParser) -> None:
         "--address",
         default="",
         help="ray: HOST:PORT of the cluster's head (default: RAY_ADDRESS, or the cluster of this machine)",
+    )
+    where.add_argument(
+        "--device",
+        default="cpu",
+        help="for tvl1: cpu (default), or cuda, whose flow differs in its last bits and which the set names; "
+        "a task on a Ray cluster takes a quarter of a GPU",
     )
 
 
@@ -294,17 +302,21 @@ def _build_config(args: argparse.Namespace) -> BuildConfig:
 
 
 def _executor(args: argparse.Namespace, tell: Callable[[str], None]) -> Executor:
+    import torch
+
     from dataloading.ray_cluster import RayExecutor
     from dataloading.workers import LocalExecutor
 
     if args.executor not in ("local", "ray"):
         raise ConfigError(f"--executor: found {args.executor!r}, must be local or ray")
     if args.executor == "ray":
-        return RayExecutor(args.address, tell=tell)
+        return RayExecutor(args.address, GPUS_OF_A_TASK if args.device == "cuda" else 0.0, tell=tell)
     if args.address:
         raise ConfigError(f"--address: found {args.address!r} without --executor ray; give both")
     if args.workers < 1:
         raise ConfigError(f"--workers: found {args.workers}, must be at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device: found cuda, but PyTorch sees no GPU on this machine; give cpu")
     return LocalExecutor(args.workers)
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from dataloading.ray_cluster import RayExecutor
 from dataloading.shards import REPORT
+from dataloading.sources import scan_sources
 from dataloading.synthetic import write_video
 from launch.cli import main
 from mcl_dist.errors import EXIT_FAILURE, UserError
@@ -148,8 +149,8 @@ def test_a_cluster_that_ends_is_one_line(mortal_nodes: TwoNodes) -> None:
 
 def test_an_error_on_a_node_comes_back_as_the_line_that_it_is(two_nodes: TwoNodes) -> None:
     with (
-        RayExecutor(two_nodes.address).map(Folder("/nowhere").read, ["file"]) as results,
-        pytest.raises(UserError, match=r"^/nowhere/file: no such file or folder; check the path$"),
+        RayExecutor(two_nodes.address).map(scan_sources, ["/nowhere"]) as results,
+        pytest.raises(UserError, match=r"^/nowhere: no such file or folder; check the path$"),
     ):
         next(results)
 

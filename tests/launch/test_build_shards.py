@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -78,6 +79,18 @@ def test_building_otherwise_over_a_complete_set_is_refused(
     assert "built with another quality" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_the_flow_has_the_size_asked_for_and_the_set_says_so(source: Path, tmp_path: Path) -> None:
+    assert build(source, tmp_path / "half", "--flow-size", "0.5") == 0
+    assert build(source, tmp_path / "whole") == 0
+    builds = [json.loads((tmp_path / name / "manifest.json").read_bytes())["build"] for name in ("half", "whole")]
+    assert [build["flow_size"] for build in builds] == [0.5, 1.0]
+    with tarfile.open(tmp_path / "half" / "shard-000000.tar") as tar:
+        (member,) = (each for each in tar if each.name.endswith(".json"))
+        info = json.loads(tar.extractfile(member).read())  # type: ignore[union-attr]
+    assert (info["flow_height"], info["flow_width"]) == (24, 32)
+    assert build(source, tmp_path / "half") == EXIT_FAILURE
+
+
 def test_a_missing_source_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert build(tmp_path / "none", tmp_path / "set") == EXIT_FAILURE
     told = capsys.readouterr().err
@@ -92,6 +105,11 @@ def test_a_missing_source_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
         ("--short-side", "-1", "--short-side: found -1"),
         ("--keep-every", "3", "--keep-every: found 3, must divide the window, 8 frames"),
         ("--workers", "0", "--workers: found 0, must be at least 1"),
+        ("--flow-size", "1.5", "--flow-size: found 1.5, must be a number at least 0.25 and at most 1.0"),
+        ("--device", "cuda", "--device: found cuda with flow dis, only tvl1 computes on a GPU"),
+        ("--executor", "slurm", "--executor: found 'slurm', must be local or ray"),
+        ("--address", "head:6379", "--address: found 'head:6379' without --executor ray"),
+        ("--retry-seconds", "-1", "--retry-seconds: found -1.0, must be at least 0"),
     ],
 )
 def test_an_option_out_of_range_is_wrong_usage(
