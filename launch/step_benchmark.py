@@ -23,7 +23,7 @@ from mcl_dist.errors import UserError
 PHASES = ("copy", "keys", "forward", "backward", "optimizer", "momentum", "queue", "other")
 WARM_UP = 3  # steps; the first compiles, the next two settle the allocators
 MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}  # large enough for the full rate
-MATMUL_ROUNDS = 5
+MATMUL_ROUNDS = 10
 
 _Result = TypeVar("_Result")
 
@@ -40,7 +40,8 @@ class StepResult:
         peak_bytes: the most memory held, of the GPU's or of the process.
         tflops: 10¹² floating-point operations a second, of the convolutions and matrix products that the step needs.
         matmul_share: of the rate of one large matrix product in the step's precision, measured beside it.
-        speedup: throughput over the plain form's.
+        speedup: the plain form's time over its own. On a CPU speedup and share go by the processors' time, in which
+            what else runs there does not count.
         loss: of the first step, where all forms hold the same weights.
     """
 
@@ -61,7 +62,7 @@ class _Measured:
     ms: dict[str, float]
     cpu_ms: float
     peak_bytes: int
-    matmul_rate: float
+    matmul_ms: float
     loss: float
 
 
@@ -71,23 +72,25 @@ def benchmark(config: PretrainConfig, steps: int, say: Callable[[str], None]) ->
     Raises:
         UserError: when a process dies, which is mostly for want of memory.
     """
+    device = pick_device()
+    matmul_operations = 2 * MATMUL_SIDE[device.type] ** 3
     operations = _in_a_process(_operations, config)
+    costs: list[float] = []
     results: list[StepResult] = []
-    for form in forms(config, pick_device()):
+    for form in forms(config, device):
         say(f"measuring {form.name}")
         found = _in_a_process(_measure, config, form, steps)
-        rate = config.train.global_batch / found.milliseconds * 1e3
-        per_second = operations / found.milliseconds * 1e3
+        costs.append(found.cpu_ms if device.type == "cpu" else found.milliseconds)
         results.append(
             StepResult(
                 name=form.name,
-                videos_per_second=rate,
+                videos_per_second=config.train.global_batch / found.milliseconds * 1e3,
                 ms=found.ms,
                 cpu_ms=found.cpu_ms,
                 peak_bytes=found.peak_bytes,
-                tflops=per_second / 1e12,
-                matmul_share=per_second / found.matmul_rate,
-                speedup=rate / results[0].videos_per_second if results else 1.0,
+                tflops=operations / found.milliseconds / 1e9,
+                matmul_share=operations / costs[-1] / (matmul_operations / found.matmul_ms),
+                speedup=costs[0] / costs[-1],
                 loss=found.loss,
             )
         )
@@ -97,7 +100,7 @@ def benchmark(config: PretrainConfig, steps: int, say: Callable[[str], None]) ->
 def _measure(config: PretrainConfig, form: Form, steps: int) -> _Measured:
     device = pick_device()
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, for all forms
-    matmul_rate = _matmul_rate(device, torch.bfloat16 if form.bfloat16 else torch.float32)
+    matmul_ms = _matmul_ms(device, torch.bfloat16 if form.bfloat16 else torch.float32)
     step = (TrainerStep if form.trainer else GrowingStep)(config, form, device)
     batch = _noise(config, device)
     step(batch, lambda _: None)
@@ -119,7 +122,7 @@ def _measure(config: PretrainConfig, form: Form, steps: int) -> _Measured:
         ms={phase: fastest.spent(phase) for phase in PHASES},
         cpu_ms=min(cpu) * 1e3,
         peak_bytes=_peak_bytes(device),
-        matmul_rate=matmul_rate,
+        matmul_ms=matmul_ms,
         loss=loss,
     )
 
@@ -166,18 +169,19 @@ def _operations(config: PretrainConfig) -> float:
     return float(counter.get_total_flops())
 
 
-def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product, the best of some rounds."""
+def _matmul_ms(device: torch.device, dtype: torch.dtype) -> float:
+    """Milliseconds of a large matrix product, the best of some rounds: of the processors, or of the GPU."""
     side = MATMUL_SIDE[device.type]
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    best = 0.0
+    rounds = []
     for _ in range(MATMUL_ROUNDS):
-        clock = _Clock(device)
+        clock, start = _Clock(device), time.process_time()
         clock.mark("")
         left @ right
         clock.mark("matmul")
-        best = max(best, 2 * side**3 / clock.total() * 1e3)
-    return best
+        spent = (time.process_time() - start) * 1e3
+        rounds.append(spent if device.type == "cpu" else clock.total())
+    return min(rounds)
 
 
 def _noise(config: PretrainConfig, device: torch.device) -> TubeletBatch:
