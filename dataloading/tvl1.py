@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from dataloading.planes import aligned, inside, plane_size
-from dataloading.tvl1_kernels import EARLIER, NUM_PLANES, scratch_size, solve
+from dataloading.tvl1_kernels import DUAL, EARLIER, NUM_PLANES, scratch_size, solve
 from dataloading.tvl1_warp import fill_pictures, picture_size
 
 SMALLEST_SIDE = 16  # of a scale of the pyramid, as in OpenCV
@@ -88,18 +88,21 @@ def pair_flows(
     """The flow of every pair of grey frames (H, W) of one size, float32 (2, H, W)."""
     config = config or TVL1Config()
     scales: list[_Scale] = []
-    for pair in pairs:
-        frames = [_pyramid(frame.astype(np.float32), config) for frame in pair]
+    last: tuple[np.ndarray, list[np.ndarray]] | None = None
+    for first, second in pairs:
+        firsts = last[1] if last and last[0] is first else _pyramid(first, config)  # frames in a row
+        seconds = _pyramid(second, config)
+        last = second, seconds
         if not scales:
-            scales = [_Scale(frame.shape[0], frame.shape[1], config) for frame in frames[0]]
+            scales = [_Scale(frame.shape[0], frame.shape[1], config) for frame in firsts]
         flow = None
-        for earlier, later, scale in reversed(list(zip(*frames, scales, strict=True))):
+        for earlier, later, scale in reversed(list(zip(firsts, seconds, scales, strict=True))):
             flow = scale.flow(earlier, later, flow)
         yield np.array(flow)
 
 
 def _pyramid(frame: np.ndarray, config: TVL1Config) -> list[np.ndarray]:
-    pyramid = [frame]
+    pyramid = [frame.astype(np.float32)]
     while len(pyramid) < config.scales:
         smaller = cv2.resize(pyramid[-1], None, fx=config.scale_step, fy=config.scale_step)
         if min(smaller.shape) < SMALLEST_SIDE:
@@ -124,8 +127,10 @@ class _Scale:
         """The flow (2, H, W), of which the next call makes another; it starts from that of the next smaller scale."""
         config = self._config
         height, width = self._size
-        self._planes[:EARLIER] = 0
-        if start is not None:
+        self._planes[DUAL] = 0
+        if start is None:
+            self._planes[:2] = 0
+        else:
             for component, plane in zip(start, self._inside[:2], strict=True):
                 larger = cv2.resize(component, (width, height))
                 np.multiply(larger, np.float32(1 / config.scale_step), out=plane)

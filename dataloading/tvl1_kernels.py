@@ -14,9 +14,9 @@ from dataloading.tvl1_warp import linearise
 MEDIAN_EVERY = 30  # steps, as in OpenCV
 STEPS_AHEAD = 4  # made in one sweep over the rows: the rows in flight fit the first-level cache, the planes do not
 SETTLED_AFTER = 4  # steps, in which the error falls by more than half at once
-FAR = 8  # times the error at rest, which it does not fall to in so few steps
+FAR = 3  # times the error at rest, which it does not fall to in so few steps
 NUM_PLANES = 13
-EARLIER = 12  # the plane of the earlier frame
+DUAL, DATA, EARLIER = slice(4, 8), slice(8, 12), 12  # planes: four, four and the earlier frame
 
 _ONE = np.float32(1)
 
@@ -61,7 +61,7 @@ def solve(
     still = rest * height * width
     for most in most_steps:
         flow = planes[first : first + 2]
-        linearise(flow, planes[EARLIER], pictures, planes[8:12], height, width, attachment * tightness)
+        linearise(flow, planes[EARLIER], pictures, planes[DATA], height, width, attachment * tightness)
         taken = 0
         error = np.inf
         while taken < most and error > still:
@@ -91,7 +91,7 @@ def _sweep(
 
     Returns the last step's sum of squared changes, which the scratch space holds for every step, lane by lane.
     """
-    u, v, dual, data = planes[first], planes[first + 1], planes[4:8], planes[8:12]
+    u, v, dual, data = planes[first], planes[first + 1], planes[DUAL], planes[DATA]
     stride_ = stride(width)
     last = stride_ - 2 * LANES  # where the last sixteen columns of a row begin, and those beyond it
     theta, tau, one = spread(np.float32(tightness)), spread(np.float32(rate)), spread(_ONE)

@@ -56,16 +56,20 @@ def fill_pictures(frame: np.ndarray, pictures: np.ndarray, height: int, width: i
     A gradient is half the difference of the two neighbours; at the border half that to the one there is.
     """
     picture, across, down = pictures
+    step, half = _picture_stride(width), spread(_HALF)
     for y in range(height):
-        above, below = max(y - 1, 0), min(y + 1, height - 1)
-        row = _picture_start(width) + y * _picture_stride(width)
-        for x in range(width):
-            picture[row + x] = frame[y, x]
-            down[row + x] = _HALF * (frame[below, x] - frame[above, x])
-        across[row] = _HALF * (frame[y, 1] - frame[y, 0])
-        across[row + width - 1] = _HALF * (frame[y, width - 1] - frame[y, width - 2])
-        for x in range(1, width - 1):
-            across[row + x] = _HALF * (frame[y, x + 1] - frame[y, x - 1])
+        start = _picture_start(width) + y * step
+        picture[start : start + width] = frame[y]
+    for y in range(height):
+        row = _picture_start(width) + y * step
+        above, below = row - step * min(y, 1), row + step * min(height - 1 - y, 1)
+        for x in range(0, width, LANES):
+            store(across, row + x, half * (load(picture, row + x + 1) - load(picture, row + x - 1)))
+            store(down, row + x, half * (load(picture, below + x) - load(picture, above + x)))
+        across[row] = _HALF * (picture[row + 1] - picture[row])
+        across[row + width - 1] = _HALF * (picture[row + width - 1] - picture[row + width - 2])
+        across[row + width : row + step] = 0  # what the vectors wrote beyond the row
+        down[row + width : row + step] = 0
 
 
 @kernel
