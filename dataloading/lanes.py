@@ -38,6 +38,13 @@ def kernel(function: Compiled) -> Compiled:
     return compiled
 
 
+def inlined(function: Compiled) -> Compiled:
+    """A part of kernels, written into each that calls it: vectors stay in registers."""
+    compile_: Any = partial(numba.njit, error_model="numpy", nogil=True, forceinline=True)
+    compiled: Compiled = compile_()(function)
+    return compiled
+
+
 def _instruction(typing: Callable[..., Any]) -> Any:
     """Make a function for kernels of one that tells its signature and how to generate its code."""
     return intrinsic(typing)
@@ -160,6 +167,29 @@ def where_above(_typing: Any, _value: Any, _limit: Any, _result: Any) -> Any:
         return builder.select(builder.fcmp_ordered(">", args[0], args[1]), args[2], ir.Constant(_FLOATS, None))
 
     return FLOATS(FLOATS, FLOATS, FLOATS), generate
+
+
+@_instruction
+def lowest(_typing: Any, _value: Any) -> Any:
+    """The smallest of the lanes."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        insert: Any = cgutils.get_or_insert_function
+        kind = ir.FunctionType(ir.FloatType(), [_FLOATS])
+        return builder.call(insert(builder.module, kind, f"llvm.vector.reduce.fmin.v{LANES}f32"), args)
+
+    return types.float32(FLOATS), generate
+
+
+@_instruction
+def lanes_at(_typing: Any, _value: Any, _number: Any) -> Any:
+    """The lanes that are equal to a number, as bits of a uint32."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        equal = builder.fcmp_ordered("==", args[0], _spread(builder, args[1], _FLOATS))
+        return builder.zext(builder.bitcast(equal, ir.IntType(LANES)), ir.IntType(32))
+
+    return types.uint32(FLOATS, types.float32), generate
 
 
 @_instruction

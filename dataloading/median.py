@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dataloading.lanes import LANES, kernel, larger, load, smaller, store
+from dataloading.lanes import LANES, inlined, kernel, larger, load, smaller, store
 from dataloading.planes import stride
 
 
@@ -52,14 +52,14 @@ def median(plane: np.ndarray, out: np.ndarray, scratch: np.ndarray, height: int,
             store(out, c + x, larger(smaller(before, diagonal), smaller(larger(before, diagonal), after)))
 
 
-@kernel
+@inlined
 def _sorted_across(scratch: np.ndarray, at: int) -> Any:
     return _sorted(
         load(scratch, at), load(scratch, at + 1), load(scratch, at + 2), load(scratch, at + 3), load(scratch, at + 4)
     )
 
 
-@kernel
+@inlined
 def _sorted(a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
     a, b = smaller(a, b), larger(a, b)
     d, e = smaller(d, e), larger(d, e)

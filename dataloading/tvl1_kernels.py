@@ -6,7 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from dataloading.lanes import LANES, kernel, larger, load, numbered, root, smaller, spread, store, where_above
+from dataloading.lanes import (
+    LANES,
+    fused,
+    inlined,
+    kernel,
+    larger,
+    load,
+    numbered,
+    root,
+    smaller,
+    spread,
+    store,
+    where_above,
+)
 from dataloading.median import median, median_scratch_size
 from dataloading.planes import stride
 from dataloading.tvl1_warp import linearise
@@ -121,25 +134,26 @@ def _sweep(
     return float(scratch[(steps - 1) * LANES : steps * LANES].sum())
 
 
-@kernel
+@inlined
 def _flow_step(
     u: np.ndarray, v: np.ndarray, dual: np.ndarray, data: np.ndarray, at: int, above: int, theta: Any
 ) -> Any:
     """Data term, along the slope as far as the residual asks but no further than the limit; then smoothness."""
     flow_across, flow_down = load(u, at), load(v, at)
     slope_across, slope_down, limit = load(data[0], at), load(data[1], at), load(data[3], at)
-    residual = load(data[2], at) + slope_across * flow_across + slope_down * flow_down
-    step = larger(smaller(residual, limit), spread(np.float32(0)) - limit)
-    across = theta * (load(dual[0], at) - load(dual[0], at - 1) + (load(dual[1], at) - load(dual[1], above)))
-    down = theta * (load(dual[2], at) - load(dual[2], at - 1) + (load(dual[3], at) - load(dual[3], above)))
-    across = across - step * slope_across
-    down = down - step * slope_down
+    residual = fused(slope_down, flow_down, fused(slope_across, flow_across, load(data[2], at)))
+    zero = spread(np.float32(0))
+    step = zero - larger(smaller(residual, limit), zero - limit)
+    across = load(dual[0], at) - load(dual[0], at - 1) + (load(dual[1], at) - load(dual[1], above))
+    down = load(dual[2], at) - load(dual[2], at - 1) + (load(dual[3], at) - load(dual[3], above))
+    across = fused(theta, across, step * slope_across)
+    down = fused(theta, down, step * slope_down)
     store(u, at, flow_across + across)
     store(v, at, flow_down + down)
-    return across * across + down * down
+    return fused(across, across, down * down)
 
 
-@kernel
+@inlined
 def _dual_step(
     u: np.ndarray, v: np.ndarray, dual: np.ndarray, at: int, below: int, tau: Any, before_border: Any, one: Any
 ) -> None:
@@ -148,11 +162,11 @@ def _dual_step(
     here, there = load(u, at), load(v, at)
     u_across, u_down = (load(u, at + 1) - here) * before_border, load(u, below) - here
     v_across, v_down = (load(v, at + 1) - there) * before_border, load(v, below) - there
-    p_length = one + tau * root(u_across * u_across + u_down * u_down)
-    q_length = one + tau * root(v_across * v_across + v_down * v_down)
+    p_length = fused(tau, root(fused(u_across, u_across, u_down * u_down)), one)
+    q_length = fused(tau, root(fused(v_across, v_across, v_down * v_down)), one)
     both = one / (p_length * q_length)
     p_factor, q_factor = both * q_length, both * p_length
-    store(p_across, at, (load(p_across, at) + tau * u_across) * p_factor)
-    store(p_down, at, (load(p_down, at) + tau * u_down) * p_factor)
-    store(q_across, at, (load(q_across, at) + tau * v_across) * q_factor)
-    store(q_down, at, (load(q_down, at) + tau * v_down) * q_factor)
+    store(p_across, at, fused(tau, u_across, load(p_across, at)) * p_factor)
+    store(p_down, at, fused(tau, u_down, load(p_down, at)) * p_factor)
+    store(q_across, at, fused(tau, v_across, load(q_across, at)) * q_factor)
+    store(q_down, at, fused(tau, v_down, load(q_down, at)) * q_factor)

@@ -12,10 +12,13 @@ from dataloading.lanes import (
     first_of,
     floor,
     fused,
+    inlined,
     kernel,
+    lanes_at,
     lanes_with,
     larger,
     load,
+    lowest,
     numbered,
     root,
     smaller,
@@ -29,6 +32,7 @@ from dataloading.planes import stride
 RIM = 4  # zeros around a picture that is warped: the reach of a cubic, and where pixels from far outside are taken
 FLAT = np.float32(1.1920929e-7)  # squared image gradient under which the data term says nothing of the flow, as there
 
+ALL = np.uint32(2**LANES - 1)  # lanes
 _ONE = np.float32(1)
 _HALF = np.float32(0.5)
 
@@ -98,26 +102,43 @@ def linearise(
     corner = _picture_start(width) - picture_stride - 1  # of the 4×4 surroundings of the first pixel
     lanes, flat, largest = numbered(), spread(FLAT), spread(np.float32(limit))
     # Outside by more than the cubic's reach is as good as anywhere outside.
-    lowest, rightmost, bottom = spread(np.float32(-3)), spread(np.float32(width + 1)), spread(np.float32(height + 1))
+    margin, rightmost, bottom = spread(np.float32(-3)), spread(np.float32(width + 1)), spread(np.float32(height + 1))
     for y in range(height):
         for x in range(0, width, LANES):
             at = (y + 1) * stride_ + LANES + x
             flow_across, flow_down = load(u, at), load(v, at)
-            place_x = smaller(larger(flow_across + (spread(np.float32(x)) + lanes), lowest), rightmost)
-            place_y = smaller(larger(flow_down + spread(np.float32(y)), lowest), bottom)
+            place_x = smaller(larger(flow_across + (spread(np.float32(x)) + lanes), margin), rightmost)
+            place_y = smaller(larger(flow_down + spread(np.float32(y)), margin), bottom)
             left, top = floor(place_x), floor(place_y)
             weights_x, weights_y = _cubic_weights(place_x - left), _cubic_weights(place_y - top)
-            shifts = whole(left - lanes + top * spread(np.float32(picture_stride)))  # exact: far below 2^24
-            open_lanes = np.uint32(2**LANES - 1)
-            value, slope_across, slope_down = lanes, lanes, lanes
-            while open_lanes:
-                shift = first_of(shifts, open_lanes)
-                same = lanes_with(shifts, shift)
+            shift_x = left - lanes
+            shifts = whole(shift_x + top * spread(np.float32(picture_stride)))  # exact: far below 2^24
+            shift = first_of(shifts, ALL)
+            if lanes_with(shifts, shift) == ALL:
                 start = corner + shift
-                value = blend(same, _cubic(picture, start, picture_stride, weights_x, weights_y), value)
-                slope_across = blend(same, _cubic(across, start, picture_stride, weights_x, weights_y), slope_across)
-                slope_down = blend(same, _cubic(down, start, picture_stride, weights_x, weights_y), slope_down)
-                open_lanes &= ~same
+                value = _four_by_four(picture, start, picture_stride, weights_x, weights_y)
+                slope_across = _four_by_four(across, start, picture_stride, weights_x, weights_y)
+                slope_down = _four_by_four(down, start, picture_stride, weights_x, weights_y)
+            else:
+                leftmost, topmost = lowest(shift_x), lowest(top)
+                in_left, in_top = lanes_at(shift_x, leftmost), lanes_at(top, topmost)
+                near = (in_left | lanes_at(shift_x, leftmost + _ONE)) & (in_top | lanes_at(top, topmost + _ONE))
+                start = corner + int(leftmost) + int(topmost) * picture_stride
+                five_x, five_y = _five_weights(weights_x, in_left), _five_weights(weights_y, in_top)
+                value = _five_by_five(picture, start, picture_stride, five_x, five_y)
+                slope_across = _five_by_five(across, start, picture_stride, five_x, five_y)
+                slope_down = _five_by_five(down, start, picture_stride, five_x, five_y)
+                open_lanes = ALL & ~near
+                while open_lanes:
+                    shift = first_of(shifts, open_lanes)
+                    same = lanes_with(shifts, shift)
+                    start = corner + shift
+                    value = blend(same, _four_by_four(picture, start, picture_stride, weights_x, weights_y), value)
+                    sample = _four_by_four(across, start, picture_stride, weights_x, weights_y)
+                    slope_across = blend(same, sample, slope_across)
+                    sample = _four_by_four(down, start, picture_stride, weights_x, weights_y)
+                    slope_down = blend(same, sample, slope_down)
+                    open_lanes &= ~same
             square = slope_across * slope_across + slope_down * slope_down
             inverse = where_above(square, flat, spread(_ONE) / root(square))
             residual = value - slope_across * flow_across - slope_down * flow_down - load(earlier, at)
@@ -127,7 +148,7 @@ def linearise(
             store(limit_out, at, largest * (square * inverse))
 
 
-@kernel
+@inlined
 def _cubic_weights(place: Any) -> Any:
     """Of the four neighbours of a place between the second and the third: Keys' cubic with a = −0.75, as in OpenCV.
 
@@ -140,17 +161,44 @@ def _cubic_weights(place: Any) -> Any:
     return first, second, one - first - second - last, last
 
 
-@kernel
-def _cubic(picture: np.ndarray, start: int, picture_stride: int, across: Any, down: Any) -> Any:
-    value = _four_across(picture, start, across) * down[0]
-    value = fused(_four_across(picture, start + picture_stride, across), down[1], value)
-    value = fused(_four_across(picture, start + 2 * picture_stride, across), down[2], value)
-    return fused(_four_across(picture, start + 3 * picture_stride, across), down[3], value)
+@inlined
+def _five_weights(weights: Any, in_first: int) -> Any:
+    """The four weights as five: the last is 0 in the lanes that begin at the first neighbour, in others the first."""
+    zero = spread(np.float32(0))
+    return (
+        blend(in_first, weights[0], zero),
+        blend(in_first, weights[1], weights[0]),
+        blend(in_first, weights[2], weights[1]),
+        blend(in_first, weights[3], weights[2]),
+        blend(in_first, zero, weights[3]),
+    )
 
 
-@kernel
-def _four_across(picture: np.ndarray, start: int, weights: Any) -> Any:
+@inlined
+def _four_by_four(picture: np.ndarray, start: int, step: int, across: Any, down: Any) -> Any:
+    value = _four(picture, start, across) * down[0]
+    value = fused(_four(picture, start + step, across), down[1], value)
+    value = fused(_four(picture, start + 2 * step, across), down[2], value)
+    return fused(_four(picture, start + 3 * step, across), down[3], value)
+
+
+@inlined
+def _five_by_five(picture: np.ndarray, start: int, step: int, across: Any, down: Any) -> Any:
+    value = _five(picture, start, across) * down[0]
+    value = fused(_five(picture, start + step, across), down[1], value)
+    value = fused(_five(picture, start + 2 * step, across), down[2], value)
+    value = fused(_five(picture, start + 3 * step, across), down[3], value)
+    return fused(_five(picture, start + 4 * step, across), down[4], value)
+
+
+@inlined
+def _four(picture: np.ndarray, start: int, weights: Any) -> Any:
     value = load(picture, start) * weights[0]
     value = fused(load(picture, start + 1), weights[1], value)
     value = fused(load(picture, start + 2), weights[2], value)
     return fused(load(picture, start + 3), weights[3], value)
+
+
+@inlined
+def _five(picture: np.ndarray, start: int, weights: Any) -> Any:
+    return fused(load(picture, start + 4), weights[4], _four(picture, start, weights))
