@@ -50,8 +50,8 @@ class TVL1Config:
     scales: int = 5
     scale_step: float = 0.8
     warps: int = 5
-    first_steps: int = 30
-    steps: int = 10
+    first_steps: int = 20
+    steps: int = 8
     rest: float = 0.01
 
     @cached_property
@@ -102,7 +102,7 @@ def pair_flows(
 
 
 def _pyramid(frame: np.ndarray, config: TVL1Config) -> list[np.ndarray]:
-    pyramid = [frame.astype(np.float32)]
+    pyramid: list[np.ndarray] = [frame.astype(np.float32)]
     while len(pyramid) < config.scales:
         smaller = cv2.resize(pyramid[-1], None, fx=config.scale_step, fy=config.scale_step)
         if min(smaller.shape) < SMALLEST_SIDE:
