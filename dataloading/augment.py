@@ -1,7 +1,7 @@
 """What is done to a clip's pixels after its crop: one draw per view, the same for all its frames.
 
 Colour jitter in random order, grey, Gaussian blur, mirror (METHOD.md, section 2). Drawing needs no pixels
-and comes before decoding; applying runs in torch, where the batch is.
+and comes before decoding; applying runs where the batch is, in OpenCV on a CPU and in torch on a GPU.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -18,7 +19,6 @@ from mcl_dist.errors import ConfigError
 
 # ITU-R 601 shares of red, green and blue in grey.
 _GREY = (0.299, 0.587, 0.114)
-_CHUNK_PIXELS = 2**18
 
 
 @dataclass(frozen=True)
@@ -94,42 +94,73 @@ def draw_augmentation(rng: np.random.Generator, config: AugmentConfig) -> Augmen
 
 
 def augment(clip_thwc: torch.Tensor, drawn: Augmentation) -> torch.Tensor:
-    """A view's pixels, uint8 (T, H, W, 3) RGB, after one draw; same shape, type and device."""
+    """Change a view's pixels, uint8 (T, H, W, 3) RGB, by one draw, in place; returns them.
+
+    Colours are computed in floats and rounded to bytes once, before the blur.
+    """
+    on_device = augment_by_torch if clip_thwc.is_cuda else augment_by_opencv
+    on_device(clip_thwc, drawn)
+    return clip_thwc
+
+
+def augment_by_opencv(clip_thwc: torch.Tensor, drawn: Augmentation) -> None:
+    """`augment` for CPUs: a frame at a time, which stays in the cache."""
+    kernel = cv2.getGaussianKernel(2 * blur_radius(drawn.blur_sigma) + 1, drawn.blur_sigma)
+    spare_hwc = np.empty((2, *clip_thwc.shape[1:]), dtype=np.float32)
+    for frame_hwc in clip_thwc.numpy():
+        if drawn.jitter or drawn.grey:
+            _recolour_frame(frame_hwc, drawn, *spare_hwc)
+        if drawn.blur_sigma:
+            edge = cv2.BORDER_REFLECT_101
+            frame_hwc[:] = cv2.sepFilter2D(frame_hwc, cv2.CV_8U, kernel, kernel, borderType=edge)
+        if drawn.mirror:
+            frame_hwc[:] = cv2.flip(frame_hwc, 1)
+
+
+def _recolour_frame(frame_hwc: np.ndarray, drawn: Augmentation, now: np.ndarray, spare: np.ndarray) -> None:
+    """Colour jitter and grey of one frame; `now` and `spare` are room for its pixels as floats."""
+    np.copyto(now, frame_hwc)
+    for name, value in drawn.jitter:
+        if name == "brightness":
+            np.multiply(now, np.float32(value), out=now)
+        elif name == "contrast":
+            mean = np.dot(cv2.mean(now)[:3], _GREY)
+            np.multiply(now, np.float32(value), out=now)
+            np.add(now, np.float32((1 - value) * mean), out=now)
+        elif name == "saturation":
+            cv2.transform(now, value * np.eye(3) + (1 - value) * np.array(_GREY), dst=spare)
+            now, spare = spare, now
+        else:
+            cv2.cvtColor(now, cv2.COLOR_RGB2HSV, dst=spare)
+            spare[..., 0] += np.float32(360 * (value % 1))
+            cv2.cvtColor(spare, cv2.COLOR_HSV2RGB, dst=now)
+        if value > 1:  # factors up to 1, and a turned hue, stay inside
+            np.clip(now, 0, 255, out=now)
+    if drawn.grey:
+        cv2.transform(now, np.tile(_GREY, (3, 1)), dst=spare)
+        now = spare
+    cv2.convertScaleAbs(now, dst=frame_hwc)
+
+
+def augment_by_torch(clip_thwc: torch.Tensor, drawn: Augmentation) -> None:
+    """`augment` wherever torch computes."""
     if drawn.jitter or drawn.grey or drawn.blur_sigma:
-        parts = torch.split(clip_thwc, _chunk(clip_thwc))
-        clip_thwc = torch.cat([_recolour(frames_thwc, drawn) for frames_thwc in parts])
-    return clip_thwc.flip(-2) if drawn.mirror else clip_thwc
+        planes = torch.stack(clip_thwc.unbind(-1)).float()
+        for name, value in drawn.jitter:
+            _JITTER[name](planes, value)
+        if drawn.grey:
+            planes = _grey(planes)[None]
+        if drawn.blur_sigma:
+            planes = _blur(planes.round_(), drawn.blur_sigma)
+        planes = planes.round_().to(torch.uint8)
+        clip_thwc.copy_(torch.stack(planes.expand(3, -1, -1, -1).unbind(0), dim=-1))
+    if drawn.mirror:
+        clip_thwc.copy_(clip_thwc.flip(-2))
 
 
 def blur_radius(sigma: float) -> int:
     """Pixels to either side that a blur reaches; a view must be larger."""
     return math.ceil(3 * sigma)
-
-
-def mirror_flow(flow: torch.Tensor) -> torch.Tensor:
-    """Flow bytes, uint8 (..., H, W, 2) horizontal then vertical, of the mirrored video: what lies left moves
-    right, so the horizontal byte becomes 255 minus itself.
-    """
-    horizontal, vertical = flow.flip(-2).unbind(-1)
-    return torch.stack((255 - horizontal, vertical), dim=-1)
-
-
-def _chunk(clip_thwc: torch.Tensor) -> int:
-    """Frames to work on at a time: on a CPU so few that temporaries stay in the cache and on the heap."""
-    num_frames, height, width, _ = clip_thwc.shape
-    return num_frames if clip_thwc.is_cuda else max(1, _CHUNK_PIXELS // (height * width))
-
-
-def _recolour(frames_thwc: torch.Tensor, drawn: Augmentation) -> torch.Tensor:
-    planes = torch.stack(frames_thwc.unbind(-1)).float()
-    for name, value in drawn.jitter:
-        _JITTER[name](planes, value)
-    if drawn.grey:
-        planes = _grey(planes)[None]
-    if drawn.blur_sigma:
-        planes = _blur(planes, drawn.blur_sigma)
-    planes = planes.add_(0.5).to(torch.uint8)
-    return torch.stack(planes.expand(3, -1, -1, -1).unbind(0), dim=-1)
 
 
 def _brightness(planes_cthw: torch.Tensor, factor: float) -> None:
@@ -138,8 +169,7 @@ def _brightness(planes_cthw: torch.Tensor, factor: float) -> None:
 
 def _contrast(planes_cthw: torch.Tensor, factor: float) -> None:
     """Blend with each frame's mean grey."""
-    # Rows first, then their means: the same sum for any number of threads.
-    red, green, blue = planes_cthw.mean(dim=3).mean(dim=2)
+    red, green, blue = planes_cthw.mean(dim=(2, 3))
     mean = _GREY[0] * red + _GREY[1] * green + _GREY[2] * blue
     planes_cthw.mul_(factor).add_((mean * (1 - factor))[:, None, None]).clamp_(0, 255)
 
@@ -164,12 +194,9 @@ def _hue(planes_cthw: torch.Tensor, turn: float) -> None:
     chroma = value - low
     # A grey pixel has no hue: its differences are 0, whatever they are divided by.
     per_chroma = chroma.clamp_min(1e-6).reciprocal_()
-    # Masks of 0 and 1 and interpolations between instead of torch.where, which is ten times slower here.
-    red_leads = torch.ge(red, value, out=torch.empty_like(value))
-    green_leads = torch.ge(green, value, out=torch.empty_like(value))
     sixths = (red - green).mul_(per_chroma).add_(4)
-    sixths.lerp_((blue - red).mul_(per_chroma).add_(2), green_leads)
-    sixths.lerp_((green - blue).mul_(per_chroma), red_leads).add_(6 * turn)
+    sixths = torch.where(green >= value, (blue - red).mul_(per_chroma).add_(2), sixths)
+    sixths = torch.where(red >= value, (green - blue).mul_(per_chroma), sixths).add_(6 * turn)
     sixths.sub_((sixths / 6).floor_(), alpha=6)
     # A channel is full within a sixth of its own hue, absent from two sixths on, and linear between.
     torch.sub(sixths, 3, out=red).abs_().sub_(1)
@@ -182,9 +209,7 @@ _JITTER = {"brightness": _brightness, "contrast": _contrast, "saturation": _satu
 
 
 def _blur(planes_cthw: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Gaussian blur, edges reflected: one pass per axis of shifted sums, which on a CPU is several times
-    faster than a convolution with a single channel.
-    """
+    """Gaussian blur, edges reflected: one pass per axis of shifted sums."""
     radius = blur_radius(sigma)
     offsets = range(-radius, radius + 1)
     weights = [math.exp(-((offset / sigma) ** 2) / 2) for offset in offsets]

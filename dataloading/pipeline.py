@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import pipeline_def
 
@@ -16,13 +16,17 @@ from mcl_dist.errors import UserError
 
 # Windows scaled to another size miss whole pixels by this at most.
 _ROUNDING = 1e-6
+# Windows that one pass of the GPU's pipeline cuts out of a still.
+_CUTS = 2
 
 
 class StillDecoder:
-    """Decodes windows of JPEG stills and resizes each bilinearly to one size.
+    """Decodes JPEG stills once each, and cuts windows out of them, each resized bilinearly to one size.
 
-    On a CUDA device nvJPEG decodes ("mixed"), else the CPU does. Stills and windows may differ in size from
-    one to the next; any number of stills may be asked for, `max_batch` at a time are worked on.
+    On a CUDA device nvJPEG decodes ("mixed", `hardware_share` of it by the hardware decoder where there is one)
+    and DALI resizes; else DALI decodes what the windows of a still span, and OpenCV resizes, which is several
+    times faster than DALI on a CPU. Stills and windows may differ in size; any number may be asked for,
+    `max_batch` stills at a time are worked on. `dali_resizes` overrules which of the two resizes.
     """
 
     def __init__(
@@ -33,75 +37,163 @@ class StillDecoder:
         device: torch.device,
         threads: int,
         max_batch: int = 256,
+        hardware_share: float = 0.65,
+        dali_resizes: bool | None = None,
     ) -> None:
         self._size = size
         self._channels = 1 if grey else 3
         self._device = device
         self._max_batch = max_batch
         on_gpu = device.type == "cuda"
-        # DALI resizes colour on a CPU six times slower than PyTorch; grey it does as fast, and fractions.
-        self._resized_by_dali = on_gpu or grey
-        self._pipeline: Any = pipeline_def(_graph)(
-            size=size if self._resized_by_dali else None,
-            output_type=types.GRAY if grey else types.RGB,
-            decoder="mixed" if on_gpu else "cpu",
-            batch_size=max_batch,
-            num_threads=threads,
-            device_id=(device.index or 0) if on_gpu else None,
-            prefetch_queue_depth=1,
-        )
-        self._pipeline.build()
+        self._dali_resizes = on_gpu if dali_resizes is None else dali_resizes
+        self._options = {
+            "size": size if self._dali_resizes else None,
+            "output_type": types.GRAY if grey else types.RGB,
+            "on_gpu": on_gpu,
+            "hardware_share": hardware_share,
+            "batch_size": max_batch,
+            "num_threads": threads,
+            "device_id": (device.index or 0) if on_gpu else None,
+            "prefetch_queue_depth": 1,
+        }
+        self._pipeline: Any = None
+        self._build()
 
-    def __call__(self, stills: Sequence[np.ndarray], windows: np.ndarray) -> torch.Tensor:
-        """Decode `windows`, (N, 4) top, left, height, width in pixels of each still.
+    def __call__(
+        self, stills: Sequence[np.ndarray], windows: np.ndarray, still_of: np.ndarray | None = None
+    ) -> torch.Tensor:
+        """Cut `windows` out of the stills.
 
         Args:
-            stills: N encoded stills, uint8 (bytes,).
-            windows: what to decode and resize of each still; fractions of pixels for grey stills only.
+            stills: M encoded stills, uint8 (bytes,).
+            windows: (N, 4) top, left, height, width in pixels, perhaps fractions of them.
+            still_of: int (N,), the still of each window, none without one; None: one window a still.
 
         Returns:
             uint8 (N, height, width, 3), or 1 for grey, on the device.
 
         Raises:
-            UserError: DALI cannot decode a still; the decoder is of no use afterwards.
+            UserError: DALI cannot decode a still.
         """
-        decoded = torch.empty((len(stills), *self._size, self._channels), dtype=torch.uint8, device=self._device)
-        for first in range(0, len(stills), self._max_batch):
-            part = slice(first, first + self._max_batch)
-            batch = self._run(stills[part], windows[part])
-            if self._resized_by_dali:
-                decoded[part] = torch.utils.dlpack.from_dlpack(batch.as_tensor())
-            else:
-                self._resize(batch, windows[part], decoded[part])
-        return decoded
+        still_of = np.arange(len(windows)) if still_of is None else still_of
+        cut = torch.empty((len(windows), *self._size, self._channels), dtype=torch.uint8, device=self._device)
+        self.into(cut, stills, windows, still_of)
+        return cut
+
+    def into(self, cut: torch.Tensor, stills: Sequence[np.ndarray], windows: np.ndarray, still_of: np.ndarray) -> None:
+        """As calling the decoder, but into `cut`, uint8 (N, height, width, channels) on the device."""
+        order = np.argsort(still_of, kind="stable")
+        edges = np.searchsorted(still_of[order], np.arange(0, len(stills) + self._max_batch, self._max_batch))
+        for part, (begin, end) in enumerate(itertools.pairwise(edges)):
+            first = part * self._max_batch
+            places = order[begin:end]
+            batch = stills[first : first + self._max_batch]
+            work = self._cut_by_dali if self._dali_resizes else self._cut_by_opencv
+            if len(batch):
+                work(cut, batch, windows[places], still_of[places] - first, places)
 
     def close(self) -> None:
         """Let DALI's threads go."""
         self._pipeline = None
 
-    def _run(self, stills: Sequence[np.ndarray], windows: np.ndarray) -> Any:
-        """DALI's list of the decoded windows, resized if it is to do that."""
-        top_left, size = windows[:, :2], windows[:, 2:]
-        # Whole pixels are decoded; where a window has fractions, the resize samples inside them.
-        start = np.floor(top_left + _ROUNDING).astype(np.int32)
-        inputs = {"start": start, "shape": np.ceil(top_left + size - _ROUNDING).astype(np.int32) - start}
-        if self._resized_by_dali:
-            low = (top_left - start).astype(np.float32)
-            inputs |= {"low": low, "high": low + size.astype(np.float32)}
-        try:
-            (batch,) = self._pipeline.run(stills=list(stills), **inputs)
-        except RuntimeError as error:
-            raise UserError(f"DALI cannot decode a still ({_reason(error)})") from error
-        return batch
+    def _build(self) -> None:
+        self._pipeline = pipeline_def(_graph)(**self._options)
+        self._pipeline.build()
 
-    def _resize(self, batch: Any, windows: np.ndarray, out_nhwc: torch.Tensor) -> None:
-        """Resize neighbours of one window together: the frames of a clip have the same."""
-        place = range(len(windows))
-        for _, group in itertools.groupby(place, key=lambda still: windows[still].tobytes()):
-            run = list(group)
-            pixels_nhwc = torch.stack([torch.utils.dlpack.from_dlpack(batch[still]) for still in run])
-            resized = F.interpolate(pixels_nhwc.permute(0, 3, 1, 2), size=self._size, mode="bilinear")
-            out_nhwc[run[0] : run[-1] + 1] = resized.permute(0, 2, 3, 1)
+    def _run(self, stills: Sequence[np.ndarray], **inputs: Any) -> Any:
+        """DALI's lists of what its graph makes of the stills."""
+        try:
+            packed = {name: np.ascontiguousarray(values) for name, values in inputs.items()}
+            return self._pipeline.run(stills=list(stills), **packed)
+        except RuntimeError as error:
+            # A pipeline that failed is of no further use.
+            self._build()
+            raise UserError(f"DALI cannot decode a still ({_reason(error)})") from error
+
+    def _cut_by_opencv(
+        self,
+        cut: torch.Tensor,
+        stills: Sequence[np.ndarray],
+        windows: np.ndarray,
+        still_of: np.ndarray,
+        places: np.ndarray,
+    ) -> None:
+        spans = _spans(_whole_pixels(windows), still_of, len(stills))
+        (batch,) = self._run(stills, start=spans[:, :2], shape=spans[:, 2:] - spans[:, :2])
+        out = cut.numpy()
+        for place, window, still in zip(places, windows, still_of, strict=True):
+            _resize(batch.at(int(still)), window, spans[still], out[place])
+
+    def _cut_by_dali(
+        self,
+        cut: torch.Tensor,
+        stills: Sequence[np.ndarray],
+        windows: np.ndarray,
+        still_of: np.ndarray,
+        places: np.ndarray,
+    ) -> None:
+        """A pass cuts so many windows out of each still; one of more windows is decoded again."""
+        turn = np.arange(len(still_of)) - np.searchsorted(still_of, still_of)
+        for first in range(0, int(turn.max()) + 1, _CUTS):
+            now = np.flatnonzero((turn >= first) & (turn < first + _CUTS))
+            needed, entry = np.unique(still_of[now], return_inverse=True)
+            # What a still does not use of its cuts repeats one of its windows.
+            table = np.zeros((_CUTS, len(needed), 4))
+            table[:, entry] = windows[now]
+            table[turn[now] - first, entry] = windows[now]
+            for number, cuts in enumerate(self._cuts([stills[still] for still in needed], table)):
+                used = turn[now] - first == number
+                target, source = (torch.from_numpy(each[used]).to(cut.device) for each in (places[now], entry))
+                cut[target] = cuts[source]
+
+    def _cuts(self, stills: Sequence[np.ndarray], table: np.ndarray) -> list[torch.Tensor]:
+        """What the windows of `table`, (cuts, M, 4), show of the M stills: uint8 (M, h, w, channels) a cut."""
+        whole = np.stack([_whole_pixels(windows) for windows in table])
+        spans = np.concatenate([whole[..., :2].min(axis=0), whole[..., 2:].max(axis=0)], axis=1)
+        inputs = {"start": spans[:, :2], "shape": spans[:, 2:] - spans[:, :2]}
+        for number, (edges, windows) in enumerate(zip(whole, table, strict=True)):
+            low = (windows[:, :2] - edges[:, :2]).astype(np.float32)
+            inputs[f"start{number}"] = edges[:, :2] - spans[:, :2]
+            inputs[f"shape{number}"] = edges[:, 2:] - edges[:, :2]
+            inputs[f"low{number}"], inputs[f"high{number}"] = low, low + windows[:, 2:].astype(np.float32)
+        outputs = self._run(stills, **inputs)
+        return [torch.utils.dlpack.from_dlpack(output.as_tensor()) for output in outputs]
+
+
+def _whole_pixels(windows: np.ndarray) -> np.ndarray:
+    """Top, left, bottom, right, int32 (N, 4), of the pixels that windows touch."""
+    top_left, size = windows[:, :2], windows[:, 2:]
+    edges = np.concatenate([np.floor(top_left + _ROUNDING), np.ceil(top_left + size - _ROUNDING)], axis=1)
+    return edges.astype(np.int32)
+
+
+def _spans(edges: np.ndarray, still_of: np.ndarray, num_stills: int) -> np.ndarray:
+    """Top, left, bottom, right, int32 (num_stills, 4), of what holds all windows of a still."""
+    spans = np.tile(np.array([2**30, 2**30, 0, 0], dtype=np.int32), (num_stills, 1))
+    np.minimum.at(spans[:, :2], still_of, edges[:, :2])
+    np.maximum.at(spans[:, 2:], still_of, edges[:, 2:])
+    return spans
+
+
+def _resize(span_hwc: np.ndarray, window: np.ndarray, span: np.ndarray, out_hwc: np.ndarray) -> None:
+    """Bilinear sampling as METHOD.md's section 2 has it, not an average over the area; what lies beside the
+    window does not bleed into it.
+    """
+    top, left, bottom, right = _whole_pixels(window[None])[0]
+    pixels = span_hwc[top - span[0] : bottom - span[0], left - span[1] : right - span[1]]
+    height, width = out_hwc.shape[:2]
+    if (bottom - top, right - left) == (window[2], window[3]):
+        cv2.resize(pixels, (width, height), dst=out_hwc, interpolation=cv2.INTER_LINEAR)
+        return
+    down, across = window[2] / height, window[3] / width
+    to_source = np.array(
+        [
+            [across, 0, window[1] - left + across / 2 - 0.5],
+            [0, down, window[0] - top + down / 2 - 0.5],
+        ]
+    )
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    cv2.warpAffine(pixels, to_source, (width, height), dst=out_hwc, flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
 def _reason(error: RuntimeError) -> str:
@@ -110,17 +202,24 @@ def _reason(error: RuntimeError) -> str:
     return story.strip().splitlines()[0]
 
 
-def _graph(size: tuple[int, int] | None, output_type: Any, decoder: str) -> Any:
-    """What DALI is to do, resizing only to a given size."""
+def _graph(size: tuple[int, int] | None, output_type: Any, on_gpu: bool, hardware_share: float) -> Any:
+    """What DALI is to do: decode a part of each still and, given a size, cut windows out of it and resize them."""
     encoded = fn.external_source(name="stills", dtype=types.UINT8, ndim=1)
     start, shape = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "shape"))
-    window = fn.decoders.image_slice(
-        encoded, start=start, shape=shape, axis_names="HW", device=decoder, output_type=output_type
+    decoder = {"device": "mixed", "hw_decoder_load": hardware_share} if on_gpu else {"device": "cpu"}
+    span = fn.decoders.image_slice(
+        encoded, start=start, shape=shape, axis_names="HW", output_type=output_type, **decoder
     )
     if size is None:
-        return window
-    low, high = (fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in ("low", "high"))
-    # Plain bilinear sampling as METHOD.md's section 2 has it, not an average over the area.
+        return span
+    return tuple(_window(span, number, size) for number in range(_CUTS))
+
+
+def _window(span: Any, number: int, size: tuple[int, int]) -> Any:
+    """One window of each span, sliced first so that what lies beside it does not bleed into it."""
+    start, shape = (fn.external_source(name=f"{n}{number}", dtype=types.INT32, ndim=1) for n in ("start", "shape"))
+    low, high = (fn.external_source(name=f"{n}{number}", dtype=types.FLOAT, ndim=1) for n in ("low", "high"))
+    window = fn.slice(span, start=start, shape=shape, axis_names="HW")
     return fn.resize(
         window,
         size=size,

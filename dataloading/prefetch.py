@@ -36,6 +36,10 @@ class Prefetcher(Generic[Item]):
             self._slots.release()
             yield item
 
+    def __len__(self) -> int:
+        """Items that are ready."""
+        return self._ready.qsize()
+
     def close(self) -> None:
         """Stop after the item in work and wait for the thread to end; taken again, the items are over."""
         self._closed = True

@@ -49,7 +49,7 @@ def assembled(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Ite
             _fill_queue(learner, config, ranks, device)
         if config.train.compile:
             learner.compile()
-        with _loading(config, ranks, device, start) as loader:
+        with _loading(config, ranks, device, start, listeners) as loader:
             objective = Objective(
                 learner.network,
                 temperature=config.objective.temperature,
@@ -66,7 +66,7 @@ def assembled(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Ite
                 engine.load_optimizer_state(snapshot.optimizer, start)
             schedule = _schedule(config, loader.steps_per_epoch)
             if loader.num_left_out:
-                tell(listeners, Notice(f"{config.data.train}: {loader.num_left_out} videos are too short, left out"))
+                tell(listeners, Notice(f"{loader.num_left_out} videos are too short for a clip, left out"))
             tell(listeners, Started(start, schedule.total_steps, checkpoints.step_url(start) if snapshot else None))
             yield Trainer(
                 engine=engine,
@@ -111,7 +111,9 @@ def _learner(config: PretrainConfig, ranks: Ranks, device: torch.device, *, auto
 
 
 @contextmanager
-def _loading(config: PretrainConfig, ranks: Ranks, device: torch.device, start: int) -> Iterator[TubeletLoader]:
+def _loading(
+    config: PretrainConfig, ranks: Ranks, device: torch.device, start: int, listeners: Sequence[Listener] = ()
+) -> Iterator[TubeletLoader]:
     loader = TubeletLoader(
         config.data,
         seed=config.run.seed,
@@ -121,6 +123,8 @@ def _loading(config: PretrainConfig, ranks: Ranks, device: torch.device, start: 
         grid=config.encoder.grid(config.data.frames, config.data.crop),
         device=device,
         start_step=start,
+        bad_samples=Path(config.run.dir) / _of_rank("bad_samples", ranks),
+        listen=lambda report: tell(listeners, report),
     )
     try:
         yield loader
@@ -178,7 +182,7 @@ def _check_same_run(stored: dict[str, Any], config: PretrainConfig, url: str) ->
 def _listening(config: PretrainConfig, ranks: Ranks) -> Iterator[list[Listener]]:
     """A log on every rank; on the first also the terminal, the metrics, and Prometheus where asked for."""
     folder = Path(config.run.dir)
-    listeners: list[Listener] = [EventLog(folder / ("log.jsonl" if ranks.is_first else f"log-{ranks.rank:05d}.jsonl"))]
+    listeners: list[Listener] = [EventLog(folder / _of_rank("log", ranks))]
     if ranks.is_first:
         listeners += [Console(), MetricsFile(folder / "metrics.jsonl")]
     if ranks.is_first and config.monitoring.port is not None:
@@ -190,3 +194,8 @@ def _listening(config: PretrainConfig, ranks: Ranks) -> Iterator[list[Listener]]
     except UserError as error:
         tell(listeners, Failed(str(error)))
         raise
+
+
+def _of_rank(name: str, ranks: Ranks) -> str:
+    """A file of lines that every rank has for itself: the first one's bears the name alone."""
+    return f"{name}.jsonl" if ranks.is_first else f"{name}-{ranks.rank:05d}.jsonl"

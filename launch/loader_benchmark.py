@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dataloading.loader import TubeletLoader
-from dataloading.stream import ShardSet
+from dataloading.steps import Share
 from launch.settings import PretrainConfig
 from mcl_dist.batch import TubeletBatch
 from mcl_dist.config import load_config
@@ -32,6 +32,9 @@ class _Played:
     cpu: float = 0.0
     bytes_read: int = 0
     bytes_decoded: int = 0
+    replaced: int = 0
+    unaccounted: int = 0
+    worker_peak: int = 0
     first_batch_seconds: float = 0.0
     stages: Counter[str] = field(default_factory=Counter)
     digests: dict[tuple[int, int], bytes] = field(default_factory=dict)
@@ -51,11 +54,19 @@ def benchmark_settings(url: str, config: str | None, overrides: Sequence[str], c
     settings = load_config(PretrainConfig, config, given)
     if config is not None or any(override.startswith("train.global_batch=") for override in overrides):
         return settings
-    shard_set = ShardSet(settings.data.train, settings.data.cache)
-    window = settings.data.frames * shard_set.stored_stride(settings.data.stride)
-    usable = int((shard_set.num_frames >= settings.data.min_windows * window).sum())
+    usable = _usable(settings)
     batch = min(LARGEST_BATCH, 1 << max(usable.bit_length() - 1, 0))
     return load_config(PretrainConfig, None, [*given, f"train.global_batch={batch}"])
+
+
+def _usable(settings: PretrainConfig) -> int:
+    """Videos that are long enough, of all sets."""
+    alone = Share(settings.run.seed, global_batch=1, rank=0, num_ranks=1, grid=(1, 1, 1))
+    source = alone.source(settings.data)
+    try:
+        return source.num_samples
+    finally:
+        source.close()
 
 
 def measure_loader(
@@ -84,10 +95,13 @@ def measure_loader(
         "videos_per_second": played.measured / played.wall,
         "cpu_seconds_per_video": cpu,
         "stages": {**stages, "other": cpu - sum(stages.values())},
+        "replaced": played.replaced,
+        "unaccounted": played.unaccounted,
         "bytes_read": played.bytes_read,
         "bytes_decoded": played.bytes_decoded,
         "first_batch_seconds": played.first_batch_seconds,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # told in KiB
+        # Told in KiB; the most that this process and all workers held, each at its own time.
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + played.worker_peak,
     }
     if fingerprint:
         in_order = b"".join(played.digests[place] for place in sorted(played.digests))
@@ -131,8 +145,12 @@ def _play(loader: TubeletLoader, start: float, rank: int, played: _Played, *, fi
     played.wall += after.wall - before.wall
     played.cpu += after.cpu - before.cpu
     played.stages.update(after.stages - before.stages)
-    played.bytes_read += loader.bytes_read
-    played.bytes_decoded += loader.bytes_decoded
+    report = loader.report()
+    played.bytes_read += report.storage["bytes_read"]
+    played.bytes_decoded += report.storage["bytes_decoded"]
+    played.unaccounted += report.expected - report.delivered - report.replaced
+    played.replaced += report.replaced
+    played.worker_peak = max(played.worker_peak, report.worker_peak_bytes)
 
 
 class _Marks(NamedTuple):
@@ -144,7 +162,8 @@ class _Marks(NamedTuple):
 
 
 def _marks(loader: TubeletLoader) -> _Marks:
-    return _Marks(time.perf_counter(), time.process_time(), Counter(loader.stages.seconds))
+    report = loader.report()
+    return _Marks(time.perf_counter(), time.process_time() + report.worker_cpu_seconds, Counter(report.stages))
 
 
 def _digests(batch: TubeletBatch) -> Iterable[bytes]:

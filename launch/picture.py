@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from dataloading.data_config import DataConfig
 from dataloading.inspect import VIEWS, decoded, decoded_frames
-from dataloading.loader import DataConfig
 from dataloading.plan import sample_generator
 from dataloading.stream import ShardSet, StoredVideo
 from dataloading.tubelets import CutConfig, Tubelet, draw_tubelets

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dataloading.loader import DataConfig, check_clips
+from dataloading.data_config import DataConfig, check_clips
 from mcl_dist.checkpoint import CheckpointConfig
 from mcl_dist.config import number
 from mcl_dist.encoder import EncoderConfig

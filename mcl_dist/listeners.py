@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 LINE_SECONDS = 5.0  # between progress lines where nobody watches
 NAMED = 4  # samples on a line of the terminal; the log has them all
@@ -87,6 +87,33 @@ class LossSpike:
 
 
 @dataclass(frozen=True)
+class LoaderReport:
+    """What has fed a rank since it began; each counts from there.
+
+    Attributes:
+        expected: samples that the steps so far ask for.
+        delivered, replaced: of these, those that came, and those that were bad and had others stand in for them.
+        bad_samples: different bad samples, by reason.
+        waited_seconds: that the training loop waited for batches.
+        queue: batches that are ready.
+        stages: CPU seconds by stage.
+        storage: counts of reading: bytes, requests, retries by reason, hits and evictions of the cache, seconds.
+        worker_cpu_seconds, worker_peak_bytes: of all worker processes together.
+    """
+
+    expected: int
+    delivered: int
+    replaced: int
+    bad_samples: dict[str, int]
+    waited_seconds: float
+    queue: int
+    stages: dict[str, float]
+    storage: dict[str, Any]
+    worker_cpu_seconds: float
+    worker_peak_bytes: int
+
+
+@dataclass(frozen=True)
 class CheckpointWritten:
     """A checkpoint is complete."""
 
@@ -117,7 +144,7 @@ class Failed:
     reason: str
 
 
-Event = Started | StepDone | StepSkipped | LossSpike | CheckpointWritten | Notice | Finished | Failed
+Event = Started | StepDone | StepSkipped | LossSpike | LoaderReport | CheckpointWritten | Notice | Finished | Failed
 Listener = Callable[[Event], None]
 
 
@@ -134,15 +161,15 @@ class Console:
         self._stream = stream or sys.stdout
         self._rewrites = self._stream.isatty()
         self._mean_seconds: float | None = None
+        self._bad_samples: dict[str, int] = {}
         self._last_line = -LINE_SECONDS
 
     def __call__(self, event: Event) -> None:
         """Print what the event says."""
         match event:
-            case Started(step, total_steps, None):
-                self._say(f"starting at step {step} of {total_steps}")
             case Started(step, total_steps, resumed_from):
-                self._say(f"resumed from {resumed_from}, {step} of {total_steps} steps done")
+                resumed = f"resumed from {resumed_from}, {step} of {total_steps} steps done"
+                self._say(resumed if resumed_from else f"starting at step {step} of {total_steps}")
             case StepDone():
                 self._progress(event)
             case StepSkipped(step, samples, reason, in_a_row):
@@ -157,6 +184,10 @@ class Console:
                 )
             case CheckpointWritten(step, url, seconds):
                 self._say(f"checkpoint of step {step} written to {url} in {seconds:.1f} s")
+            case LoaderReport(bad_samples=bad) if bad and bad != self._bad_samples:
+                self._bad_samples = bad
+                reasons = ", ".join(f"{count} {reason}" for reason, count in bad.items())
+                self._say(f"bad samples replaced by others: {reasons}; bad_samples.jsonl lists them")
             case Notice(text):
                 self._say(text)
             case Finished(step, peak_bytes):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from mcl_dist.listeners import CheckpointWritten, Event, LossSpike, StepDone, StepSkipped
+from mcl_dist.listeners import CheckpointWritten, Event, LoaderReport, LossSpike, StepDone, StepSkipped
+from monitoring.loader_metrics import LoaderMetrics
 
 STEP_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
@@ -15,6 +16,7 @@ class TrainingMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         own = self.registry
+        self._loader = LoaderMetrics(own)
         self._videos = Counter("mcl_videos_total", "Videos that training has consumed, over all ranks.", registry=own)
         self._step = Gauge("mcl_step", "Steps done.", registry=own)
         self._steps = Gauge("mcl_steps_planned", "Steps of the whole run.", registry=own)
@@ -56,6 +58,8 @@ class TrainingMetrics:
                 self._in_a_row.set(event.in_a_row)
             case LossSpike():
                 self._spikes.labels("warned" if event.rolled_back_to is None else "rolled_back").inc()
+            case LoaderReport():
+                self._loader.take(event)
             case CheckpointWritten(step, _, seconds):
                 self._checkpoint.set(step)
                 self._saving.set(seconds)

@@ -1,16 +1,25 @@
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from dataloading.augment import Augmentation, AugmentConfig, augment, draw_augmentation, mirror_flow
+from dataloading.augment import (
+    Augmentation,
+    AugmentConfig,
+    augment,
+    augment_by_opencv,
+    augment_by_torch,
+    draw_augmentation,
+)
 from mcl_dist.config import build_config
 from mcl_dist.errors import ConfigError
 
+Apply = Callable[[torch.Tensor, Augmentation], torch.Tensor]
 NOTHING = Augmentation(jitter=(), grey=False, blur_sigma=0.0, mirror=False)
 
 
@@ -20,8 +29,19 @@ def clip(seed: int = 0, size: int = 24) -> torch.Tensor:
     return torch.randint(0, 256, (4, size, size + 8, 3), dtype=torch.uint8, generator=generator)
 
 
-def jittered(name: str, value: float) -> torch.Tensor:
-    return augment(clip(), replace(NOTHING, jitter=((name, value),)))
+@pytest.fixture(params=[augment_by_opencv, augment_by_torch])
+def apply(request: pytest.FixtureRequest) -> Apply:
+    """What CPUs run, and what GPUs run."""
+
+    def changed(pixels: torch.Tensor, drawn: Augmentation) -> torch.Tensor:
+        request.param(pixels, drawn)
+        return pixels
+
+    return changed
+
+
+def jittered(apply: Apply, name: str, value: float) -> torch.Tensor:
+    return apply(clip(), replace(NOTHING, jitter=((name, value),)))
 
 
 def grey_of(pixels: torch.Tensor) -> torch.Tensor:
@@ -33,29 +53,29 @@ def assert_rounded(found: torch.Tensor, exact: torch.Tensor) -> None:
     assert (found.double() - exact.clamp(0, 255)).abs().max() <= 0.51
 
 
-def test_nothing_drawn_changes_nothing() -> None:
-    assert torch.equal(augment(clip(), NOTHING), clip())
+def test_nothing_drawn_changes_nothing(apply: Apply) -> None:
+    assert torch.equal(apply(clip(), NOTHING), clip())
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.4])
-def test_brightness_scales_pixels(factor: float) -> None:
-    assert_rounded(jittered("brightness", factor), clip().double() * factor)
+def test_brightness_scales_pixels(apply: Apply, factor: float) -> None:
+    assert_rounded(jittered(apply, "brightness", factor), clip().double() * factor)
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.4])
-def test_contrast_blends_with_the_mean_grey_of_the_frame(factor: float) -> None:
+def test_contrast_blends_with_the_mean_grey_of_the_frame(apply: Apply, factor: float) -> None:
     mean = grey_of(clip()).mean(dim=(1, 2))[:, None, None, None]
-    assert_rounded(jittered("contrast", factor), factor * clip().double() + (1 - factor) * mean)
+    assert_rounded(jittered(apply, "contrast", factor), factor * clip().double() + (1 - factor) * mean)
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.4])
-def test_saturation_blends_with_the_grey_of_the_pixel(factor: float) -> None:
+def test_saturation_blends_with_the_grey_of_the_pixel(apply: Apply, factor: float) -> None:
     grey = grey_of(clip())[..., None]
-    assert_rounded(jittered("saturation", factor), factor * clip().double() + (1 - factor) * grey)
+    assert_rounded(jittered(apply, "saturation", factor), factor * clip().double() + (1 - factor) * grey)
 
 
 @pytest.mark.parametrize("turn", [-0.5, -0.1, 0.0, 0.07, 0.1, 0.5])
-def test_hue_turns_the_colour_circle_of_hsv(turn: float) -> None:
+def test_hue_turns_the_colour_circle_of_hsv(apply: Apply, turn: float) -> None:
     pixels = clip()
     pixels[0, 0, :4] = torch.tensor([[0, 0, 0], [255, 255, 255], [9, 9, 9], [255, 0, 255]])
     expected = []
@@ -63,27 +83,27 @@ def test_hue_turns_the_colour_circle_of_hsv(turn: float) -> None:
         hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
         expected.append(colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value))
 
-    turned = augment(pixels, replace(NOTHING, jitter=(("hue", turn),)))
+    turned = apply(pixels, replace(NOTHING, jitter=(("hue", turn),)))
 
     assert_rounded(turned, torch.tensor(expected, dtype=torch.float64).view(pixels.shape) * 255)
 
 
-def test_jitter_is_applied_in_the_order_drawn() -> None:
+def test_jitter_is_applied_in_the_order_drawn(apply: Apply) -> None:
     steps = (("brightness", 1.4), ("contrast", 0.6))
 
-    one, other = (augment(clip(), replace(NOTHING, jitter=order)) for order in (steps, steps[::-1]))
+    one, other = (apply(clip(), replace(NOTHING, jitter=order)) for order in (steps, steps[::-1]))
 
     assert not torch.equal(one, other)
 
 
-def test_grey_leaves_the_luma_in_all_channels() -> None:
-    grey = augment(clip(), replace(NOTHING, grey=True))
+def test_grey_leaves_the_luma_in_all_channels(apply: Apply) -> None:
+    grey = apply(clip(), replace(NOTHING, grey=True))
 
     assert_rounded(grey, grey_of(clip())[..., None].expand(clip().shape))
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
-def test_blur_is_a_gaussian_with_reflected_edges(sigma: float) -> None:
+def test_blur_is_a_gaussian_with_reflected_edges(apply: Apply, sigma: float) -> None:
     radius = int(np.ceil(3 * sigma))
     kernel = np.exp(-((np.arange(-radius, radius + 1) / sigma) ** 2) / 2)
     kernel /= kernel.sum()
@@ -94,11 +114,22 @@ def test_blur_is_a_gaussian_with_reflected_edges(sigma: float) -> None:
         windows = np.lib.stride_tricks.sliding_window_view(padded, len(kernel), axis=axis)
         exact = windows @ kernel
 
-    assert_rounded(augment(clip(), replace(NOTHING, blur_sigma=sigma)), torch.from_numpy(exact))
+    assert_rounded(apply(clip(), replace(NOTHING, blur_sigma=sigma)), torch.from_numpy(exact))
 
 
-def test_mirror_turns_left_and_right() -> None:
-    assert torch.equal(augment(clip(), replace(NOTHING, mirror=True)), clip().flip(2))
+def test_mirror_turns_left_and_right(apply: Apply) -> None:
+    assert torch.equal(apply(clip(), replace(NOTHING, mirror=True)), clip().flip(2))
+
+
+def test_what_a_gpu_runs_gives_the_pixels_of_the_cpu() -> None:
+    rng = np.random.default_rng(3)
+    for seed in range(40):
+        drawn = draw_augmentation(rng, AugmentConfig())
+        expected, found = augment(clip(seed), drawn), clip(seed)
+        augment_by_torch(found, drawn)
+        difference = (found.int() - expected.int()).abs()
+        assert difference.max() <= 1
+        assert difference.float().mean() < 0.01
 
 
 def test_frames_do_not_depend_on_how_many_are_worked_on_together() -> None:
@@ -131,13 +162,6 @@ def test_a_gpu_gives_the_pixels_of_the_cpu() -> None:
     difference = augment(clip().cuda(), drawn).cpu().int() - augment(clip(), drawn).int()
 
     assert difference.abs().max() <= 1
-
-
-def test_mirrored_flow_moves_the_other_way() -> None:
-    flow = torch.tensor([[[0, 10], [100, 20], [255, 30]]], dtype=torch.uint8)
-
-    assert mirror_flow(flow).tolist() == [[[0, 30], [155, 20], [255, 10]]]
-    assert torch.equal(mirror_flow(mirror_flow(flow)), flow)
 
 
 def test_draws_are_as_frequent_and_as_strong_as_asked() -> None:

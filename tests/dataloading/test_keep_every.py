@@ -13,8 +13,9 @@ import torch
 from dataloading.augment import AugmentConfig
 from dataloading.build import build_shards
 from dataloading.clips import ClipGeometry, ProbeClips
+from dataloading.data_config import DataConfig
 from dataloading.inspect import inspect_video
-from dataloading.loader import DataConfig, TubeletLoader
+from dataloading.loader import TubeletLoader
 from dataloading.process import BuildConfig, VideoProcessor
 from dataloading.shards import Sample
 from dataloading.sources import Source, scan_sources

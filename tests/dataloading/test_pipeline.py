@@ -98,6 +98,42 @@ def test_threads_do_not_change_the_bytes() -> None:
     assert torch.equal(decoder(threads=1)(stills, windows), decoder(threads=3)(stills, windows))
 
 
+def test_a_still_of_several_windows_gives_what_a_decode_for_each_gives() -> None:
+    stills, still_of, windows = shared_stills()
+
+    shared = decoder(max_batch=4)(stills, windows, still_of)
+
+    assert torch.equal(shared, decoder()([stills[still] for still in still_of], windows))
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_dali_and_opencv_resize_alike(grey: bool) -> None:
+    stills, still_of, windows = shared_stills(grey=grey)
+
+    cut = decoder(grey=grey)(stills, windows, still_of)
+    by_dali = decoder(grey=grey, dali_resizes=True, max_batch=4)(stills, windows, still_of)
+
+    assert (cut.int() - by_dali.int()).abs().max() <= 1
+
+
+def shared_stills(*, grey: bool = False) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Six stills, the still of each of 20 windows, and the windows, of fractions of pixels where grey."""
+    rng = np.random.default_rng(0)
+    stills = [jpeg(picture(seed)[..., 0] if grey else picture(seed)) for seed in range(6)]
+    still_of = rng.permutation(np.concatenate([np.arange(6), rng.integers(0, 6, 14)]))
+    windows = rng.integers([0, 0, 30, 30], [30, 30, 60, 90], size=(20, 4)).astype(float)
+    return stills, still_of, windows + rng.random(windows.shape) if grey else windows
+
+
+def test_a_decoder_is_of_use_after_an_error() -> None:
+    one = decoder()
+    still = jpeg(picture(5))
+    with pytest.raises(UserError):
+        one([still, np.zeros(50, dtype=np.uint8)], np.tile([0, 0, 5, 5], (2, 1)))
+
+    assert torch.equal(one([still], np.array([[0, 0, 5, 5]])), decoder()([still], np.array([[0, 0, 5, 5]])))
+
+
 def test_a_still_that_cannot_be_decoded_is_an_error_of_one_line() -> None:
     with pytest.raises(UserError, match=r"^DALI cannot decode a still \([^\n]+\)$"):
         decoder()([np.zeros(50, dtype=np.uint8)], np.array([[0, 0, 5, 5]]))

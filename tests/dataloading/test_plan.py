@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -12,16 +14,16 @@ def plan(num_samples: int = 47, lanes: int = 8, seed: int = 3, shuffle_window: i
 
 
 def epoch_of(order: Plan, epoch: int) -> np.ndarray:
-    """(steps, lanes)"""
-    steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
-    return np.array([order.samples(step, range(order.lanes)) for step in steps])
+    """(places, lanes)"""
+    places = range(order.lane_length)
+    return np.array([[order.sample(epoch, lane, place) for lane in range(order.lanes)] for place in places])
 
 
 def test_no_sample_comes_twice_in_an_epoch() -> None:
     order = plan()
 
     for epoch in range(10):
-        assert len(np.unique(epoch_of(order, epoch))) == order.steps_per_epoch * order.lanes
+        assert len(np.unique(epoch_of(order, epoch))) == order.lane_length * order.lanes
 
 
 def test_every_sample_sits_out_equally_often() -> None:
@@ -61,12 +63,22 @@ def test_a_lane_shuffles_within_windows() -> None:
         assert np.array_equal(np.sort(samples.T.reshape(4, 4, 4), axis=2), windows)
 
 
-def test_the_order_is_the_same_however_one_gets_to_a_step() -> None:
-    straight, jumping = plan(), plan()
-    expected = [straight.samples(step, range(8)) for step in range(30)]
+def test_the_order_is_the_same_however_one_gets_to_a_place() -> None:
+    expected = [epoch_of(plan(), epoch) for epoch in range(4)]
+    jumping = plan()
 
-    for step in (29, 3, 17, 4):
-        assert np.array_equal(jumping.samples(step, range(8)), expected[step])
+    for epoch, lane, place in ((3, 7, 4), (0, 1, 3), (2, 0, 1), (0, 7, 0)):
+        assert jumping.sample(epoch, lane, place) == expected[epoch][place, lane]
+
+
+def test_only_the_window_of_a_sample_is_shuffled_to_find_it() -> None:
+    order = plan(num_samples=10**9, lanes=64, shuffle_window=256)
+
+    start = time.process_time()
+    found = [order.sample(epoch, 63, order.lane_length - 1) for epoch in range(100)]
+
+    assert time.process_time() - start < 1
+    assert all(10**9 - 64 - 256 <= sample < 10**9 for sample in found)
 
 
 def test_the_order_depends_on_the_seed() -> None:
@@ -74,28 +86,25 @@ def test_the_order_depends_on_the_seed() -> None:
 
 
 def test_ranks_share_the_lanes_out_in_order() -> None:
-    order = plan()
-    whole = order.samples(5, range(8))
+    shares = [lanes_of_rank(rank, num_ranks=4, lanes=8) for rank in range(4)]
 
-    shares = [order.samples(5, lanes_of_rank(rank, num_ranks=4, lanes=8)) for rank in range(4)]
-
-    assert np.array_equal(np.concatenate(shares), whole)
+    assert [lane for share in shares for lane in share] == list(range(8))
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"train.global_batch: found 8, must be a multiple .* \(3\)"):
+    with pytest.raises(ConfigError, match=r"train.global_batch\): found 8, must be a multiple .* \(3\)"):
         lanes_of_rank(0, num_ranks=3, lanes=8)
 
 
 def test_a_set_smaller_than_the_global_batch_is_refused() -> None:
-    with pytest.raises(UserError, match="7 usable videos are fewer than the global batch of 8"):
+    with pytest.raises(UserError, match="7 usable videos are fewer than the 8 of a global batch"):
         plan(num_samples=7)
 
 
 def test_generators_of_one_sample_are_equal_and_of_others_differ() -> None:
-    names = [(1, 2, 3), (1, 2, 4), (1, 3, 3), (2, 2, 3)]
+    names = [(1, 2, 3, 0), (1, 2, 4, 0), (1, 3, 3, 0), (2, 2, 3, 0), (1, 2, 3, 1)]
 
     draws = {name: sample_generator(*name).random(8).tolist() for name in names}
 
-    assert draws[1, 2, 3] == sample_generator(1, 2, 3).random(8).tolist()
+    assert draws[1, 2, 3, 0] == sample_generator(1, 2, 3).random(8).tolist()
     assert len({tuple(values) for values in draws.values()}) == len(names)

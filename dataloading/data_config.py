@@ -1,0 +1,87 @@
+"""What is trained on, how it is cut, and who does the work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dataloading.augment import AugmentConfig, blur_radius
+from dataloading.fetch import FetchConfig
+from mcl_dist.config import number
+from mcl_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SetConfig:
+    """One of several sets: its URL, and its share of the samples relative to the other sets' weights."""
+
+    url: str
+    weight: float = number(1.0, minimum=1e-6)
+
+
+@dataclass(frozen=True)
+class DataConfig(FetchConfig):
+    """What is trained on and how it is cut; how it is fetched, see `FetchConfig`.
+
+    Attributes:
+        train: URL of the shard set.
+        sets: several sets with their weights, instead of `train`.
+        frames, stride, crop: of a clip, in frames, source frames (whether the set stores them all or not) and
+            pixels.
+        min_windows: videos under so many windows (frames x stride) are left out.
+        motion_probability: chance that a video's starts are motion-focused.
+        lanes: into which the samples are cut, and of which every rank reads its own; they divide the global
+            batch, the ranks divide them. None: one lane for each video of the global batch.
+        shuffle_window: videos of a lane that an epoch shuffles among themselves.
+        max_bad_fraction: of a rank's samples that may be bad, and be replaced, before the run stops.
+        workers: processes of a rank that make batches (on a GPU: that read and draw what it decodes); 0: a
+            thread of the rank itself.
+        threads: decoding threads of a rank or of each worker.
+        prefetch: batches made ahead, besides the one that each worker is at.
+        hardware_share: of a GPU's decoding that its hardware decoder takes, where it has one.
+        cache: local folder for the shards of a set that is elsewhere, shared by the processes of a machine.
+        augment: ranges of crops and what is done to the pixels.
+    """
+
+    train: str | None = None
+    sets: tuple[SetConfig, ...] = ()
+    frames: int = number(16, minimum=1)
+    stride: int = number(2, minimum=1)
+    crop: int = number(224, minimum=16)
+    min_windows: int = number(1, minimum=1)
+    motion_probability: float = number(0.7, minimum=0, maximum=1)
+    lanes: int | None = number(None, minimum=1)
+    shuffle_window: int = number(256, minimum=1)
+    max_bad_fraction: float = number(0.01, minimum=0, maximum=1)
+    workers: int = number(0, minimum=0)
+    threads: int = number(1, minimum=1)
+    prefetch: int = number(2, minimum=1)
+    hardware_share: float = number(0.65, minimum=0, maximum=1)
+    cache: str | None = None
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        if self.train is None and not self.sets:
+            raise ConfigError("data.train: missing; set it in the file or as data.train=URL (or data.sets for several)")
+        if self.train is not None and self.sets:
+            raise ConfigError(f"data.train: found {self.train} beside data.sets; give one of the two")
+
+    @property
+    def all_sets(self) -> tuple[SetConfig, ...]:
+        """The sets that are trained on, whichever way they were given."""
+        return self.sets or (SetConfig(str(self.train)),)
+
+
+def check_clips(config: DataConfig, grid: tuple[int, int, int]) -> None:
+    """Whether clips of this shape can be cut, and have targets on the (T', H', W') grid of the encoder.
+
+    Raises:
+        ConfigError: the grid of the targets does not divide a clip, or the blur is wider than a view.
+    """
+    time, rows, columns = grid
+    if config.frames % time:
+        raise ConfigError(f"data.frames: found {config.frames}, must be a multiple of {time}, the encoder's")
+    if config.crop % rows or config.crop % columns:
+        raise ConfigError(f"data.crop: found {config.crop}, must be a multiple of {rows}, the encoder's")
+    sigma = config.augment.blur_sigma[1]
+    if blur_radius(sigma) >= config.crop:
+        raise ConfigError(f"data.augment.blur_sigma: found {sigma}, too wide for data.crop of {config.crop}")
