@@ -94,14 +94,33 @@ def mortal_nodes() -> Iterator[TwoNodes]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve good videos, which make a shard of a megabyte each, and one that is none."""
+    """Ten good videos, which make a shard of a megabyte each, and one that is none."""
     folder = tmp_path_factory.mktemp("videos") / "a"
     folder.mkdir()
     rng = np.random.default_rng(5)
-    for number in range(12):
-        write_video(folder / f"{number}.mp4", rng.integers(0, 256, (80, 112, 144), dtype=np.uint8))
+    for number in range(10):
+        picture = rng.integers(0, 256, (112, 144), dtype=np.uint8)
+        write_video(folder / f"{number}.mp4", np.stack([np.roll(picture, time, axis=1) for time in range(80)]))
     (folder / "broken.mp4").write_bytes(b"no video")
     return folder.parent
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The contents of the set that one process of this machine builds."""
+    folder = tmp_path_factory.mktemp("whole") / "set"
+    assert main(["shards", "build", str(source), str(folder), *OPTIONS, "--workers", "1"]) == 0
+    return contents(folder)
+
+
+def start(source: Path, destination: Path, address: str) -> subprocess.Popen[str]:
+    """A build on the cluster, with its first shard finished."""
+    command = [sys.executable, "-m", "launch.cli", "shards", "build", str(source), str(destination), *OPTIONS]
+    command += ["--executor", "ray", "--address", address, "--json"]
+    build = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (destination / "shard-000000.done.json").exists():
+        assert build.poll() is None, build.communicate()
+    return build
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -110,23 +129,28 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_set_is_the_same_wherever_it_is_built_though_a_node_dies_midway(
-    source: Path, tmp_path: Path, mortal_nodes: TwoNodes
+    source: Path, whole: dict[str, bytes], tmp_path: Path, mortal_nodes: TwoNodes
 ) -> None:
-    for workers in ("1", "2"):
-        where = ("--workers", workers)
-        assert main(["shards", "build", str(source), str(tmp_path / workers), *OPTIONS, *where]) == 0
-    command = [sys.executable, "-m", "launch.cli", "shards", "build", str(source), str(tmp_path / "ray"), *OPTIONS]
-    command += ["--executor", "ray", "--address", mortal_nodes.address, "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as build:
-        while not (tmp_path / "ray" / "shard-000000.done.json").exists():
-            assert build.poll() is None, build.communicate()
+    assert main(["shards", "build", str(source), str(tmp_path / "2"), *OPTIONS, "--workers", "2"]) == 0
+    with start(source, tmp_path / "ray", mortal_nodes.address) as build:
         mortal_nodes.kill_one()
         out, err = build.communicate(timeout=120)
     assert build.returncode == 0, err
-    assert json.loads(out)["videos"] == 12
+    assert json.loads(out)["videos"] == 10
     assert "of the Ray cluster is gone; its videos are built elsewhere" in err
-    assert contents(tmp_path / "ray") == contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert contents(tmp_path / "ray") == contents(tmp_path / "2") == whole
     assert json.loads((tmp_path / "ray" / REPORT).read_bytes())["executor"] == "ray"
+
+
+def test_a_builder_that_was_killed_goes_on_with_the_same_cluster(
+    source: Path, whole: dict[str, bytes], tmp_path: Path, two_nodes: TwoNodes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with start(source, tmp_path / "set", two_nodes.address) as build:
+        build.kill()
+    where = ("--executor", "ray", "--address", two_nodes.address)
+    assert main(["shards", "build", str(source), str(tmp_path / "set"), *OPTIONS, *where]) == 0
+    assert "going on after" in capsys.readouterr().err
+    assert contents(tmp_path / "set") == whole
 
 
 def test_a_cluster_that_does_not_answer_is_one_line(
