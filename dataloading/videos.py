@@ -86,11 +86,14 @@ class Video:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         num_frames = 0
+        matrix = np.eye(2, dtype=np.int32)
         times = []
         # One converter for all frames: `to_ndarray` would set up a new one for each, which costs more than decoding.
         converter = VideoReformatter()
         for frame in self._decoded():
-            rgb = as_shown(converter.reformat(frame, format="rgb24").to_ndarray(), display_matrix(frame))
+            # Of the first frame alone: a frame that was asked for its side data holds on to itself.
+            matrix = matrix if num_frames else display_matrix(frame)
+            rgb = as_shown(converter.reformat(frame, format="rgb24").to_ndarray(), matrix)
             if not num_frames:
                 self.height, self.width = target_size(rgb.shape[0], rgb.shape[1], self._short_side)
             yield resized(rgb, self.height, self.width)

@@ -240,7 +240,7 @@ class BuildProgress:
         done = self._kept + self.num_built
         speed = self.num_built / max(seconds, 1e-9)
         line = (
-            f"{done} of {self.total} videos, {self._refused} refused, {speed:.1f} videos/s, "
+            f"{done} of {self.total} videos, {self._refused} refused, {speed:.2f} videos/s, "
             f"{self._bytes / max(seconds, 1e-9) / 1e6:.1f} MB/s, about {_duration((self.total - done) / speed)} left"
         )
         self._clear()

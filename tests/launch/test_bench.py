@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dataloading.synthetic import write_video
 from launch.cli import main
 from launch.flow_benchmark import box_overlap, map_correlation
 
@@ -58,6 +61,22 @@ def test_a_builds_stages_add_up(videos: Path, capsys: pytest.CaptureFixture[str]
     assert sum(report["stages"].values()) == pytest.approx(report["cpu_seconds"])
     assert report["frames"] == 72
     assert report["peak_rss_bytes"] > 2**20
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_length_of_a_video_beyond_its_stills(tmp_path: Path) -> None:
+    # Eighty frames of 1920 by 1080 more, were they held, would be 500 MB, or 250 MB as they are decoded.
+    for name, num_frames in (("short", 40), ("long", 120)):
+        write_video(tmp_path / f"{name}.mp4", np.broadcast_to(np.uint8(90), (num_frames, 1080, 1920)))
+    code = f"""
+from pathlib import Path
+from launch.build_benchmark import measure_build
+for name in ("short", "long"):
+    print(measure_build(Path({str(tmp_path)!r}) / f"{{name}}.mp4", "dis")["peak_rss_bytes"])
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    short, long = map(int, told.split())
+    assert long - short < 50e6
 
 
 def test_a_broken_video_or_an_unknown_estimator_fails_in_one_line(

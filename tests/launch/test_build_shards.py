@@ -165,7 +165,7 @@ def test_a_person_watching_sees_one_line_rewritten(monkeypatch: pytest.MonkeyPat
     os.close(leader)
     told = b"".join(pieces).decode()
     assert "a/x.mp4: refused, too short: 3 frames" in told
-    line = r"\r\033\[K1 of 2 videos, 1 refused, \d+\.\d videos/s, 0\.0 MB/s, about 0 s left\r\033\[K"
+    line = r"\r\033\[K1 of 2 videos, 1 refused, \d+\.\d+ videos/s, 0\.0 MB/s, about 0 s left\r\033\[K"
     assert re.search(line, told)
 
 
