@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dataloading.fetch import FetchConfig
-from dataloading.store import Store
 from dataloading.stream import ShardSet
 from mcl_dist.errors import UserError
-from mcl_dist.storage import Folder
-from tests.faultproxy import FaultProxy, fault_proxy
-from tests.nginx import running_nginx
+from tests.faultproxy import FaultProxy
 from tests.s3 import SECRET, S3Store
+from tests.stores import behind_http, behind_s3
 
 WriteSet = Callable[..., Path]
 LENGTHS = [9, 12, 8, 20, 10, 9, 14, 11]
-SEED = 15  # of few stalls, which take long, and all kinds of faults among the first 20 requests
 REASONS = {"503": "server_error", "reset": "reset", "stall": "stall", "short": "short_body", "flip": "wrong_digest"}
 
 
@@ -45,33 +41,9 @@ def folder(write_set: WriteSet) -> Path:
     return write_set(LENGTHS, per_shard=1)
 
 
-@contextmanager
-def behind_s3(
-    folder: Path, store: S3Store, url: str, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[str, FaultProxy]]:
-    """The set in the bucket at `url`, to be reached through a proxy."""
-    from s3fs import S3FileSystem
-
-    target = Folder(url)
-    for path in folder.iterdir():
-        target.put(path, path.name)
-    with fault_proxy(store.endpoint, SEED, share=0) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        S3FileSystem.clear_instance_cache()
-        Store(url).read("manifest.json", 0, 1, 30)  # the first loads what the library needs to know
-        proxy.requests.clear()
-        yield url, proxy
-
-
-@contextmanager
-def behind_http(folder: Path, work: Path) -> Iterator[tuple[str, FaultProxy]]:
-    with running_nginx(work, folder.parent) as url, fault_proxy(url, SEED, share=0) as proxy:
-        yield f"{proxy.url}/{folder.name}", proxy
-
-
 def check_identity(folder: Path, url: str, proxy: FaultProxy, cache: Path, fetch: str) -> None:
     proxy.share = 0.3
-    shards = ShardSet(url, str(cache), FetchConfig(fetch=fetch, request_seconds=0.8))
+    shards = ShardSet(url, str(cache), FetchConfig(fetch=fetch, request_seconds=2.0))
     assert fingerprint(shards) == fingerprint(ShardSet(str(folder)))
     counters = shards.counters()
     assert {kind: counters["retries"][reason] for kind, reason in REASONS.items()} == {
