@@ -102,10 +102,16 @@ class ReadWorker:
     def __call__(self) -> DoStep:
         """What puts the encoded videos of a step into a room."""
         reader = StepReader(self.share.source(self.config))
+        started = time.process_time()
 
         def do_step(step: int, room: Room) -> dict[str, Any]:
             read = reader(step)
-            return {"step": step, "videos": pack(read.videos, room), "bad": read.bad, "spent": _of_worker(read.spent)}
+            return {
+                "step": step,
+                "videos": pack(read.videos, room),
+                "bad": read.bad,
+                "spent": _of_worker(read.spent, started),
+            }
 
         return do_step
 
@@ -129,6 +135,7 @@ class BatchWorker:
         torch.set_num_threads(1)
         source = self.share.source(self.config)
         reader, maker = StepReader(source), BatchMaker(self.config, self.share.grid, torch.device("cpu"))
+        started = time.process_time()
 
         def do_step(step: int, room: Room) -> dict[str, Any]:
             def views(num_videos: int) -> torch.Tensor:
@@ -137,7 +144,7 @@ class BatchWorker:
             made = decode_step(reader(step), maker, source, views)
             for name in ("motion", "order", "samples"):
                 room.put(name, getattr(made.batch, name).numpy())
-            return {"step": step, "replaced": made.replaced, "bad": made.bad, "spent": _of_worker(made.spent)}
+            return {"step": step, "replaced": made.replaced, "bad": made.bad, "spent": _of_worker(made.spent, started)}
 
         return do_step
 
@@ -149,7 +156,7 @@ class BatchWorker:
         return MadeStep(said["step"], batch, said["replaced"], said["bad"], {done.worker: said["spent"]})
 
 
-def _of_worker(spent: Spent) -> dict[str, Any]:
-    """With what only a process of its own can say."""
+def _of_worker(spent: Spent, started: float) -> dict[str, Any]:
+    """With what only a process of its own can say: the CPU time since it `started`, and its memory."""
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # told in KiB
-    return {**spent[HERE], "worker_cpu_seconds": time.process_time(), "worker_peak_bytes": peak_bytes}
+    return {**spent[HERE], "worker_cpu_seconds": time.process_time() - started, "worker_peak_bytes": peak_bytes}
