@@ -47,7 +47,7 @@ def launch(arguments: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
-    command += ["--num_gpus", str(num_ranks), "--master_port", str(_free_port()), str(Path(__file__).resolve())]
+    command += ["--num_gpus", str(num_ranks), "--master_port", str(free_port()), str(Path(__file__).resolve())]
     command += ["--config", arguments.config, *arguments.overrides]
     return subprocess.run(command, env=environment, check=False).returncode
 
@@ -100,7 +100,8 @@ def pretrain(config_path: str, overrides: Sequence[str]) -> None:
         ranks.barrier()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +18,7 @@ from launch.step_forms import Form, GrowingStep, TrainerStep, forms
 from mcl_dist.batch import NUM_VIEWS, TubeletBatch
 from mcl_dist.engine import pick_device
 from mcl_dist.errors import UserError
+from mcl_dist.trainer import peak_bytes
 
 PHASES = ("copy", "keys", "forward", "backward", "optimizer", "momentum", "queue", "other")
 WARM_UP = 3  # steps; the first compiles, the next two settle the allocators
@@ -121,7 +121,7 @@ def _measure(config: PretrainConfig, form: Form, steps: int) -> _Measured:
         milliseconds=fastest.total(),
         ms={phase: fastest.spent(phase) for phase in PHASES},
         cpu_ms=min(cpu) * 1e3,
-        peak_bytes=_peak_bytes(device),
+        peak_bytes=peak_bytes(device),
         matmul_ms=matmul_ms,
         loss=loss,
     )
@@ -196,12 +196,6 @@ def _noise(config: PretrainConfig, device: torch.device) -> TubeletBatch:
         samples=torch.arange(size),
     )
     return batch.pinned() if device.type == "cuda" else batch
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # told in KiB
 
 
 def _in_a_process(function: Callable[..., _Result], *arguments: object) -> _Result:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from launch import plain_step
+from launch.pretrain import free_port
 from launch.settings import PretrainConfig
 from mcl_dist.alignment import align, alignment_map, similarity_gradient
 from mcl_dist.batch import FIRST_KEY, QUERY, TubeletBatch
@@ -143,7 +143,7 @@ class TrainerStep:
     def __init__(self, config: PretrainConfig, form: Form, device: torch.device) -> None:
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
             os.environ[name] = value
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
         join_process_group(device)
         self._device = device
         learner = _learner(config, form, device)
@@ -215,10 +215,3 @@ def _learner(config: PretrainConfig, form: Form, device: torch.device) -> Learne
     if form.compiled:
         learner.compile()
     return learner
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

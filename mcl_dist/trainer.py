@@ -145,7 +145,7 @@ class Trainer:
                 self._answer(self._spike, step + 1)
             elif is_due:
                 self._save(step + 1)
-        tell(self.listeners, Finished(total, _peak_bytes(self.ranks.device)))
+        tell(self.listeners, Finished(total, peak_bytes(self.ranks.device)))
 
     def take(self, step: int, batch: TubeletBatch, waited: float) -> Pending:
         """One step, all of it in the device's hands on return; `waited` are the seconds that its batch took to come."""
@@ -267,7 +267,8 @@ class Trainer:
         tell(self.listeners, CheckpointWritten(step, url, seconds))
 
 
-def _peak_bytes(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
+    """The most memory held so far: on a GPU, or by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
