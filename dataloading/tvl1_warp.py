@@ -49,8 +49,8 @@ def _picture_start(width: int) -> int:
 
 
 def picture_size(height: int, width: int) -> int:
-    """Floats of a picture with its rim, and what vectors may read beyond."""
-    return int((height + 2 * RIM) * _picture_stride(width) + 4 * LANES)
+    """Floats of a picture with its rim, and what vectors may read beyond: a row, and their own length."""
+    return int((height + 2 * RIM + 1) * _picture_stride(width) + 4 * LANES)
 
 
 @kernel

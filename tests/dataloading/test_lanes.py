@@ -50,13 +50,17 @@ def test_the_median_is_opencvs(size: tuple[int, int]) -> None:
 
 
 def test_a_warp_is_opencvs_cubic_far_outside_as_well() -> None:
-    height, width = 24, 37
+    height, width = 24, 137
     generator = np.random.default_rng(0)
     earlier, later = generator.random((2, height, width), dtype=np.float32) * 255
-    planes, pictures = aligned(7, plane_size(height, width)), aligned(3, picture_size(height, width))
+    planes = aligned(7, plane_size(height, width))
+    memory = aligned(5, picture_size(height, width))
+    memory[[0, 4]] = np.nan  # which must not be read: no weight, not even 0, makes a number of it
+    pictures = memory[1:4]
     pixels = inside(planes, height, width)
     pixels[:2] = generator.normal(scale=5, size=(2, height, width))
     pixels[:2, 3, 4] = 1e4, -1e4
+    pixels[1, 7, :16], pixels[1, 9, :16] = 1e4, -1e4
     pixels[2] = earlier
     fill_pictures(later, pictures, height, width)
     linearise(planes[:2], planes[2], pictures, planes[3:], height, width, 0.5)
@@ -69,6 +73,6 @@ def test_a_warp_is_opencvs_cubic_far_outside_as_well() -> None:
     length = np.hypot(*slopes)
     np.testing.assert_allclose(pixels[3] * length, slopes[0], atol=1e-3)
     np.testing.assert_allclose(pixels[4] * length, slopes[1], atol=1e-3)
-    np.testing.assert_allclose(pixels[6], length / 2, rtol=1e-5)
+    np.testing.assert_allclose(pixels[6], length / 2, rtol=1e-5, atol=1e-3)
     residual = frame - slopes[0] * pixels[0] - slopes[1] * pixels[1] - earlier
-    np.testing.assert_allclose((pixels[5] * length)[length > 0], residual[length > 0], atol=0.01)
+    np.testing.assert_allclose((pixels[5] * length)[length > 0.001], residual[length > 0.001], atol=0.01)
