@@ -64,10 +64,14 @@ class FlowEstimator:
             factor = np.array([width / flow_width, height / flow_height], dtype=np.float32)
             waiting.append(_grey(frame, flow_height, flow_width))
             if len(waiting) > PAIRS_AHEAD:
-                yield from (flow_bytes(flow * factor) for flow in self._estimate(waiting))
+                yield from self._coded(waiting, factor)
                 del waiting[:-1]
         if len(waiting) > 1:
-            yield from (flow_bytes(flow * factor) for flow in self._estimate(waiting))
+            yield from self._coded(waiting, factor)
+
+    def _coded(self, grey: Sequence[np.ndarray], factor: np.ndarray) -> Iterator[np.ndarray]:
+        own_size = (factor == 1).all()
+        return (flow_bytes(flow if own_size else flow * factor) for flow in self._estimate(grey))
 
 
 def flow_bytes(flow: np.ndarray) -> np.ndarray:
@@ -75,7 +79,7 @@ def flow_bytes(flow: np.ndarray) -> np.ndarray:
     coded = flow.clip(-BOUND, BOUND)
     coded += BOUND
     coded *= 255 / (2 * BOUND)
-    return np.asarray(np.rint(coded, out=coded), dtype=np.uint8)
+    return np.asarray(np.rint(coded, out=coded), dtype=np.uint8, order="C")
 
 
 def flow_pixels(coded: np.ndarray) -> np.ndarray:

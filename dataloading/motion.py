@@ -52,7 +52,7 @@ class MotionBoundary:
         squares = self._sums.astype(np.float32)
         squares *= squares
         squares[0] += squares[1]
-        return _without_rim(np.sqrt(squares[0]))
+        return _without_rim(np.sqrt(squares[0], out=squares[0]))
 
 
 class MotionSummary:
