@@ -164,16 +164,16 @@ def _resume(
 
 
 # What decides which samples a step holds and what shapes go through it: a run that changed these is another run.
-COURSE = ("run.seed", "train.global_batch", "data.frames", "data.stride", "data.crop", "objective.queue")
+COURSE = ("run.seed", "train.global_batch", "data.lanes", "data.frames", "data.stride", "data.crop", "objective.queue")
 
 
 def _check_same_run(stored: dict[str, Any], config: PretrainConfig, url: str) -> None:
     now = dataclasses.asdict(config)
     for path in COURSE:
         section, key = path.split(".")
-        if stored[section][key] != now[section][key]:
+        if stored[section].get(key) != now[section][key]:
             raise UserError(
-                f"{url}: made with {path}={stored[section][key]}, now {now[section][key]}; "
+                f"{url}: made with {path}={stored[section].get(key)}, now {now[section][key]}; "
                 "set it back, or start another run in another run.dir"
             )
 

@@ -7,7 +7,7 @@ import urllib.request
 import pytest
 
 from mcl_dist.errors import UserError
-from mcl_dist.listeners import CheckpointWritten, LossSpike, StepDone, StepSkipped
+from mcl_dist.listeners import CheckpointWritten, LoaderReport, LossSpike, StepDone, StepSkipped
 from monitoring.exporter import serve
 from monitoring.metrics import TrainingMetrics
 
@@ -65,3 +65,26 @@ def test_a_port_that_is_taken_is_named() -> None:
         port = holder.getsockname()[1]
         with pytest.raises(UserError, match=f"127.0.0.1:{port}: .*monitoring.port"):
             serve(TrainingMetrics().registry, port, "127.0.0.1")
+
+
+def test_what_feeds_a_run_is_exported_by_reason_and_stage() -> None:
+    metrics = TrainingMetrics()
+    storage = {"bytes_read": 70, "requests": 5, "retries": {"stall": 2}}
+    report = LoaderReport(20, 19, 1, {"checksum": 1}, 0.5, 2, {"decode": 1.5}, storage, 0.0, 0)
+
+    assert metrics.registry.get_sample_value("mcl_loader_samples_expected_total") is None
+    metrics(report)
+
+    expected = {
+        ("mcl_loader_samples_expected_total",): 20,
+        ("mcl_loader_samples_replaced_total",): 1,
+        ("mcl_loader_samples_unaccounted",): 0,
+        ("mcl_loader_queue_batches",): 2,
+        ("mcl_loader_wait_seconds_total",): 0.5,
+        ("mcl_loader_bad_samples_total", "reason", "checksum"): 1,
+        ("mcl_loader_stage_cpu_seconds_total", "stage", "decode"): 1.5,
+        ("mcl_storage_bytes_read_total",): 70,
+        ("mcl_storage_retries_total", "reason", "stall"): 2,
+    }
+    for (name, *label), value in expected.items():
+        assert metrics.registry.get_sample_value(name, {label[0]: label[1]} if label else {}) == value, name
