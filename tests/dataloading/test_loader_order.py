@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -228,3 +229,32 @@ def _held_bytes() -> int:
         if me in (status.parent.name, fields["PPid"].strip()) and "VmRSS" in fields:
             total += int(fields["VmRSS"].split()[0]) * 1024
     return total
+
+
+@pytest.mark.slow
+def test_no_batch_of_a_mutated_set_is_wrong_unreported(config: DataConfig) -> None:
+    config = replace(config, max_bad_fraction=1.0)
+    whole = play(config, epochs=1)
+    shards = sorted(Path(str(config.train)).glob("*.tar"))
+    rng = np.random.default_rng(0)
+    num_replaced = 0
+    for _ in range(40):
+        shard = shards[rng.integers(len(shards))]
+        before = shard.read_bytes()
+        data = bytearray(before)
+        first = int(rng.integers(len(data)))
+        size = int(rng.choice([1, 100, 20_000]))
+        data[first : first + size] = rng.bytes(len(data[first : first + size]))
+        shard.write_bytes(data if rng.random() < 0.7 else data[:first])
+        one = loader(config, epochs=1)
+        try:
+            played = [video for batch in one for video in digest(batch)]
+            report = one.report()
+        finally:
+            one.close()
+            shard.write_bytes(before)
+        differing = sum(found != expected for found, expected in zip(played, whole, strict=True))
+        assert differing == report.replaced == report.expected - report.delivered
+        assert bool(report.bad_samples) == bool(differing)
+        num_replaced += differing
+    assert num_replaced > 20
