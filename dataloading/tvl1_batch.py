@@ -157,4 +157,4 @@ def _gradients(frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _fused(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     """Compiled to few kernels on a GPU, where a C compiler is there for it: a step is bound by memory."""
     compiler = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
-    return torch.compile(function, dynamic=False) if device == "cuda" and compiler else function
+    return torch.compile(function, dynamic=True) if device == "cuda" and compiler else function
