@@ -77,6 +77,7 @@ class BatchMaker:
             motion=self._targets(flow, videos),
             order=torch.tensor([video.order for video in videos], device=self._device),
             samples=torch.tensor([video.sample for video in videos], device=self._device),
+            boxes=torch.from_numpy(np.stack([video.boxes for video in videos])).to(self._device),
         )
         return batch, videos, bad
 

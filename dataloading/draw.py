@@ -17,7 +17,7 @@ from dataloading.mixture import MixedSet, Mixture, Turn
 from dataloading.plan import lanes_of_rank, sample_generator
 from dataloading.stream import ShardSet, StoredVideo
 from dataloading.tubelets import Box, CutConfig, Tubelet, draw_tubelets
-from mcl_dist.batch import QUERY
+from mcl_dist.batch import NUM_VIEWS, QUERY
 from mcl_dist.errors import UserError
 
 # Steps whose samples storage is told of in advance.
@@ -53,6 +53,11 @@ class EncodedVideo:
     windows: np.ndarray
     flow: list[np.ndarray]
     flow_windows: np.ndarray
+
+    @property
+    def boxes(self) -> np.ndarray:
+        """float32 (4, 4): top, left, height, width of what each view shows, all its frames alike."""
+        return self.windows.reshape(NUM_VIEWS, -1, 4)[:, 0].astype(np.float32)
 
     def undecodable(self, what: str) -> BadSampleError:
         """The error that says so of this video."""

@@ -16,6 +16,7 @@ from dataloading.crew import Crew
 from dataloading.data_config import DataConfig, check_clips
 from dataloading.draw import added, too_many_bad
 from dataloading.prefetch import Prefetcher
+from dataloading.side_stream import arrived, beside_training
 from dataloading.steps import BatchWorker, MadeStep, ReadStep, ReadWorker, Share, Spent, StepReader, decode_step
 from mcl_dist.batch import TubeletBatch
 from mcl_dist.listeners import LoaderReport
@@ -85,7 +86,7 @@ class TubeletLoader:
             self._waited += time.perf_counter() - start
             if made is None:
                 return
-            self._take_in(made)
+            self._take_in(arrived(made))
             if time.monotonic() - self._last_told > REPORT_SECONDS:
                 self._tell()
             yield made.batch
@@ -133,7 +134,8 @@ class TubeletLoader:
         if num_workers:
             self._crew = Crew(ReadWorker(config, share), num_workers, steps)
             read = map(ReadWorker.received, self._crew)
-        return (decode_step(each, maker, self._source) for each in read)
+        made = (decode_step(each, maker, self._source) for each in read)
+        return beside_training(made, device) if device.type == "cuda" else made
 
     def _take_in(self, made: MadeStep) -> None:
         """Count a batch, and hold its bad samples against the budget."""

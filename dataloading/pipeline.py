@@ -145,6 +145,9 @@ class StillDecoder:
                 used = turn[now] - first == number
                 target, source = (torch.from_numpy(each[used]).to(cut.device) for each in (places[now], entry))
                 cut[target] = cuts[source]
+            if cut.is_cuda:
+                # DALI's buffers are its own again at its next run, which knows nothing of this stream.
+                torch.cuda.current_stream(cut.device).synchronize()
 
     def _cuts(self, stills: Sequence[np.ndarray], table: np.ndarray) -> list[torch.Tensor]:
         """What the windows of `table`, (cuts, M, 4), show of the M stills: uint8 (M, h, w, channels) a cut."""

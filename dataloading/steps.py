@@ -54,13 +54,18 @@ class ReadStep:
 
 @dataclass(frozen=True)
 class MadeStep:
-    """A step's batch, how many of its videos stand in for others, and the bad samples met (`described`)."""
+    """A step's batch, how many of its videos stand in for others, and the bad samples met (`described`).
+
+    Attributes:
+        ready: when a GPU has made the batch; None where it was made before it was handed over.
+    """
 
     step: int
     batch: TubeletBatch
     replaced: int
     bad: list[dict[str, Any]]
     spent: Spent
+    ready: torch.cuda.Event | None = None
 
 
 class StepReader:
@@ -142,7 +147,7 @@ class BatchWorker:
                 return torch.from_numpy(room.array("views", maker.views_shape(num_videos), "uint8"))
 
             made = decode_step(reader(step), maker, source, views)
-            for name in ("motion", "order", "samples"):
+            for name in ("motion", "order", "samples", "boxes"):
                 room.put(name, getattr(made.batch, name).numpy())
             return {"step": step, "replaced": made.replaced, "bad": made.bad, "spent": _of_worker(made.spent, started)}
 

@@ -76,7 +76,7 @@ def measure_loader(
 
     Returns:
         The report of `mcl bench loader --json`. Its `digest` is over the videos in the order of the global
-        batches (id, order label, pixels of the views, target), so it does not depend on the ranks.
+        batches (id, order label, boxes, pixels of the views, target), so it does not depend on the ranks.
 
     Raises:
         UserError, ConfigError: as `TubeletLoader`.
@@ -168,7 +168,7 @@ def _marks(loader: TubeletLoader) -> _Marks:
 
 def _digests(batch: TubeletBatch) -> Iterable[bytes]:
     """Of each video of a batch, in order."""
-    for parts in zip(batch.samples, batch.order, batch.views, batch.motion, strict=True):
+    for parts in zip(batch.samples, batch.order, batch.boxes, batch.views, batch.motion, strict=True):
         digest = hashlib.sha256()
         for part in parts:
             digest.update(part.cpu().contiguous().numpy())

@@ -194,6 +194,7 @@ def _noise(config: PretrainConfig, device: torch.device) -> TubeletBatch:
         motion=torch.rand(size, *config.encoder.grid(data.frames, data.crop), generator=draws),
         order=torch.randint(0, 2, (size,), generator=draws),
         samples=torch.arange(size),
+        boxes=torch.zeros(size, NUM_VIEWS, 4),
     )
     return batch.pinned() if device.type == "cuda" else batch
 

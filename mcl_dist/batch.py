@@ -21,12 +21,15 @@ class TubeletBatch:
         motion: float32 (B, T', H', W'), the query's motion target, on the grid of the feature map.
         order: int64 (B,), 1 where the first clip comes from the first half of its video.
         samples: int64 (B,), position of each video in the shard set.
+        boxes: float32 (B, 4, 4), what each view shows of the stored frames: top, left, height, width in their pixels,
+            perhaps fractions of them.
     """
 
     views: torch.Tensor
     motion: torch.Tensor
     order: torch.Tensor
     samples: torch.Tensor
+    boxes: torch.Tensor
 
     def to(self, device: torch.device) -> TubeletBatch:
         """The batch on a device; from pinned memory the copy does not keep the host waiting."""
@@ -37,4 +40,4 @@ class TubeletBatch:
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TubeletBatch:
-        return TubeletBatch(change(self.views), change(self.motion), change(self.order), change(self.samples))
+        return TubeletBatch(**{name: change(tensor) for name, tensor in vars(self).items()})

@@ -8,10 +8,17 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+import torch
 
 from tests.s3 import S3Store, running_store
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu` run where there is one."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="session")

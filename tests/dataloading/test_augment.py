@@ -155,7 +155,6 @@ def test_pixels_do_not_depend_on_the_number_of_threads(num_threads: int) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_gives_the_pixels_of_the_cpu() -> None:
     drawn = Augmentation((("contrast", 1.3), ("hue", 0.1), ("brightness", 0.7)), True, 1.2, True)
 

@@ -74,6 +74,7 @@ def test_a_batch_has_the_shapes_and_types_of_its_contract(make_loader: MakeLoade
     assert (batch.motion.shape, batch.motion.dtype) == ((4, 1, 7, 7), torch.float32)
     assert (batch.order.shape, batch.order.dtype) == ((4,), torch.int64)
     assert (batch.samples.shape, batch.samples.dtype) == ((4,), torch.int64)
+    assert (batch.boxes.shape, batch.boxes.dtype) == ((4, 4, 4), torch.float32)
     assert set(batch.order.tolist()) <= {0, 1}
 
 

@@ -140,7 +140,6 @@ def test_a_still_that_cannot_be_decoded_is_an_error_of_one_line() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_decodes_nearly_the_pixels_of_the_cpu() -> None:
     stills = [jpeg(picture(seed)) for seed in range(5)]
     windows = np.tile([[1, 2, 90, 111]], (5, 1))

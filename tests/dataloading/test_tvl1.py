@@ -110,7 +110,6 @@ def test_a_batch_in_torch_agrees_with_the_kernels(config: TVL1Config) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_agrees_with_the_kernels() -> None:
     earlier = np.stack([texture(3), texture(4)])
     later = np.stack([moved(earlier[0], turned(1.0, 1.02)), earlier[1]])

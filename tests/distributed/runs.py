@@ -36,7 +36,8 @@ def noise(ranks: Ranks, start: int) -> Iterator[TubeletBatch]:
         order = torch.randint(0, 2, (GLOBAL_BATCH,), generator=draw)
         size = GLOBAL_BATCH // ranks.count
         own = slice(ranks.rank * size, (ranks.rank + 1) * size)
-        yield TubeletBatch(views[own], motion[own], order[own], torch.arange(GLOBAL_BATCH)[own])
+        samples, boxes = torch.arange(GLOBAL_BATCH), torch.zeros(GLOBAL_BATCH, 4, 4)
+        yield TubeletBatch(views[own], motion[own], order[own], samples[own], boxes[own])
 
 
 def put_together(

@@ -25,7 +25,7 @@ def twins(ranks: Ranks, start: int) -> Iterator[TubeletBatch]:
     """Batches whose halves on a rank are alike, so that BatchNorm finds in either what it finds in both."""
     for batch in noise(ranks, start):
         half = torch.arange(len(batch.order) // 2).repeat(2)
-        yield TubeletBatch(batch.views[half], batch.motion[half], batch.order[half], batch.samples[half])
+        yield TubeletBatch(**{name: tensor[half] for name, tensor in vars(batch).items()})
 
 
 def parameters(folder: Path, step: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ def batch(*, motion: torch.Tensor | None = None) -> TubeletBatch:
         torch.zeros(3, 1, 2, 2) if motion is None else motion,
         torch.zeros(3, dtype=torch.int64),
         torch.tensor([5, 7, 9]),
+        torch.zeros(3, 4, 4),
     )
 
 

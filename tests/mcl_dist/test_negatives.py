@@ -73,7 +73,6 @@ def test_similarities_that_only_a_tiny_temperature_tells_apart_overflow_nothing(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dim", [128, 6])  # 6 floats are no whole 16 bytes: left to the chunks
 @pytest.mark.parametrize("count", [100, 65536, 70001])
 def test_on_a_gpu_the_form_chosen_equals_float64(dim: int, count: int) -> None:

@@ -14,7 +14,6 @@ def test_numbers_come_back_by_name_and_do_not_change_afterwards() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_is_not_waited_for() -> None:
     loss = torch.full((), 1.5, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
