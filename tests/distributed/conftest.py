@@ -26,6 +26,7 @@ def run_ranks() -> Callable[..., None]:
             port = probe.getsockname()[1]
         shared = {
             **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),  # as a program, a test file does not see those beside it
             "WORLD_SIZE": str(count),
             "LOCAL_SIZE": str(count),
             "MASTER_ADDR": "127.0.0.1",
