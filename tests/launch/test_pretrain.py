@@ -153,7 +153,9 @@ def test_a_run_folder_of_another_run_is_refused(
 
 
 @pytest.mark.slow
-def test_a_damaged_video_is_named_by_the_rank_that_met_it(synthetic_shards: Path, tmp_path: Path) -> None:
+def test_a_damaged_video_is_replaced_and_listed_or_one_too_many_and_named(
+    synthetic_shards: Path, tmp_path: Path
+) -> None:
     damaged = Path(shutil.copytree(synthetic_shards, tmp_path / "shards"))
     tar = damaged / "shard-000000.tar"
     data = bytearray(tar.read_bytes())
@@ -162,9 +164,18 @@ def test_a_damaged_video_is_named_by_the_rank_that_met_it(synthetic_shards: Path
     tar.chmod(0o644)
     tar.write_bytes(data)
     run = tmp_path / "run"
-    code, output = finished(start(*words(damaged, run, "train.steps=99"), "--ranks", "2"))
+
+    code, output = finished(start(*words(damaged, run, "train.steps=24"), "--ranks", "2"))
+    assert code == 0, output
+    (listed,) = map(json.loads, (run / "bad_samples-00001.jsonl").read_text().splitlines())
+    assert listed["reason"] == "checksum"
+    assert not (run / "bad_samples.jsonl").exists()
+
+    settings = words(damaged, run, "train.steps=99", "data.max_bad_fraction=0")
+    code, output = finished(start(*settings, "--ranks", "2"))
     assert code == 1
     (line,) = (line for line in output.splitlines() if line.startswith("mcl: rank 1: "))
+    assert listed["key"] in line
     assert f"run `mcl shards verify {damaged}`" in line
     assert "Traceback" not in output
     assert '"event": "Failed"' in (run / "log-00001.jsonl").read_text()
