@@ -8,7 +8,6 @@ import pytest
 
 from launch.cli import main
 from tests.faultproxy import KINDS
-from tests.s3 import S3Store
 from tests.stores import behind_http, behind_s3
 
 SMALL = ["data.crop=56", "data.frames=4", "data.stride=8"]
@@ -26,21 +25,24 @@ def digest(capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 @pytest.mark.slow
-def test_batches_from_s3_are_those_from_the_disk_when_requests_fail(
-    synthetic_shards: Path, s3_store: S3Store, s3_url: str, monkeypatch: pytest.MonkeyPatch, digest: Any
+@pytest.mark.parametrize("fetch", ["whole", "ranges"])
+@pytest.mark.parametrize("store", ["s3", "http"])
+def test_batches_from_a_store_whose_requests_fail_are_those_from_the_disk(
+    synthetic_shards: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    digest: Any,
+    store: str,
+    fetch: str,
 ) -> None:
-    with behind_s3(synthetic_shards, s3_store, s3_url, monkeypatch) as (url, proxy):
+    if store == "s3":
+        s3 = request.getfixturevalue("s3_store"), request.getfixturevalue("s3_url")
+        reached = behind_s3(synthetic_shards, *s3, monkeypatch)
+    else:
+        reached = behind_http(synthetic_shards, tmp_path / "nginx")
+    with reached as (url, proxy):
         proxy.share = 0.3
-        assert digest(url, 2, 2, "data.request_seconds=2") == digest(str(synthetic_shards), 1, 2)
-        assert proxy.injected
-
-
-@pytest.mark.slow
-def test_batches_from_http_ranges_are_those_from_the_disk_when_requests_fail(
-    synthetic_shards: Path, tmp_path: Path, digest: Any
-) -> None:
-    with behind_http(synthetic_shards, tmp_path / "nginx") as (url, proxy):
-        proxy.share = 0.3
-        found = digest(url, 1, 1, "data.fetch=ranges", "data.request_seconds=0.3")
-        assert found == digest(str(synthetic_shards), 2, 1)
-        assert set(proxy.injected) == KINDS
+        found = digest(url, 2, 2, f"data.fetch={fetch}", "data.request_seconds=1")
+        assert found == digest(str(synthetic_shards), 1, 2)
+        assert set(proxy.injected) == KINDS if fetch == "ranges" else proxy.injected
