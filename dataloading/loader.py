@@ -19,7 +19,7 @@ from dataloading.prefetch import Prefetcher
 from dataloading.side_stream import arrived, beside_training
 from dataloading.steps import BatchWorker, MadeStep, ReadStep, ReadWorker, Share, Spent, StepReader, decode_step
 from mcl_dist.batch import TubeletBatch
-from mcl_dist.listeners import LoaderReport
+from mcl_dist.events import LoaderReport
 
 REPORT_SECONDS = 60.0
 

@@ -18,9 +18,10 @@ from mcl_dist.checkpoint import Checkpoints, Snapshot
 from mcl_dist.config import dump_config
 from mcl_dist.engine import Engine
 from mcl_dist.errors import RankError, UserError
+from mcl_dist.events import Failed, Listener, Notice, Started, tell
 from mcl_dist.heads import Network
 from mcl_dist.learner import Learner
-from mcl_dist.listeners import Console, EventLog, Failed, Listener, MetricsFile, Notice, Started, tell
+from mcl_dist.listeners import Console, EventLog, MetricsFile
 from mcl_dist.momentum import NUM_KEYS, MomentumEncoder
 from mcl_dist.negatives import Queue
 from mcl_dist.objective import Objective

@@ -1,4 +1,4 @@
-"""How a run tells the outside what it does: events go to listeners, and the trainer knows nothing of who listens."""
+"""Who hears of every run: a person at the terminal, and the files of the run folder."""
 
 from __future__ import annotations
 
@@ -6,152 +6,26 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
+
+from mcl_dist.events import (
+    CheckpointWritten,
+    Event,
+    Finished,
+    LoaderReport,
+    LossSpike,
+    Notice,
+    Started,
+    StepDone,
+    StepSkipped,
+)
 
 LINE_SECONDS = 5.0  # between progress lines where nobody watches
 NAMED = 4  # samples on a line of the terminal; the log has them all
 SMOOTHING = 0.95  # of the step time that the ETA rests on
-
-
-@dataclass(frozen=True)
-class Started:
-    """The run starts after `step` steps, from the checkpoint `resumed_from` or from nothing."""
-
-    step: int
-    total_steps: int
-    resumed_from: str | None
-
-
-@dataclass(frozen=True)
-class StepDone:
-    """One step, over all ranks.
-
-    Attributes:
-        step: steps done, this one included.
-        epoch: of this step, counted from 0.
-        total_steps: length of the run.
-        losses: mean over ranks of the objective's report.
-        learning_rate: used in this step.
-        videos: in the global batch.
-        seconds: of wall time, waiting included.
-        data_wait_ratio: share of `seconds` spent waiting for data, mean over ranks.
-        gradient_norm: of all parameters together.
-        taken: whether it changed anything; a step without a finite loss and gradient does not.
-    """
-
-    step: int
-    epoch: int
-    total_steps: int
-    losses: dict[str, float]
-    learning_rate: float
-    videos: int
-    seconds: float
-    data_wait_ratio: float
-    gradient_norm: float = 0.0
-    taken: bool = True
-
-    @property
-    def videos_per_second(self) -> float:
-        """Throughput of this step."""
-        return self.videos / self.seconds
-
-
-@dataclass(frozen=True)
-class StepSkipped:
-    """A step had no finite loss or gradient and changed nothing.
-
-    Attributes:
-        step: steps done, this one included.
-        samples: that may have caused it, by the name that the data side has for them.
-        reason: why these.
-        in_a_row: steps skipped one after another, this one included.
-    """
-
-    step: int
-    samples: list[str]
-    reason: str
-    in_a_row: int
-
-
-@dataclass(frozen=True)
-class LossSpike:
-    """The loss of a step lies above `limit`, far from those before it; `rolled_back_to` is the step that came back."""
-
-    step: int
-    loss: float
-    limit: float
-    rolled_back_to: int | None
-
-
-@dataclass(frozen=True)
-class LoaderReport:
-    """What has fed a rank since it began; each counts from there.
-
-    Attributes:
-        expected: samples that the steps so far ask for.
-        delivered, replaced: of these, those that came, and those that were bad and had others stand in for them.
-        bad_samples: different bad samples, by reason.
-        waited_seconds: that the training loop waited for batches.
-        queue: batches that are ready.
-        stages: CPU seconds by stage.
-        storage: counts of reading: bytes, requests, retries by reason, hits and evictions of the cache, seconds.
-        worker_cpu_seconds, worker_peak_bytes: of all worker processes together.
-    """
-
-    expected: int
-    delivered: int
-    replaced: int
-    bad_samples: dict[str, int]
-    waited_seconds: float
-    queue: int
-    stages: dict[str, float]
-    storage: dict[str, Any]
-    worker_cpu_seconds: float
-    worker_peak_bytes: int
-
-
-@dataclass(frozen=True)
-class CheckpointWritten:
-    """A checkpoint is complete."""
-
-    step: int
-    url: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Notice:
-    """Something a person should know."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Finished:
-    """All steps are done; `peak_bytes` is the most memory that this rank held."""
-
-    step: int
-    peak_bytes: int
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The run ends early, and why."""
-
-    reason: str
-
-
-Event = Started | StepDone | StepSkipped | LossSpike | LoaderReport | CheckpointWritten | Notice | Finished | Failed
-Listener = Callable[[Event], None]
-
-
-def tell(listeners: Iterable[Listener], event: Event) -> None:
-    """Let every listener hear of an event, in order."""
-    for listener in listeners:
-        listener(event)
 
 
 class Console:

@@ -16,9 +16,9 @@ from mcl_dist.config import choice, number
 from mcl_dist.encoder import normalise
 from mcl_dist.engine import Engine
 from mcl_dist.errors import ConfigError, UserError
+from mcl_dist.events import CheckpointWritten, Finished, Listener, LossSpike, StepDone, StepSkipped, tell
 from mcl_dist.guard import SpikeDetector, Suspects
 from mcl_dist.learner import Learner
-from mcl_dist.listeners import CheckpointWritten, Finished, Listener, LossSpike, StepDone, StepSkipped, tell
 from mcl_dist.momentum import Keys
 from mcl_dist.objective import ObjectiveConfig
 from mcl_dist.ranks import Ranks

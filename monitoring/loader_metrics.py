@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from mcl_dist.listeners import LoaderReport
+from mcl_dist.events import LoaderReport
 
 
 class LoaderMetrics(Collector):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from mcl_dist.listeners import CheckpointWritten, Event, LoaderReport, LossSpike, StepDone, StepSkipped
+from mcl_dist.events import CheckpointWritten, Event, LoaderReport, LossSpike, StepDone, StepSkipped
 from monitoring.loader_metrics import LoaderMetrics
 
 STEP_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)

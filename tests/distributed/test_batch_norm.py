@@ -15,8 +15,9 @@ from torch.nn.functional import normalize
 
 from mcl_dist.encoder import EncoderConfig
 from mcl_dist.engine import OptimizerConfig
+from mcl_dist.events import Started
 from mcl_dist.heads import HeadsConfig, Network
-from mcl_dist.listeners import MetricsFile, Started
+from mcl_dist.listeners import MetricsFile
 from mcl_dist.momentum import Keys, MomentumEncoder
 from mcl_dist.negatives import Queue
 from mcl_dist.objective import LossWeights, Objective

@@ -22,7 +22,7 @@ from mcl_dist.batch import FIRST_KEY, QUERY, TubeletBatch
 from mcl_dist.config import load_config
 from mcl_dist.engine import OptimizerConfig, join_process_group, pick_device
 from mcl_dist.errors import UserError
-from mcl_dist.listeners import Event, LossSpike, StepDone, StepSkipped
+from mcl_dist.events import Event, LossSpike, StepDone, StepSkipped
 from mcl_dist.ranks import Ranks
 from mcl_dist.trainer import TrainConfig, Trainer
 from tests.distributed.runs import QUIET, STEPS, joined, noise, put_together

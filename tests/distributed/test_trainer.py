@@ -14,7 +14,8 @@ from torch import distributed
 
 from mcl_dist.checkpoint import read_snapshot
 from mcl_dist.engine import OptimizerConfig
-from mcl_dist.listeners import MetricsFile, Started
+from mcl_dist.events import Started
+from mcl_dist.listeners import MetricsFile
 from mcl_dist.ranks import Ranks
 from tests.distributed.runs import STEPS, joined, noise, put_together
 

@@ -8,17 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mcl_dist.listeners import (
-    CheckpointWritten,
-    Console,
-    EventLog,
-    Finished,
-    LossSpike,
-    MetricsFile,
-    Started,
-    StepDone,
-    StepSkipped,
-)
+from mcl_dist.events import CheckpointWritten, Finished, LossSpike, Started, StepDone, StepSkipped
+from mcl_dist.listeners import Console, EventLog, MetricsFile
 
 
 def done(step: int) -> StepDone:

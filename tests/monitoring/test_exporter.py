@@ -7,7 +7,7 @@ import urllib.request
 import pytest
 
 from mcl_dist.errors import UserError
-from mcl_dist.listeners import CheckpointWritten, LoaderReport, LossSpike, StepDone, StepSkipped
+from mcl_dist.events import CheckpointWritten, LoaderReport, LossSpike, StepDone, StepSkipped
 from monitoring.exporter import serve
 from monitoring.metrics import TrainingMetrics
 
