@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
@@ -22,6 +20,7 @@ from mcl_dist.events import (
     StepDone,
     StepSkipped,
 )
+from mcl_dist.lines import event_line, step_line
 
 LINE_SECONDS = 5.0  # between progress lines where nobody watches
 NAMED = 4  # samples on a line of the terminal; the log has them all
@@ -105,18 +104,7 @@ class MetricsFile:
                 kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= step]
                 self._path.write_text("".join(kept))
             case StepDone():
-                fields = {
-                    "step": event.step,
-                    "epoch": event.epoch,
-                    **{name: _finite(value) for name, value in event.losses.items()},
-                    "learning_rate": event.learning_rate,
-                    "gradient_norm": _finite(event.gradient_norm),
-                    "taken": event.taken,
-                    "videos_per_second": event.videos_per_second,
-                    "data_wait_ratio": event.data_wait_ratio,
-                    "seconds": event.seconds,
-                }
-                _append(self._path, fields)
+                _append(self._path, step_line(event))
 
 
 class EventLog:
@@ -129,12 +117,7 @@ class EventLog:
     def __call__(self, event: Event) -> None:
         """Append the event, unless it is a step."""
         if not isinstance(event, StepDone):
-            _append(self._path, {"time": time.time(), "event": type(event).__name__, **asdict(event)})
-
-
-def _finite(value: float) -> float | None:
-    """JSON knows no NaN and no infinity."""
-    return value if math.isfinite(value) else None
+            _append(self._path, event_line(event))
 
 
 def _append(path: Path, fields: Mapping[str, object]) -> None:

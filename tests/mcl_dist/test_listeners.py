@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,7 +54,10 @@ def test_a_resumed_run_says_from_where() -> None:
     assert stream.getvalue() == "resumed from runs/x/checkpoints/step-000000020, 20 of 60 steps done\n"
 
 
-def test_metrics_have_a_line_a_step_and_forget_steps_that_will_be_repeated(tmp_path: Path) -> None:
+def test_metrics_have_a_line_a_step_and_forget_steps_that_will_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1.8e9)
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(path)
     metrics(Started(0, 4, None))
@@ -65,6 +69,7 @@ def test_metrics_have_a_line_a_step_and_forget_steps_that_will_be_repeated(tmp_p
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert lines[0] == {
+        "time": 1.8e9,
         "step": 1,
         "epoch": 0,
         "loss": 3.0,
