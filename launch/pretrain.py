@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
-from mcl_dist.errors import EXIT_FAILURE, RankError, UserError
+from launch.local_ranks import as_rank, launch_ranks
 
-LOST_RANK = "gloo/transport"  # where gloo's error comes from when a connection is closed, reset or broken
 EXAMPLE = """example:
   mcl pretrain --config configs/pretrain/ucf101.yaml --ranks 4 data.train=s3://bucket/ucf101 run.dir=runs/ucf101
   deepspeed --num_gpus 4 launch/pretrain.py --config configs/pretrain/ucf101.yaml data.train=s3://bucket/ucf101
@@ -43,13 +39,7 @@ def launch(arguments: argparse.Namespace) -> int:
 
     num_ranks = arguments.ranks or torch.cuda.device_count() or 1
     check(load_config(PretrainConfig, arguments.config, arguments.overrides), num_ranks)
-    environment = dict(os.environ)
-    if not torch.cuda.is_available():
-        environment["DS_ACCELERATOR"] = "cpu"
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
-    command += ["--num_gpus", str(num_ranks), "--master_port", str(free_port()), str(Path(__file__).resolve())]
-    command += ["--config", arguments.config, *arguments.overrides]
-    return subprocess.run(command, env=environment, check=False).returncode
+    return launch_ranks(__file__, ["--config", arguments.config, *arguments.overrides], num_ranks)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,20 +53,7 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     _add_arguments(parser)
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     arguments = parser.parse_args(words)
-    try:
-        pretrain(arguments.config, arguments.overrides)
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
-            print(f"mcl: {error}", file=sys.stderr)
-        _leave(error.exit_code)
-    except RuntimeError as error:
-        if LOST_RANK not in str(error):
-            raise
-        print("mcl: a rank has gone, and with it this run; the line of that rank says why", file=sys.stderr)
-        _leave(EXIT_FAILURE)
-    except KeyboardInterrupt:
-        _leave(EXIT_FAILURE)
-    _leave(0)
+    as_rank(lambda: pretrain(arguments.config, arguments.overrides))
 
 
 def pretrain(config_path: str, overrides: Sequence[str]) -> None:
@@ -98,21 +75,6 @@ def pretrain(config_path: str, overrides: Sequence[str]) -> None:
     with alone, assembled(config, ranks, device) as trainer:
         trainer.fit()
         ranks.barrier()
-
-
-def free_port() -> int:
-    """A port that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _leave(code: int) -> NoReturn:
-    """End this rank at once: tearing down DeepSpeed's process groups aborts about one run in twenty."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

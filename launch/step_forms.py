@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from launch import plain_step
-from launch.pretrain import free_port
+from launch.local_ranks import free_port
 from launch.settings import PretrainConfig
 from mcl_dist.alignment import align, alignment_map, similarity_gradient
 from mcl_dist.batch import FIRST_KEY, QUERY, TubeletBatch
