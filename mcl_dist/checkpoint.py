@@ -86,8 +86,8 @@ class Checkpoints:
         self._ranks = ranks
         self._keep = keep
 
-    def save(self, snapshot: Snapshot) -> tuple[str, float]:
-        """Write a checkpoint, all ranks together; returns its URL and the seconds that it took.
+    def save(self, snapshot: Snapshot) -> tuple[str, float, int]:
+        """Write a checkpoint, all ranks together; returns its URL, the seconds that it took, and its bytes.
 
         Raises:
             UserError: on every rank when one of them could not write; what it wrote is removed.
@@ -112,9 +112,9 @@ class Checkpoints:
         if failures:
             self._give_up(name)
             raise error or UserError(f"{folder.url}: {failures} other ranks could not write; see their logs")
-        self._commit(folder, written, statistics)
+        num_bytes = self._commit(folder, written, statistics)
         self._retire()
-        return folder.url, time.monotonic() - start
+        return folder.url, time.monotonic() - start, num_bytes
 
     def latest(self) -> tuple[int | None, list[str]]:
         """Step of the newest complete checkpoint, on all ranks, and on the first a line for each newer torn one."""
@@ -130,13 +130,14 @@ class Checkpoints:
         """Where the checkpoint of a step lies."""
         return f"{self.url}/{_step_folder(step)}"
 
-    def _commit(self, folder: Folder, written: dict[str, bytes], statistics: bytes) -> None:
+    def _commit(self, folder: Folder, written: dict[str, bytes], statistics: bytes) -> int:
         seals = self._ranks.gather(torch.frombuffer(bytearray(statistics), dtype=torch.uint8)[None])
         if self._ranks.is_first:
             for rank, seal in enumerate(seals):
                 written[_statistics_file(rank)] = bytes(seal.tolist())
             folder.write(COMMITTED, json.dumps({"files": {n: _legible(s) for n, s in written.items()}}).encode())
         self._ranks.barrier()
+        return sum(int.from_bytes(seal[:SIZE_BYTES], "big") for seal in written.values())
 
     def _give_up(self, name: str) -> None:
         self._ranks.barrier()

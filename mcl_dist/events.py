@@ -106,11 +106,39 @@ class LoaderReport:
 
 @dataclass(frozen=True)
 class CheckpointWritten:
-    """A checkpoint is complete."""
+    """A checkpoint is complete.
+
+    Attributes:
+        step: steps done when it was taken.
+        url: its folder.
+        seconds: from its beginning until it was complete.
+        stall_seconds: of these, those in which training stood still.
+        bytes: of all its files.
+    """
 
     step: int
     url: str
     seconds: float
+    stall_seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class CheckpointFailed:
+    """A checkpoint could not be written, the last `in_a_row` of so many; the run goes on, and tries again later."""
+
+    step: int
+    url: str
+    reason: str
+    in_a_row: int
+
+
+@dataclass(frozen=True)
+class CheckpointRefused:
+    """A checkpoint that is torn, damaged or poisoned was passed over when the run looked for one to start from."""
+
+    url: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -135,7 +163,19 @@ class Failed:
     reason: str
 
 
-Event = Started | StepDone | StepSkipped | LossSpike | LoaderReport | CheckpointWritten | Notice | Finished | Failed
+Event = (
+    Started
+    | StepDone
+    | StepSkipped
+    | LossSpike
+    | LoaderReport
+    | CheckpointWritten
+    | CheckpointFailed
+    | CheckpointRefused
+    | Notice
+    | Finished
+    | Failed
+)
 Listener = Callable[[Event], None]
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TextIO
 
 from mcl_dist.events import (
+    CheckpointFailed,
+    CheckpointRefused,
     CheckpointWritten,
     Event,
     Finished,
@@ -55,8 +57,8 @@ class Console:
                     f"step {step}: the loss leapt to {loss:.3f}, usual are up to {limit:.3f}; "
                     f"went back to the checkpoint of step {back}"
                 )
-            case CheckpointWritten(step, url, seconds):
-                self._say(f"checkpoint of step {step} written to {url} in {seconds:.1f} s")
+            case CheckpointWritten() | CheckpointFailed() | CheckpointRefused():
+                self._say(_of_checkpoint(event))
             case LoaderReport(bad_samples=bad) if bad and bad != self._bad_samples:
                 self._bad_samples = bad
                 reasons = ", ".join(f"{count} {reason}" for reason, count in bad.items())
@@ -89,6 +91,16 @@ class Console:
     def _say(self, line: str, *, stays: bool = True) -> None:
         start = "\r\033[K" if self._rewrites else ""
         print(f"{start}{line}", file=self._stream, end="\n" if stays else "", flush=True)
+
+
+def _of_checkpoint(event: CheckpointWritten | CheckpointFailed | CheckpointRefused) -> str:
+    match event:
+        case CheckpointWritten(step, url, seconds):
+            return f"checkpoint of step {step} written to {url} in {seconds:.1f} s"
+        case CheckpointFailed(step, _, reason, in_a_row):
+            return f"checkpoint of step {step} failed, {in_a_row} in a row: {reason}"
+        case CheckpointRefused(url, reason):
+            return f"{url}: passed over, {reason}"
 
 
 class MetricsFile:

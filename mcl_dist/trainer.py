@@ -263,8 +263,8 @@ class Trainer:
         optimizer = self.engine.optimizer_state()
         with self.engine.gathered():
             snapshot = self.learner.snapshot(step, optimizer, self.config)
-        url, seconds = self.checkpoints.save(snapshot)
-        tell(self.listeners, CheckpointWritten(step, url, seconds))
+        url, seconds, num_bytes = self.checkpoints.save(snapshot)
+        tell(self.listeners, CheckpointWritten(step, url, seconds, stall_seconds=seconds, bytes=num_bytes))
 
 
 def peak_bytes(device: torch.device) -> int:

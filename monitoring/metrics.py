@@ -60,6 +60,6 @@ class TrainingMetrics:
                 self._spikes.labels("warned" if event.rolled_back_to is None else "rolled_back").inc()
             case LoaderReport():
                 self._loader.take(event)
-            case CheckpointWritten(step, _, seconds):
+            case CheckpointWritten(step=step, seconds=seconds):
                 self._checkpoint.set(step)
                 self._saving.set(seconds)

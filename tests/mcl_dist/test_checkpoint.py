@@ -127,7 +127,7 @@ def test_a_run_its_checkpoints_or_one_of_them_name_the_encoder(tmp_path: Path, n
 
 
 def test_statistics_are_the_mean_of_all_ranks_that_saved(tmp_path: Path) -> None:
-    url, _ = checkpoints(tmp_path).save(snapshot(1))
+    url, *_ = checkpoints(tmp_path).save(snapshot(1))
     folder = Path(url)
     state = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps(state | {"ranks": 2}))

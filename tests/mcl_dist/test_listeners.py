@@ -108,7 +108,7 @@ def test_a_leap_of_the_loss_is_told_with_what_was_done_about_it() -> None:
 
 def test_the_event_log_keeps_everything_but_steps(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "log.jsonl")
-    for event in (Started(0, 1, None), done(1), CheckpointWritten(1, "there", 0.1), Finished(1, 2**30)):
+    for event in (Started(0, 1, None), done(1), CheckpointWritten(1, "there", 0.1, 0.0, 9), Finished(1, 2**30)):
         log(event)
     events = [json.loads(line)["event"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert events == ["Started", "CheckpointWritten", "Finished"]

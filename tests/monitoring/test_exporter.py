@@ -24,7 +24,7 @@ def test_a_scrape_shows_throughput_losses_waiting_and_checkpoints() -> None:
     metrics, port = TrainingMetrics(), free_port()
     serve(metrics.registry, port, "127.0.0.1")
     metrics(StepDone(3, 0, 10, {"loss": 2.5}, 0.01, videos=8, seconds=0.4, data_wait_ratio=0.25))
-    metrics(CheckpointWritten(3, "there", 1.5))
+    metrics(CheckpointWritten(3, "there", 1.5, 0.1, 100))
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     for line in (
