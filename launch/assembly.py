@@ -25,6 +25,7 @@ from mcl_dist.listeners import Console, EventLog, MetricsFile
 from mcl_dist.momentum import NUM_KEYS, MomentumEncoder
 from mcl_dist.negatives import Queue
 from mcl_dist.objective import Objective
+from mcl_dist.operations import operations_per_video
 from mcl_dist.ranks import Ranks
 from mcl_dist.schedule import Schedule
 from mcl_dist.storage import Folder
@@ -83,6 +84,7 @@ def assembled(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Ite
                 listeners=listeners,
                 start=start,
                 name_of=loader.name_of,
+                operations=operations_per_video(config.encoder, config.heads, config.data.frames, config.data.crop),
             )
 
 

@@ -8,16 +8,17 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from launch.settings import PretrainConfig
 from launch.step_forms import Form, GrowingStep, TrainerStep, forms
 from mcl_dist.batch import NUM_VIEWS, TubeletBatch
+from mcl_dist.clock import PhaseClock
 from mcl_dist.engine import pick_device
 from mcl_dist.errors import UserError
+from mcl_dist.operations import operations_per_video
 from mcl_dist.trainer import peak_bytes
 
 PHASES = ("copy", "keys", "forward", "backward", "optimizer", "momentum", "queue", "other")
@@ -74,7 +75,8 @@ def benchmark(config: PretrainConfig, steps: int, say: Callable[[str], None]) ->
     """
     device = pick_device()
     matmul_operations = 2 * MATMUL_SIDE[device.type] ** 3
-    operations = _in_a_process(_operations, config)
+    clip = config.data.frames, config.data.crop
+    operations = config.train.global_batch * operations_per_video(config.encoder, config.heads, *clip)
     costs: list[float] = []
     results: list[StepResult] = []
     for form in forms(config, device):
@@ -109,64 +111,22 @@ def _measure(config: PretrainConfig, form: Form, steps: int) -> _Measured:
         step(batch, lambda _: None)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    clocks, cpu = [_Clock(device) for _ in range(steps)], []
-    for clock in clocks:
-        start = time.process_time()
-        clock.mark("")
+    clocks, cpu = [], []
+    for _ in range(steps):
+        start, clock = time.process_time(), PhaseClock(device)
         step(batch, clock.mark)
         clock.mark("other")
+        clocks.append(clock)
         cpu.append(time.process_time() - start)
-    fastest = min(clocks, key=_Clock.total)
+    fastest = min((clock.seconds() for clock in clocks), key=_total)
     return _Measured(
-        milliseconds=fastest.total(),
-        ms={phase: fastest.spent(phase) for phase in PHASES},
+        milliseconds=_total(fastest) * 1e3,
+        ms={phase: fastest.get(phase, 0.0) * 1e3 for phase in PHASES},
         cpu_ms=min(cpu) * 1e3,
         peak_bytes=peak_bytes(device),
         matmul_ms=matmul_ms,
         loss=loss,
     )
-
-
-class _Clock:
-    """When the phases of one step ended, by the device's own clock where it has one: marking it waits for nothing."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._is_gpu = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = []  # a CUDA event, or seconds
-
-    def mark(self, phase: str) -> None:
-        """A phase ends here."""
-        if self._is_gpu:
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record()
-            self._marks.append((phase, event))
-        else:
-            self._marks.append((phase, time.perf_counter()))
-
-    def spent(self, phase: str) -> float:
-        """Milliseconds in a phase."""
-        pairs = zip(self._marks[:-1], self._marks[1:], strict=True)
-        return sum(_milliseconds(start, end) for (_, start), (name, end) in pairs if name == phase)
-
-    def total(self) -> float:
-        """Milliseconds of the step."""
-        return _milliseconds(self._marks[0][1], self._marks[-1][1])
-
-
-def _milliseconds(start: Any, end: Any) -> float:
-    if isinstance(start, float):
-        return float(end - start) * 1e3
-    end.synchronize()
-    return float(start.elapsed_time(end))
-
-
-def _operations(config: PretrainConfig) -> float:
-    """Floating-point operations of a step's convolutions and matrix products, in the form that needs the fewest."""
-    device = pick_device()
-    step, batch = GrowingStep(config, Form("", closed_form=True, one_pass=True), device), _noise(config, device)
-    with FlopCounterMode(display=False) as counter:
-        step(batch, lambda _: None)
-    return float(counter.get_total_flops())
 
 
 def _matmul_ms(device: torch.device, dtype: torch.dtype) -> float:
@@ -175,13 +135,16 @@ def _matmul_ms(device: torch.device, dtype: torch.dtype) -> float:
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     rounds = []
     for _ in range(MATMUL_ROUNDS):
-        clock, start = _Clock(device), time.process_time()
-        clock.mark("")
+        clock, start = PhaseClock(device), time.process_time()
         left @ right
         clock.mark("matmul")
-        spent = (time.process_time() - start) * 1e3
-        rounds.append(spent if device.type == "cpu" else clock.total())
-    return min(rounds)
+        spent = time.process_time() - start
+        rounds.append(spent if device.type == "cpu" else _total(clock.seconds()))
+    return min(rounds) * 1e3
+
+
+def _total(seconds: dict[str, float]) -> float:
+    return sum(seconds.values())
 
 
 def _noise(config: PretrainConfig, device: torch.device) -> TubeletBatch:

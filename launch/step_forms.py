@@ -17,6 +17,7 @@ from launch.settings import PretrainConfig
 from mcl_dist.alignment import align, alignment_map, similarity_gradient
 from mcl_dist.batch import FIRST_KEY, QUERY, TubeletBatch
 from mcl_dist.checkpoint import Checkpoints
+from mcl_dist.clock import PhaseClock
 from mcl_dist.encoder import normalise
 from mcl_dist.engine import Engine, join_process_group, make_optimizer
 from mcl_dist.heads import Network
@@ -188,7 +189,7 @@ class TrainerStep:
         self._mark = mark
         batch = batch.to(self._device)
         mark("copy")
-        self._trainer.take(self._step, batch, waited=0.0).seconds = 1.0
+        self._trainer.take(self._step, batch, PhaseClock(self._device), waited=0.0).seconds = 1.0
         self._step += 1
 
     def _time(self, owner: object, method: str, phase: str) -> None:

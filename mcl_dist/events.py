@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+PHASES = ("wait", "keys", "forward", "backward", "update", "other")  # of a step
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class StepDone:
         data_wait_ratio: share of `seconds` spent waiting for data, mean over ranks.
         gradient_norm: of all parameters together.
         taken: whether it changed anything; a step without a finite loss and gradient does not.
+        phases: seconds that this rank spent by phase, those of `PHASES`; on a GPU by its own clock.
+        momentum: of the key encoder in this step.
+        queue_fill: share of the queue that holds keys of this run.
+        queue_age: steps since the oldest of them was written.
+        operations: floating-point operations that the step needs, over all ranks; 0 where nobody has counted.
     """
 
     step: int
@@ -43,6 +50,11 @@ class StepDone:
     data_wait_ratio: float
     gradient_norm: float = 0.0
     taken: bool = True
+    phases: dict[str, float] = field(default_factory=dict)
+    momentum: float = 0.0
+    queue_fill: float = 0.0
+    queue_age: float = 0.0
+    operations: float = 0.0
 
     @property
     def videos_per_second(self) -> float:

@@ -23,6 +23,11 @@ def step_line(done: StepDone) -> dict[str, Any]:
         "videos_per_second": done.videos_per_second,
         "data_wait_ratio": done.data_wait_ratio,
         "seconds": done.seconds,
+        "phases": done.phases,
+        "momentum": done.momentum,
+        "queue_fill": done.queue_fill,
+        "queue_age": done.queue_age,
+        "flops_per_second": done.operations / done.seconds,
     }
 
 

@@ -12,6 +12,7 @@ import torch
 
 from mcl_dist.batch import QUERY, TubeletBatch
 from mcl_dist.checkpoint import Checkpoints
+from mcl_dist.clock import PhaseClock
 from mcl_dist.config import choice, number
 from mcl_dist.encoder import normalise
 from mcl_dist.engine import Engine
@@ -19,7 +20,7 @@ from mcl_dist.errors import ConfigError, UserError
 from mcl_dist.events import CheckpointWritten, Finished, Listener, LossSpike, StepDone, StepSkipped, tell
 from mcl_dist.guard import SpikeDetector, Suspects
 from mcl_dist.learner import Learner
-from mcl_dist.momentum import Keys
+from mcl_dist.momentum import NUM_KEYS, Keys
 from mcl_dist.objective import ObjectiveConfig
 from mcl_dist.ranks import Ranks
 from mcl_dist.readback import Readback
@@ -82,6 +83,7 @@ class Pending:
         suspects: to be asked if it was not taken.
         queue_position: before its keys were written.
         videos: in the global batch.
+        clock: of its phases.
         seconds: of wall time.
     """
 
@@ -90,6 +92,7 @@ class Pending:
     suspects: Suspects
     queue_position: int
     videos: int
+    clock: PhaseClock
     seconds: float = 0.0
 
 
@@ -104,6 +107,7 @@ class Trainer:
         batches: endless, starting with the batch of step `start`.
         start: steps done before.
         name_of: what people call a sample of `TubeletBatch.samples`.
+        operations: floating-point operations that a video needs, for those who listen; 0 where nobody has counted.
     """
 
     engine: Engine
@@ -119,10 +123,12 @@ class Trainer:
     listeners: Sequence[Listener] = ()
     start: int = 0
     name_of: Callable[[int], str] = str
+    operations: int = 0
 
     def __post_init__(self) -> None:
         self._pending: Pending | None = None
         self._skipped_in_a_row = 0
+        self._num_taken = self.start  # steps whose keys have gone into the queue
         self._spikes = SpikeDetector(self.settings.spike_window, self.settings.spike_factor)
         self._spike: LossSpike | None = None
 
@@ -134,9 +140,11 @@ class Trainer:
         """
         total = self.schedule.total_steps
         for step in range(self.start, total):
-            started = time.perf_counter()
+            started, clock = time.perf_counter(), PhaseClock(self.ranks.device)
             batch = next(self.batches)
-            pending = self.take(step, batch, waited=time.perf_counter() - started)
+            clock.mark("wait")
+            pending = self.take(step, batch, clock, waited=time.perf_counter() - started)
+            clock.mark("other")
             pending.seconds = time.perf_counter() - started
             is_due = (step + 1) % self.checkpoint_every == 0 or step + 1 == total
             if is_due:
@@ -147,30 +155,37 @@ class Trainer:
                 self._save(step + 1)
         tell(self.listeners, Finished(total, peak_bytes(self.ranks.device)))
 
-    def take(self, step: int, batch: TubeletBatch, waited: float) -> Pending:
+    def take(self, step: int, batch: TubeletBatch, clock: PhaseClock, waited: float) -> Pending:
         """One step, all of it in the device's hands on return; `waited` are the seconds that its batch took to come."""
         statistics = self.learner.statistics()
+        clock.mark("other")
         keys = self.learner.momentum.encode(batch.views, step)
-        reports = self._backward(step, batch, keys)
+        clock.mark("keys")
+        reports = self._backward(step, batch, keys, clock)
         report = self._mean(reports, waited)
+        clock.mark("other")
         update = self.engine.step(report["loss"], self.schedule.learning_rate(step))
         with self.engine.gathered():
             parameters = self.learner.network.parameters()
             self.learner.momentum.update(parameters, self.schedule.momentum(step, self.losses), update.taken)
         statistics.put_back_unless(update.taken)
+        clock.mark("update")
         self._settle()  # the step before: whether it was taken says where these keys go
+        clock.mark("other")
         position = self.learner.queue.position
         self.learner.queue.enqueue(keys.inter_all, update.taken)
+        clock.mark("update")
         self._pending = Pending(
             step=step,
             numbers=Readback({**report, **update._asdict()}),
             suspects=Suspects(batch, torch.stack([report["loss"] for report in reports])),
             queue_position=position,
             videos=len(batch.order) * self.ranks.count,
+            clock=clock,
         )
         return self._pending
 
-    def _backward(self, step: int, batch: TubeletBatch, keys: Keys) -> list[dict[str, torch.Tensor]]:
+    def _backward(self, step: int, batch: TubeletBatch, keys: Keys, clock: PhaseClock) -> list[dict[str, torch.Tensor]]:
         """Forward and backward of every part of the batch; the objective's report of each."""
         weights = self.schedule.loss_weights(step, self.losses)
         reports = []
@@ -180,7 +195,9 @@ class Trainer:
             loss = self.engine.forward(
                 clips, keys.of(own), self.learner.queue, batch.motion[own], batch.order[own], weights
             )
+            clock.mark("forward")
             self.engine.backward(loss)
+            clock.mark("backward")
             reports.append(self.engine.objective.report)
         return reports
 
@@ -201,6 +218,7 @@ class Trainer:
             return
         report = pending.numbers.numbers()
         taken = report.pop("taken") > 0
+        self._num_taken += taken
         loss = report["loss"]
         tell(self.listeners, self._done(pending, report, taken=taken))
         if not taken:
@@ -246,6 +264,7 @@ class Trainer:
 
     def _done(self, pending: Pending, report: dict[str, float], *, taken: bool) -> StepDone:
         waited, gradient_norm = report.pop("waited"), report.pop("gradient_norm")
+        written, size = self._num_taken * NUM_KEYS * pending.videos, self.learner.queue.size
         return StepDone(
             step=pending.step + 1,
             epoch=pending.step // self.schedule.steps_per_epoch,
@@ -257,6 +276,11 @@ class Trainer:
             data_wait_ratio=min(1.0, waited / pending.seconds),
             gradient_norm=gradient_norm,
             taken=taken,
+            phases=pending.clock.seconds(),
+            momentum=self.schedule.momentum(pending.step, self.losses),
+            queue_fill=1.0 if self.losses.fill_queue else min(1.0, written / size),
+            queue_age=min(written, size) / (NUM_KEYS * pending.videos),
+            operations=float(self.operations * pending.videos),
         )
 
     def _save(self, step: int) -> None:

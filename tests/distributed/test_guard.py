@@ -19,6 +19,7 @@ from dataloading.stream import ShardSet
 from launch.assembly import assembled
 from launch.settings import PretrainConfig
 from mcl_dist.batch import FIRST_KEY, QUERY, TubeletBatch
+from mcl_dist.clock import PhaseClock
 from mcl_dist.config import load_config
 from mcl_dist.engine import OptimizerConfig, join_process_group, pick_device
 from mcl_dist.errors import UserError
@@ -48,9 +49,9 @@ class LeavingOut(Trainer):
 
     left_out: Collection[int] = ()
 
-    def take(self, step: int, batch: TubeletBatch, waited: float) -> Any:
+    def take(self, step: int, batch: TubeletBatch, clock: PhaseClock, waited: float) -> Any:
         if step not in self.left_out:
-            return super().take(step, batch, waited)
+            return super().take(step, batch, clock, waited)
         self._settle()
         return SimpleNamespace(seconds=0.0)
 

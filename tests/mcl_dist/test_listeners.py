@@ -15,7 +15,8 @@ from mcl_dist.listeners import Console, EventLog, MetricsFile
 
 def done(step: int) -> StepDone:
     losses = {"loss": 3.0, "loss_inter": 2.0, "similarity_positive": 0.5}
-    return StepDone(step, 0, 4, losses, 1e-3, videos=8, seconds=0.5, data_wait_ratio=0.25, gradient_norm=0.25)
+    done = StepDone(step, 0, 4, losses, 1e-3, videos=8, seconds=0.5, data_wait_ratio=0.25, gradient_norm=0.25)
+    return replace(done, phases={"wait": 0.125}, momentum=0.99, queue_fill=0.5, queue_age=3.0, operations=1e9)
 
 
 class Terminal(io.StringIO):
@@ -81,6 +82,11 @@ def test_metrics_have_a_line_a_step_and_forget_steps_that_will_be_repeated(
         "videos_per_second": 16.0,
         "data_wait_ratio": 0.25,
         "seconds": 0.5,
+        "phases": {"wait": 0.125},
+        "momentum": 0.99,
+        "queue_fill": 0.5,
+        "queue_age": 3.0,
+        "flops_per_second": 2e9,
     }
 
 
