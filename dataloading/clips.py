@@ -10,8 +10,31 @@ import torch
 
 from dataloading.pipeline import StillDecoder
 from dataloading.stream import ShardSet, StoredVideo
+from mcl_dist.config import number
+from mcl_dist.errors import ConfigError
 
 NUM_CLIPS = 20
+
+
+@dataclass(frozen=True)
+class ClipsConfig:
+    """Which clips of a video an evaluation looks at.
+
+    Attributes:
+        frames, stride, crop: of a clip, in frames, source frames and pixels; None as in the encoder's own training.
+        count: evenly spaced clips of a video.
+        crops: 1 takes the centre of a frame, 3 also both ends of its longer side.
+    """
+
+    frames: int | None = number(None, minimum=1)
+    stride: int | None = number(None, minimum=1)
+    crop: int | None = number(None, minimum=16)
+    count: int = number(NUM_CLIPS, minimum=1)
+    crops: int = number(1, minimum=1, maximum=3)
+
+    def __post_init__(self) -> None:
+        if self.crops == 2:
+            raise ConfigError("clips.crops: found 2, must be 1 (the centre) or 3 (along the longer side)")
 
 
 @dataclass(frozen=True)
@@ -28,7 +51,7 @@ class ClipBatch:
     """The clips of V videos.
 
     Attributes:
-        clips: uint8 (V, clips of a video, T, H, W, 3), RGB, on the device.
+        clips: uint8 (V, clips x crops of a video, T, H, W, 3), RGB, on the device.
         labels: int64 (V,), the set's class of each video.
         positions: int64 (V,), of each video in the set.
     """
@@ -39,7 +62,10 @@ class ClipBatch:
 
 
 class ProbeClips:
-    """Every video of a shard set in its order, a few at a time, as `num_clips` clips each.
+    """Videos of a shard set in its order, a few at a time, as `num_clips` clips of `num_crops` crops each.
+
+    Args:
+        positions: of the videos in the set; None for all.
 
     Raises:
         ConfigError: the set does not store the frames that the geometry's stride asks for.
@@ -52,28 +78,33 @@ class ProbeClips:
         *,
         device: torch.device,
         num_clips: int = NUM_CLIPS,
+        num_crops: int = 1,
+        positions: range | None = None,
         batch_videos: int = 4,
         threads: int = 2,
     ) -> None:
         self.geometry = geometry
-        self._stride = shard_set.stored_stride(geometry.stride)
+        self._stride = shard_set.stored_stride(geometry.stride, key="clips.stride")
         self.num_clips = num_clips
+        self.num_crops = num_crops
         self._shard_set = shard_set
+        self._positions = range(len(shard_set)) if positions is None else positions
         self._device = device
         self._batch_videos = batch_videos
         self._threads = threads
 
     def __len__(self) -> int:
         """Number of batches."""
-        return -(-len(self._shard_set) // self._batch_videos)
+        return -(-len(self._positions) // self._batch_videos)
 
     def __iter__(self) -> Iterator[ClipBatch]:
         """Decode batch by batch; errors of storage and of damaged stills are `UserError`."""
         crop = self.geometry.crop
         decoder = StillDecoder(size=(crop, crop), grey=False, device=self._device, threads=self._threads)
+        self._shard_set.expect(self._positions)
         try:
-            for first in range(0, len(self._shard_set), self._batch_videos):
-                yield self._batch(decoder, np.arange(first, min(first + self._batch_videos, len(self._shard_set))))
+            for first in range(0, len(self._positions), self._batch_videos):
+                yield self._batch(decoder, np.array(self._positions[first : first + self._batch_videos]))
         finally:
             decoder.close()
 
@@ -83,13 +114,15 @@ class ProbeClips:
         return ClipBatch(clips, labels, torch.from_numpy(positions))
 
     def _clips(self, decoder: StillDecoder, video: StoredVideo) -> torch.Tensor:
-        """(num_clips, T, H, W, 3) of one video; a still that several clips share is decoded once."""
+        """(num_clips x num_crops, T, H, W, 3) of one video; a still that several clips share is decoded once."""
         shape = self.geometry
         wanted = clip_frames(video.num_frames, shape.frames, self._stride, self.num_clips)
         needed, places = np.unique(wanted, return_inverse=True)
-        window = centre_window(video.height, video.width, shape.crop)
-        stills = decoder(video.frames(needed), np.tile(window, (len(needed), 1)))
-        return stills[torch.from_numpy(places.reshape(wanted.shape)).to(stills.device)]
+        windows = crop_windows(video.height, video.width, shape.crop, self.num_crops)
+        still_of = np.tile(np.arange(len(needed)), self.num_crops)
+        cut = decoder(video.frames(needed), np.repeat(windows, len(needed), axis=0), still_of)
+        crops = cut.view(self.num_crops, len(needed), *cut.shape[1:])
+        return crops[:, torch.from_numpy(places.reshape(wanted.shape)).to(cut.device)].flatten(0, 1)
 
 
 def clip_starts(num_frames: int, clip_frames: int, stride: int, num_clips: int = NUM_CLIPS) -> tuple[np.ndarray, int]:
@@ -115,7 +148,17 @@ def clip_frames(num_frames: int, frames: int, stride: int, num_clips: int = NUM_
     return repeated // repeats
 
 
-def centre_window(height: int, width: int, crop: int) -> tuple[int, int, int, int]:
-    """Top, left, height and width of the centre of a frame: `crop` square, or as much as the short side gives."""
+def crop_windows(height: int, width: int, crop: int, num_crops: int = 1) -> np.ndarray:
+    """Top, left, height and width of a frame's crops, int64 (num_crops, 4).
+
+    Each is `crop` square, or as much as the short side gives. One lies in the centre; three lie at the ends and in
+    the middle of the longer side, centred on the shorter one (METHOD.md, section 6).
+    """
     side = min(height, width, crop)
-    return (height - side) // 2, (width - side) // 2, side, side
+    places = np.array([1]) if num_crops == 1 else np.arange(num_crops)  # in halves of the room that there is
+    tops, lefts = ((length - side) * places // 2 for length in (height, width))
+    if height < width:
+        tops = np.full_like(places, (height - side) // 2)
+    else:
+        lefts = np.full_like(places, (width - side) // 2)
+    return np.stack([tops, lefts, np.full_like(places, side), np.full_like(places, side)], axis=1)

@@ -89,6 +89,11 @@ class Manifest:
         """Playing time of all videos."""
         return sum(shard.seconds for shard in self.shards)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, and so of all it names."""
+        return sha256(self.to_json())
+
     def to_json(self) -> bytes:
         """The text of `manifest.json`."""
         totals = {"videos": self.num_videos, "frames": self.num_frames, "bytes": self.num_bytes}

@@ -108,16 +108,18 @@ class ShardSet:
         (shard,) = self._shards_of(np.array([position])).tolist()
         return f"{self._shard_url(shard)}, video {self.keys[position]}"
 
-    def stored_stride(self, stride: int) -> int:
+    def stored_stride(self, stride: int, key: str = "data.stride") -> int:
         """Stored frames from one to the next of a clip, for a stride in frames of the videos themselves.
+
+        `key` is where the stride is configured, for the message.
 
         Raises:
             ConfigError: the frames between are not stored.
         """
         if stride % self.keep_every:
             raise ConfigError(
-                f"data.stride: found {stride}, must be a multiple of {self.keep_every}: of that many frames "
-                "the set stores one (--keep-every)"
+                f"{key}: found {stride}, must be a multiple of {self.keep_every}: of that many frames "
+                f"{self._url} stores one (--keep-every)"
             )
         return stride // self.keep_every
 

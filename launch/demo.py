@@ -163,15 +163,18 @@ def _mcl(*words: object) -> None:
 
 def _evaluate(demo: Demo) -> tuple[float, float]:
     """Top-1 of the untrained and of the pretrained encoder."""
-    from launch.evaluate import RANDOM, evaluate_svm, load_subject
+    from launch.evaluate_settings import SvmEvaluation
+    from launch.frozen import evaluate_frozen
+    from launch.subject import RANDOM, load_subject
+    from mcl_dist.config import load_config
 
-    untrained = load_subject(RANDOM, str(CONFIG), demo.overrides)
-    pretrained = load_subject(str(demo.folder / "pretrain"), None)
-    sets = (str(demo.shards("train")), str(demo.shards("test")))
-    return (
-        evaluate_svm(untrained, *sets, num_clips=NUM_CLIPS, recalibrated=True).top1,
-        evaluate_svm(pretrained, *sets, num_clips=NUM_CLIPS).top1,
+    config = load_config(SvmEvaluation, None, [f"clips.count={NUM_CLIPS}", "features.keep=false"])
+    subjects = load_subject(RANDOM, _pretrain_config(demo)), load_subject(str(demo.folder / "pretrain"))
+    train, test = (str(demo.shards(split)) for split in ("train", "test"))
+    untrained, pretrained = (
+        scores.measures["top1"] for each in subjects if (scores := evaluate_frozen(each, train, test, config))
     )
+    return untrained, pretrained
 
 
 def _draw(demo: Demo) -> Path:

@@ -1,236 +1,252 @@
-"""Probes of frozen encoders: `mcl evaluate svm`."""
+"""Evaluations: `mcl evaluate PROTOCOL`, here or, over several ranks, in this file started once a rank."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from mcl_dist.errors import ConfigError, UserError
+from launch.local_ranks import as_rank, launch_ranks
+from launch.subject import RANDOM, load_pretrain_config, load_subject
+from mcl_dist.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
+    from launch.evaluate_settings import FrozenConfig
+    from launch.subject import Subject
+    from mcl_dist.evaluation.scores import Scores
+    from mcl_dist.ranks import Ranks
 
-    from dataloading.clips import ClipGeometry, ProbeClips
-    from dataloading.stream import ShardSet
-    from launch.settings import PretrainConfig
-    from mcl_dist.encoder import Encoder
-    from mcl_dist.evaluation.svm import Accuracy
-
-RANDOM = "random"
-RECALIBRATION_BATCHES = 20
-RECALIBRATION_VIDEOS = 32  # a batch: as many as small pre-training runs use
+PROTOCOLS = {
+    "svm": "linear SVM on the mean features of evenly spaced clips",
+    "retrieval": "nearest training videos by the cosine of mean features",
+    "knn": "votes of the nearest training videos",
+}
+# Options that stand for a key of the configuration.
+SHORTHANDS = {"clips": "clips.count", "cost": "svm.cost", "cache": "data.cache", "recalibrate": "recalibrate"}
+OF_PRETRAIN = "pretrain."
+LABELS = {"top1": "top-1", "top5": "top-5", "mean_class": "mean of classes"}
+MOST_LINES = 40  # of the table of classes on a terminal
 EXAMPLE = """example:
   mcl evaluate svm --checkpoint runs/ucf101 --train /data/ucf101/train --test /data/ucf101/test
-  mcl evaluate svm --checkpoint random --config configs/pretrain/ucf101.yaml --train … --test … run.seed=1
+  mcl evaluate knn --checkpoint runs/ucf101 --train … --test … --ranks 4 knn.neighbours=10
+  mcl evaluate svm --checkpoint runs/ucf101 --train s1/train --test s1/test --train s2/train --test s2/test
+  mcl evaluate svm --checkpoint random --pretrain configs/pretrain/ucf101.yaml --train … --test … pretrain.run.seed=1
 """
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is evaluated: an encoder and the shape of the clips that it is shown."""
+class Job:
+    """What a command line asks for; ranks get it as JSON.
 
-    encoder: Encoder
-    geometry: ClipGeometry
+    Attributes:
+        protocol: of `PROTOCOLS`.
+        checkpoint: as for `load_subject`.
+        train, test: URLs of the splits' sets.
+        config, overrides: of the evaluation.
+        pretrain, pretrain_overrides: the pre-training whose start `random` is, and changes of it.
+        as_json: print for machines.
+    """
+
+    protocol: str
+    checkpoint: str
+    train: Sequence[str]
+    test: Sequence[str]
+    config: str | None = None
+    overrides: Sequence[str] = ()
+    pretrain: str | None = None
+    pretrain_overrides: Sequence[str] = ()
+    as_json: bool = False
+
+    def settings(self) -> FrozenConfig:
+        """The checked configuration; errors as of `load_config`."""
+        from launch.evaluate_settings import KnnEvaluation, RetrievalEvaluation, SvmEvaluation
+        from mcl_dist.config import load_config
+
+        schemas: dict[str, type[FrozenConfig]] = {
+            "svm": SvmEvaluation,
+            "knn": KnnEvaluation,
+            "retrieval": RetrievalEvaluation,
+        }
+        return load_config(schemas[self.protocol], self.config, self.overrides)
+
+    def subject(self) -> Subject:
+        """What is evaluated; errors as of `load_subject`."""
+        if self.pretrain is None:
+            return load_subject(self.checkpoint)
+        return load_subject(self.checkpoint, load_pretrain_config(self.pretrain, self.pretrain_overrides))
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `mcl evaluate`."""
-    parser = commands.add_parser("evaluate", help="score an encoder with a probe")
+    parser = commands.add_parser("evaluate", help="score an encoder by a protocol")
     protocols = parser.add_subparsers(title="protocols", metavar="PROTOCOL", required=True)
-    svm = protocols.add_parser(
-        "svm",
-        help="linear SVM on the mean features of evenly spaced clips",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    svm.add_argument(
+    for name, what in PROTOCOLS.items():
+        each = protocols.add_parser(
+            name, help=what, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        _add_arguments(each)
+        if name == "svm":
+            each.add_argument("--cost", type=positive_number, help="C of the SVM (default: 1)")
+        each.set_defaults(run=run, protocol=name)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate as the command line says, print the scores; returns the exit code."""
+    from mcl_dist.ranks import Ranks
+
+    job = _job(arguments)
+    job.settings()  # what is wrong with it is told before ranks are started
+    if arguments.ranks > 1:
+        return launch_ranks(__file__, [json.dumps(asdict(job))], arguments.ranks)
+    import torch
+
+    evaluate(job, Ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    return 0
+
+
+def evaluate(job: Job, ranks: Ranks) -> None:
+    """All splits of a job, and on the first rank what comes of them, printed."""
+    from launch.frozen import evaluate_frozen
+
+    settings = job.settings()
+    splits = []
+    for train, test in zip(job.train, job.test, strict=True):
+        scores = evaluate_frozen(job.subject(), train, test, settings, ranks)
+        if scores is not None:
+            splits.append(scores)
+    if ranks.is_first:
+        print(json.dumps(_report(job, splits)) if job.as_json else _text(splits))
+
+
+def main(words: Sequence[str] | None = None) -> NoReturn:
+    """One rank, started by the DeepSpeed launcher."""
+    parser = argparse.ArgumentParser(prog="launch/evaluate.py", description="One rank of an evaluation.")
+    parser.add_argument("job", help="JSON")
+    parser.add_argument("--local_rank", type=int, help="set by the launcher")
+    arguments = parser.parse_args(words)
+    as_rank(lambda: _evaluate_as_rank(Job(**json.loads(arguments.job))))
+
+
+def _evaluate_as_rank(job: Job) -> None:
+    from launch.supervise import end_with_launcher
+    from mcl_dist.engine import join_process_group, pick_device
+    from mcl_dist.ranks import Ranks
+
+    end_with_launcher()
+    device = pick_device()
+    join_process_group(device)
+    ranks = Ranks(device)
+    evaluate(job, ranks)
+    ranks.barrier()
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--checkpoint",
         required=True,
-        help=f"run folder, or one step-… folder of it; `{RANDOM}` for the untrained start of --config",
+        help=f"run folder, or one step-… folder of it; `{RANDOM}` for the untrained start of --pretrain",
     )
-    svm.add_argument("--train", required=True, metavar="URL", help="shard set that the SVM learns from")
-    svm.add_argument("--test", required=True, metavar="URL", help="shard set that it is tested on")
-    svm.add_argument(
-        "--config",
+    parser.add_argument(
+        "--train", required=True, metavar="URL", action="append", help="set to learn from; once for each split"
+    )
+    parser.add_argument(
+        "--test", required=True, metavar="URL", action="append", help="set to be tested on; once for each split"
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file, for example configs/evaluate/svm.yaml")
+    parser.add_argument(
+        "--pretrain",
         metavar="FILE",
-        help="pre-training configuration to take clips and encoder from (default: the run's)",
+        help="pre-training configuration whose start `random` is; without it, --config and key=value are of that one",
     )
-    svm.add_argument("--clips", type=whole_number, default=20, help="clips of a video (default: %(default)s)")
-    svm.add_argument("--cost", type=positive_number, default=1.0, help="C of the SVM (default: %(default)s)")
-    svm.add_argument(
+    parser.add_argument("--ranks", type=whole_number, default=1, help="processes on this machine (default: 1)")
+    parser.add_argument("--clips", type=whole_number, help="clips of a video (default: 20)")
+    parser.add_argument(
         "--recalibrate",
         action=argparse.BooleanOptionalAction,
         help="measure BatchNorm's statistics anew on training clips (default: for `random` only)",
     )
-    svm.add_argument("--cache", metavar="DIR", help="local folder for shards of sets that are elsewhere")
-    svm.add_argument("--json", action="store_true", help="print top1, top5 (fractions) and videos as JSON")
-    svm.add_argument("overrides", nargs="*", metavar="key=value", help="override --config, e.g. data.frames=32")
-    svm.set_defaults(run=run_svm)
-
-
-def run_svm(arguments: argparse.Namespace) -> int:
-    """Evaluate as the command line says, print the score; returns 0."""
-    subject = load_subject(arguments.checkpoint, arguments.config, arguments.overrides)
-    untrained = arguments.checkpoint == RANDOM
-    result = evaluate_svm(
-        subject,
-        arguments.train,
-        arguments.test,
-        cache=arguments.cache,
-        num_clips=arguments.clips,
-        cost=arguments.cost,
-        recalibrated=untrained if arguments.recalibrate is None else arguments.recalibrate,
+    parser.add_argument("--cache", metavar="DIR", help="local folder for shards of sets that are elsewhere")
+    parser.add_argument("--json", action="store_true", help="print scores, intervals, classes, confusion as JSON")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="override the file, e.g. clips.frames=32; with `pretrain.` before the key, that of --pretrain",
     )
-    if arguments.json:
-        print(json.dumps(asdict(result)))
-    else:
-        print(f"top-1 {result.top1:.2%}  top-5 {result.top5:.2%}  {result.videos} test videos")
-    return 0
 
 
-def load_subject(checkpoint: str, config_file: str | None, overrides: Sequence[str] = ()) -> Subject:
-    """The encoder of a checkpoint, or an untrained one, with the clips it was made for.
-
-    Raises:
-        ConfigError: `random` without a configuration, or overrides of none.
-        UserError: no such checkpoint, or one of another architecture than the configuration's.
-    """
-    from launch.settings import PretrainConfig
-    from mcl_dist.config import build_config, load_config
-
-    if config_file is None:
-        if checkpoint == RANDOM:
-            raise ConfigError("--checkpoint random: say which encoder with --config FILE")
-        if overrides:
-            raise ConfigError(f"`{overrides[0]}` overrides a configuration, but none is named; add --config FILE")
-        encoder, stored = _load_checkpoint(checkpoint)
-        return Subject(encoder, _geometry(build_config(PretrainConfig, stored)))
-    # Sets and run folder are no matter of the encoder: a configuration may leave them to the command line.
-    needless = ("data.train=", "run.dir=")
-    config = load_config(PretrainConfig, config_file, [*(f"{key}''" for key in needless), *overrides])
-    if checkpoint == RANDOM:
-        return Subject(_untrained(config), _geometry(config))
-    encoder, _ = _load_checkpoint(checkpoint)
-    if encoder.config != config.encoder:
-        raise UserError(
-            f"{checkpoint}: holds another architecture ({encoder.config} there, {config.encoder} in {config_file}); "
-            "leave --config out, or name the run's own"
+def _job(arguments: argparse.Namespace) -> Job:
+    if len(arguments.train) != len(arguments.test):
+        raise ConfigError(
+            f"--train is given {len(arguments.train)} times and --test {len(arguments.test)}; give both once a split"
         )
-    return Subject(encoder, _geometry(config))
-
-
-def evaluate_svm(
-    subject: Subject,
-    train_url: str,
-    test_url: str,
-    *,
-    cache: str | None = None,
-    num_clips: int = 20,
-    cost: float = 1.0,
-    recalibrated: bool = False,
-) -> Accuracy:
-    """Features of both sets, an SVM on the one, its accuracy on the other (METHOD.md, section 6).
-
-    Raises:
-        UserError: a set cannot be read, is empty, or has other classes than the other.
-    """
-    from dataloading.stream import ShardSet
-    from mcl_dist.evaluation.features import extract_features, recalibrate
-    from mcl_dist.evaluation.svm import svm_accuracy
-
-    train, test = (ShardSet(url, cache) for url in (train_url, test_url))
-    check_classes(train_url, train.manifest.classes, test_url, test.manifest.classes)
-    encoder = subject.encoder.to(_device())
-    if recalibrated:
-        recalibrate(encoder, _recalibration_clips(train, subject.geometry))
-    train_features, test_features = (
-        extract_features(encoder, _clips(shard_set, subject.geometry, num_clips, what))
-        for shard_set, what in ((train, "training features"), (test, "test features"))
-    )
-    return svm_accuracy(train_features, test_features, cost=cost)
-
-
-def check_classes(train_url: str, train: Sequence[str], test_url: str, test: Sequence[str]) -> None:
-    """Labels count a set's own classes: two sets can only be compared when they have the same.
-
-    Raises:
-        UserError: naming a class that one of them lacks.
-    """
-    if list(train) == list(test):
-        return
-    alone = sorted(set(train) ^ set(test))
-    example = f"`{alone[0]}` is in one alone" if alone else "in another order"
-    raise UserError(
-        f"{test_url}: its {len(test)} classes are not the {len(train)} of {train_url} ({example}); "
-        "build both from folders with the same class names"
+    overrides = [word for word in arguments.overrides if not word.startswith(OF_PRETRAIN)]
+    of_pretrain = [word.removeprefix(OF_PRETRAIN) for word in arguments.overrides if word.startswith(OF_PRETRAIN)]
+    config, pretrain = arguments.config, arguments.pretrain
+    if arguments.checkpoint == RANDOM and pretrain is None:
+        config, pretrain, overrides, of_pretrain = None, config, [], [*overrides, *of_pretrain]
+    elif of_pretrain and pretrain is None:
+        raise ConfigError(f"`{OF_PRETRAIN}{of_pretrain[0]}` overrides --pretrain, but none is named")
+    return Job(
+        protocol=arguments.protocol,
+        checkpoint=arguments.checkpoint,
+        train=arguments.train,
+        test=arguments.test,
+        config=config,
+        overrides=[*overrides, *_shorthands(arguments)],
+        pretrain=pretrain,
+        pretrain_overrides=of_pretrain,
+        as_json=arguments.json,
     )
 
 
-def _load_checkpoint(url: str) -> tuple[Encoder, dict[str, Any]]:
-    from mcl_dist.checkpoint import load_encoder
-
-    return load_encoder(url)
-
-
-def _untrained(config: PretrainConfig) -> Encoder:
-    """The encoder that a pre-training run of this configuration starts from."""
-    import torch
-
-    from mcl_dist.heads import Network
-    from mcl_dist.weights import initialise
-
-    torch.manual_seed(config.run.seed)
-    network = Network(config.encoder, config.heads)
-    initialise(network, config.initial)
-    return network.encoder
+def _shorthands(arguments: argparse.Namespace) -> list[str]:
+    """Options as overrides."""
+    given = {key: getattr(arguments, option, None) for option, key in SHORTHANDS.items()}
+    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
 
 
-def _geometry(config: PretrainConfig) -> ClipGeometry:
-    from dataloading.clips import ClipGeometry
+def _report(job: Job, splits: Sequence[Scores]) -> dict[str, Any]:
+    """For machines: means over splits, then every split."""
+    from mcl_dist.evaluation.scores import mean_of_splits
 
-    return ClipGeometry(config.data.frames, config.data.stride, config.data.crop)
-
-
-def _device() -> torch.device:
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _clips(
-    shard_set: ShardSet, geometry: ClipGeometry, num_clips: int, what: str
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    from launch.progress import watched
-
-    batches = _probe_clips(shard_set, geometry, num_clips)
-    for batch in watched(batches, len(batches), f"{what} of {len(shard_set)} videos"):
-        yield batch.clips, batch.labels
+    return {
+        "protocol": job.protocol,
+        "checkpoint": job.checkpoint,
+        **mean_of_splits(splits),
+        "splits": [
+            {"train": train, "test": test, **split.to_json()}
+            for train, test, split in zip(job.train, job.test, splits, strict=True)
+        ],
+    }
 
 
-def _recalibration_clips(train: ShardSet, geometry: ClipGeometry) -> Iterator[torch.Tensor]:
-    """Batches of one clip each of as many videos; a set's order is random, so its first ones are a fair share."""
-    from itertools import islice
+def _text(splits: Sequence[Scores]) -> str:
+    """For people: a line a split and one of their mean, with 95 % intervals; of a single split its classes, too."""
+    from mcl_dist.evaluation.scores import mean_of_splits
 
-    batches = _probe_clips(train, geometry, 1, batch_videos=RECALIBRATION_VIDEOS)
-    for batch in islice(batches, RECALIBRATION_BATCHES):
-        yield batch.clips[:, 0]
-
-
-def _probe_clips(shard_set: ShardSet, geometry: ClipGeometry, num_clips: int, batch_videos: int = 4) -> ProbeClips:
-    from dataloading.clips import ProbeClips
-    from launch.build_shards import num_cores
-
-    return ProbeClips(
-        shard_set,
-        geometry,
-        device=_device(),
-        num_clips=num_clips,
-        batch_videos=batch_videos,
-        threads=num_cores(),
+    means = [mean_of_splits([split]) for split in splits]
+    lines = [_line(mean) for mean in means]
+    if len(splits) > 1:
+        return "\n".join([*lines, f"mean of {len(splits)} splits: {_line(mean_of_splits(splits))}"])
+    worst_first = sorted(
+        (each for each in splits[0].classes if each.accuracy is not None), key=lambda each: each.accuracy or 0.0
     )
+    lines += [f"  {each.accuracy:7.1%} of {each.videos:5} {each.name}" for each in worst_first[:MOST_LINES]]
+    if len(worst_first) > MOST_LINES:
+        lines.append(f"  … and {len(worst_first) - MOST_LINES} classes above these; --json has them all")
+    return "\n".join(lines)
+
+
+def _line(means: dict[str, Any]) -> str:
+    parts = []
+    for name, value in means.items():
+        if name in means["intervals"]:
+            low, high = means["intervals"][name]
+            parts.append(f"{LABELS.get(name, name)} {value:.2%} ({low:.1%} to {high:.1%})")
+    return "  ".join([*parts, f"{means['videos']} test videos"])
 
 
 def whole_number(text: str) -> int:
@@ -247,3 +263,7 @@ def positive_number(text: str) -> float:
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{value} is not above 0")
     return value
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mcl_dist.encoder import Encoder, normalise
+from mcl_dist.ranks import Ranks
 
 # Clips that go through the encoder at once: 16 of 16×224² keep R(2+1)D-50 under 2 GB of activations.
 CLIPS_AT_ONCE = 16
@@ -27,9 +28,16 @@ class Features(NamedTuple):
     labels: np.ndarray
 
 
+def share_of(num_videos: int, ranks: Ranks) -> range:
+    """The contiguous share of a set's positions that this rank looks at; shares differ by one video at most."""
+    return range(num_videos * ranks.rank // ranks.count, num_videos * (ranks.rank + 1) // ranks.count)
+
+
 @torch.no_grad()
 def extract_features(encoder: Encoder, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Features:
     """Encode every video's clips with the encoder in evaluation mode, and average.
+
+    A video goes through the encoder alone, so that its feature does not depend on which others a rank has.
 
     Args:
         encoder: left in evaluation mode.
@@ -38,14 +46,32 @@ def extract_features(encoder: Encoder, batches: Iterable[tuple[torch.Tensor, tor
     encoder.eval()
     vectors, labels = [], []
     for clips, labels_v in batches:
-        num_videos, num_clips = clips.shape[:2]
-        parts = torch.split(clips.flatten(0, 1), CLIPS_AT_ONCE)
-        pooled = torch.cat([encoder(normalise(part)).pooled for part in parts])
-        vectors.append(pooled.view(num_videos, num_clips, -1).mean(dim=1).float().cpu().numpy())
+        vectors += [_mean_feature(encoder, video) for video in clips]
         labels.append(labels_v.cpu().numpy())
     if not vectors:
         return Features(np.empty((0, encoder.feature_dim), np.float32), np.empty(0, np.int64))
-    return Features(np.concatenate(vectors), np.concatenate(labels))
+    return Features(torch.stack(vectors).cpu().numpy(), np.concatenate(labels))
+
+
+def gather_features(own: Features, num_videos: int, ranks: Ranks) -> Features:
+    """The features of all ranks' shares (`share_of`), in the set's order, on every rank.
+
+    An exchange wants as many rows of every rank: shorter shares are filled up for it, and the filling is dropped.
+    """
+    if ranks.count == 1:
+        return own
+    longest = -(-num_videos // ranks.count)
+    missing = longest - len(own.labels)
+    vectors = ranks.gather(torch.from_numpy(np.pad(own.vectors, ((0, missing), (0, 0)))))
+    labels = ranks.gather(torch.from_numpy(np.pad(own.labels, (0, missing), constant_values=-1)))
+    real = labels >= 0
+    return Features(vectors[real].cpu().numpy(), labels[real].cpu().numpy())
+
+
+def _mean_feature(encoder: Encoder, clips: torch.Tensor) -> torch.Tensor:
+    """(C,) of one video's clips (clips, T, H, W, 3)."""
+    parts = torch.split(clips, CLIPS_AT_ONCE)
+    return torch.cat([encoder(normalise(part)).pooled for part in parts]).mean(dim=0).float()
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from dataloading.clips import ClipGeometry, ProbeClips, centre_window, clip_frames, clip_starts
+from dataloading.clips import ClipGeometry, ClipsConfig, ProbeClips, clip_frames, clip_starts, crop_windows
 from dataloading.stream import ShardSet
+from mcl_dist.errors import ConfigError
 
 WriteSet = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -63,6 +64,46 @@ def test_a_clip_shows_the_centre_of_the_frames_it_names(write_set: WriteSet) -> 
 
 
 def test_a_crop_larger_than_the_short_side_takes_a_square_and_scales_it_up(write_set: WriteSet) -> None:
-    assert centre_window(40, 56, 48) == (0, 8, 40, 40)
+    assert crop_windows(40, 56, 48).tolist() == [[0, 8, 40, 40]]
     (batch,) = _batches(ShardSet(str(write_set([10]))), ClipGeometry(4, 2, 48))
     assert batch.clips.shape[-3:] == (48, 48, 3)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "places"),
+    [(40, 56, [(4, 0), (4, 12), (4, 24)]), (56, 40, [(0, 4), (12, 4), (24, 4)]), (40, 40, [(0, 4), (4, 4), (8, 4)])],
+)
+def test_three_crops_lie_along_the_longer_side(height: int, width: int, places: list[tuple[int, int]]) -> None:
+    assert crop_windows(height, width, 32, 3).tolist() == [[*place, 32, 32] for place in places]
+
+
+def test_three_crops_of_a_clip_show_what_each_alone_would(write_set: WriteSet) -> None:
+    shard_set = ShardSet(str(write_set([20])))
+    geometry = ClipGeometry(4, 2, 24)
+    (three,) = ProbeClips(shard_set, geometry, device=CPU, num_clips=3, num_crops=3, threads=1)
+    (centre,) = _batches(shard_set, geometry)
+    left, middle, right = three.clips[0].chunk(3)
+    assert np.abs(middle.numpy().astype(int) - centre.clips[0].numpy()).max() <= 1
+    video = shard_set.read(0)
+    wanted = clip_frames(20, 4, 2, 3)
+    for crop, first in ((left, 0), (right, 32)):
+        (still,) = video.frames([int(wanted[2, 1])])
+        whole = cv2.imdecode(still, cv2.IMREAD_COLOR)[..., ::-1]
+        assert np.abs(crop[2, 1].numpy() - whole[8:32, first : first + 24].astype(int)).max() <= 3
+
+
+def test_two_crops_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"clips\.crops: found 2"):
+        ClipsConfig(crops=2)
+
+
+def test_a_rank_may_look_at_its_share_alone(write_set: WriteSet) -> None:
+    shard_set = ShardSet(str(write_set([20, 24, 9, 16, 30])))
+    found = list(ProbeClips(shard_set, ClipGeometry(4, 2, 24), device=CPU, num_clips=1, positions=range(1, 4)))
+    assert torch.cat([batch.positions for batch in found]).tolist() == [1, 2, 3]
+
+
+def test_a_video_shorter_than_a_clip_is_stretched_over_it(write_set: WriteSet) -> None:
+    (batch,) = _batches(ShardSet(str(write_set([3]))), ClipGeometry(4, 2, 24), num_clips=1)
+    assert clip_frames(3, 4, 2, 1).tolist() == [[0, 0, 1, 2]]
+    assert torch.equal(batch.clips[0, 0, 0], batch.clips[0, 0, 1])

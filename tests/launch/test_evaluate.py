@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from dataloading.shards import MANIFEST, manifest_from
 from launch.cli import main
-from launch.evaluate import check_classes, load_subject
+from launch.frozen import check_classes
 from launch.settings import PretrainConfig
+from launch.subject import load_pretrain_config, load_subject
 from mcl_dist.config import build_config, dump_config
 from mcl_dist.errors import UserError
 from mcl_dist.heads import Network
@@ -50,19 +54,94 @@ def checkpoint(tmp_path: Path) -> str:
     return str(tmp_path / "run")
 
 
-def _evaluate(checkpoint: str, shards: Path, *more: str) -> int:
-    sets = ("--train", str(shards), "--test", str(shards), "--clips", "2")
-    return main(["evaluate", "svm", "--checkpoint", checkpoint, *sets, *more])
+@pytest.fixture(autouse=True)
+def features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where features are kept, instead of in the home of whoever runs the tests."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / ".cache" / "mcl-dist" / "features"
 
 
-def test_json_names_top1_top5_and_videos(
+def _evaluate(checkpoint: str, shards: Path, *more: str, protocol: str = "svm", test: Path | None = None) -> int:
+    sets = ("--train", str(shards), "--test", str(test or shards), "--clips", "2")
+    return main(["evaluate", protocol, "--checkpoint", checkpoint, *sets, *more])
+
+
+def _changed(shards: Path, folder: Path, classes: tuple[str, ...]) -> Path:
+    """The set with other names of its classes."""
+    shutil.copytree(shards, folder)
+    manifest = manifest_from((folder / MANIFEST).read_bytes(), MANIFEST)
+    (folder / MANIFEST).write_bytes(dataclasses.replace(manifest, classes=classes).to_json())
+    return folder
+
+
+def _classes(shards: Path) -> tuple[str, ...]:
+    return manifest_from((shards / MANIFEST).read_bytes(), MANIFEST).classes
+
+
+@pytest.mark.parametrize("protocol", ["svm", "knn", "retrieval"])
+def test_json_has_scores_intervals_classes_and_confusion(
+    checkpoint: str, synthetic_shards: Path, capsys: pytest.CaptureFixture[str], protocol: str
+) -> None:
+    assert _evaluate(checkpoint, synthetic_shards, "--json", protocol=protocol) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["protocol"], found["videos"]) == (protocol, 16)
+    assert 0 <= found["top1"] <= found["top5"] <= 1
+    measures = {"top1", "top5", "mean_class"} | (
+        {f"recall_at_{count}" for count in (1, 5, 10, 20, 50)} if protocol == "retrieval" else set()
+    )
+    assert set(found["intervals"]) == measures
+    (split,) = found["splits"]
+    assert {name: split[name] for name in measures} == {name: found[name] for name in measures}
+    assert [each["name"] for each in split["classes"]] == list(_classes(synthetic_shards))
+    assert sum(map(sum, split["confusion"])) == 16
+    if protocol != "svm":
+        assert found["top1"] == 1  # a video's nearest is itself
+
+
+def test_several_splits_are_told_with_their_mean(
     checkpoint: str, synthetic_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _evaluate(checkpoint, synthetic_shards, "--json") == 0
+    again = ("--train", str(synthetic_shards), "--test", str(synthetic_shards), "--json")
+    assert _evaluate(checkpoint, synthetic_shards, *again, protocol="knn") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found.keys() == {"top1", "top5", "videos"}
-    assert found["videos"] == 16
-    assert 0 <= found["top1"] <= found["top5"] <= 1
+    assert (len(found["splits"]), found["videos"]) == (2, 32)
+    assert found["top1"] == found["splits"][0]["top1"]
+
+
+def test_an_unequal_number_of_sets_is_wrong_usage(checkpoint: str, synthetic_shards: Path) -> None:
+    assert _evaluate(checkpoint, synthetic_shards, "--train", str(synthetic_shards)) == 2
+
+
+def test_a_second_protocol_finds_the_features_of_the_first(
+    checkpoint: str, synthetic_shards: Path, capsys: pytest.CaptureFixture[str], features: Path
+) -> None:
+    assert _evaluate(checkpoint, synthetic_shards, protocol="knn") == 0
+    assert "kept in" in capsys.readouterr().err
+    kept = list(features.iterdir())
+    assert len(kept) == 1  # both sets are the same
+    assert _evaluate(checkpoint, synthetic_shards, protocol="retrieval") == 0
+    assert capsys.readouterr().err.count("taken from") == 2
+    assert _evaluate(checkpoint, synthetic_shards, "clips.crops=3", protocol="retrieval") == 0
+    assert "taken from" not in capsys.readouterr().err.splitlines()[0]
+
+
+@pytest.mark.slow
+def test_ranks_make_the_features_of_one_process_though_they_do_not_divide_the_videos(
+    checkpoint: str, synthetic_shards: Path, capfd: pytest.CaptureFixture[str], features: Path
+) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as three ranks of a small machine have; sums over more differ in their last bit
+    try:
+        assert _evaluate(checkpoint, synthetic_shards, "--json") == 0
+    finally:
+        torch.set_num_threads(threads)
+    alone = json.loads(capfd.readouterr().out)
+    (file,) = features.iterdir()
+    expected = file.read_bytes()
+    file.unlink()
+    assert _evaluate(checkpoint, synthetic_shards, "--json", "--ranks", "3") == 0
+    assert json.loads(capfd.readouterr().out) == alone
+    assert file.read_bytes() == expected
 
 
 def test_an_evaluation_repeats_exactly(
@@ -70,37 +149,41 @@ def test_an_evaluation_repeats_exactly(
 ) -> None:
     outputs = []
     for _ in range(2):
-        assert _evaluate("random", synthetic_shards, "--config", config_file) == 0
+        assert _evaluate("random", synthetic_shards, "--config", config_file, "--cost", "2") == 0
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
     assert outputs[0].startswith("top-1 ")
 
 
+def test_random_may_have_a_configuration_of_its_own_beside_the_evaluations(
+    config_file: str, synthetic_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = ("--pretrain", config_file, "--config", "configs/evaluate/svm.yaml", "--json")
+    found = []
+    for seed in ("5", "5", "6"):
+        assert _evaluate("random", synthetic_shards, *both, f"pretrain.run.seed={seed}", "svm.cost=2") == 0
+        found.append(capsys.readouterr().err.count("taken from"))
+    assert found == [1, 2, 1]  # both sets are the same; 5 again finds its features, 6 is another encoder
+
+
 def test_a_checkpoint_brings_its_own_clips_and_encoder(checkpoint: str) -> None:
-    subject = load_subject(checkpoint, None)
+    subject = load_subject(checkpoint)
     assert dataclasses.astuple(subject.geometry) == (8, 4, 32)
     assert subject.encoder.config == CONFIG.encoder
 
 
-def test_a_configuration_beside_a_checkpoint_changes_the_clips(checkpoint: str, config_file: str) -> None:
-    subject = load_subject(checkpoint, config_file, ["data.frames=16"])
-    assert subject.geometry.frames == 16
+def test_an_evaluation_may_show_other_clips_than_the_pretraining(checkpoint: str) -> None:
+    from dataloading.clips import ClipsConfig
+
+    shown = load_subject(checkpoint).shown(ClipsConfig(frames=16))
+    assert dataclasses.astuple(shown) == (16, 4, 32)
 
 
 def test_random_is_the_start_of_a_run_of_that_seed(config_file: str) -> None:
     torch.manual_seed(5)
     expected = Network(CONFIG.encoder, CONFIG.heads).encoder.state_dict()
-    found = load_subject("random", config_file).encoder.state_dict()
+    found = load_subject("random", load_pretrain_config(config_file)).encoder.state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
-
-
-def test_another_architecture_is_refused_in_one_line(
-    checkpoint: str, config_file: str, synthetic_shards: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert _evaluate(checkpoint, synthetic_shards, "--config", config_file, "encoder.width=8") == 1
-    error = capsys.readouterr().err
-    assert "another architecture" in error
-    assert error.count("\n") == 1
 
 
 def test_a_missing_checkpoint_is_told_in_one_line(
@@ -126,11 +209,18 @@ def test_random_without_a_configuration_is_wrong_usage(
     more: tuple[str, ...], synthetic_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _evaluate("random", synthetic_shards, *more) == 2
-    assert "--config" in capsys.readouterr().err
+    assert "--pretrain" in capsys.readouterr().err
 
 
-def test_an_override_without_a_configuration_is_wrong_usage(checkpoint: str, synthetic_shards: Path) -> None:
-    assert _evaluate(checkpoint, synthetic_shards, "data.crop=16") == 2
+def test_an_override_of_a_pretraining_that_is_not_named_is_wrong_usage(checkpoint: str, synthetic_shards: Path) -> None:
+    assert _evaluate(checkpoint, synthetic_shards, "pretrain.data.crop=16") == 2
+
+
+def test_an_unknown_key_is_wrong_usage_before_anything_is_read(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _evaluate(checkpoint, tmp_path / "no-set", "knn.neighbors=3", protocol="knn") == 2
+    assert "knn.neighbors: unknown key; did you mean `neighbours`?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", [("--clips", "0"), ("--cost", "-1")])
@@ -144,3 +234,42 @@ def test_sets_of_other_classes_are_refused() -> None:
     check_classes("a", ("run", "walk"), "b", ("run", "walk"))
     with pytest.raises(UserError, match="`walk` is in one alone"):
         check_classes("a", ("run", "walk"), "b", ("run",))
+
+
+def test_sets_that_cannot_be_learnt_from_are_refused_in_one_line(
+    checkpoint: str, synthetic_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, *others = _classes(synthetic_shards)
+    unlabelled = _changed(synthetic_shards, tmp_path / "unlabelled", ("unlabelled", *others))
+    empty = _changed(synthetic_shards, tmp_path / "empty", (first, *others, "zz"))
+    for shards, what in ((unlabelled, "videos without a label"), (empty, "class `zz` has no video, so nothing")):
+        assert _evaluate(checkpoint, shards) == 1
+        error = capsys.readouterr().err
+        assert what in error
+        assert str(shards) in error
+        assert error.count("\n") == 1
+
+
+def test_a_class_without_a_test_video_is_told_and_left_out_of_the_mean(
+    synthetic_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dataloading.stream import ShardSet
+    from launch.frozen import check_split
+
+    empty = _changed(synthetic_shards, tmp_path / "empty", (*_classes(synthetic_shards), "zz"))
+    train, test = ShardSet(str(empty)), ShardSet(str(empty))
+    train.labels, test.labels = np.arange(17), np.arange(16)
+    check_split("train", train, "test", test)
+    assert "test: class `zz` has no video; the mean over classes leaves it out" in capsys.readouterr().err
+
+
+def test_a_stride_that_the_set_does_not_store_is_refused_in_one_line(
+    checkpoint: str, tmp_path: Path, synthetic_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "every-third"
+    shutil.copytree(synthetic_shards, folder)
+    manifest = manifest_from((folder / MANIFEST).read_bytes(), MANIFEST)
+    changed = dataclasses.replace(manifest, build={**manifest.build, "keep_every": 3})
+    (folder / MANIFEST).write_bytes(changed.to_json())
+    assert _evaluate(checkpoint, folder) == 2
+    assert "clips.stride: found 4, must be a multiple of 3" in capsys.readouterr().err

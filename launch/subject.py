@@ -1,0 +1,93 @@
+"""What is evaluated or exported: an encoder, and the clips that it was made for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from mcl_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dataloading.clips import ClipGeometry, ClipsConfig
+    from launch.settings import PretrainConfig
+    from mcl_dist.encoder import Encoder
+
+RANDOM = "random"
+# Sets and run folder are no matter of the encoder: a configuration may leave them to the command line.
+NEEDLESS = ("data.train=''", "run.dir=''")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated.
+
+    Attributes:
+        name: as the command line has it.
+        encoder: on the CPU.
+        geometry: of the clips of its pre-training.
+        is_untrained: whether it has learnt nothing yet.
+    """
+
+    name: str
+    encoder: Encoder
+    geometry: ClipGeometry
+    is_untrained: bool = False
+
+    def shown(self, clips: ClipsConfig) -> ClipGeometry:
+        """The shape of the clips that an evaluation shows it."""
+        wanted = {"frames": clips.frames, "stride": clips.stride, "crop": clips.crop}
+        return replace(self.geometry, **{name: value for name, value in wanted.items() if value is not None})
+
+
+def load_subject(checkpoint: str, pretrain: PretrainConfig | None = None) -> Subject:
+    """The encoder of a checkpoint, or the one that a pre-training run starts from.
+
+    Args:
+        checkpoint: as for `mcl_dist.load_encoder`, or `random`.
+        pretrain: the run whose start `random` is.
+
+    Raises:
+        ConfigError: `random` without a pre-training configuration.
+        UserError: no such checkpoint.
+    """
+    from dataloading.clips import ClipGeometry
+    from launch.settings import PretrainConfig
+    from mcl_dist.checkpoint import load_encoder
+    from mcl_dist.config import build_config
+
+    if checkpoint == RANDOM:
+        if pretrain is None:
+            raise ConfigError(
+                "--checkpoint random: say which encoder with --pretrain FILE, a pre-training configuration"
+            )
+        return Subject(RANDOM, _untrained(pretrain), _geometry(pretrain), is_untrained=True)
+    encoder, stored = load_encoder(checkpoint)
+    data = build_config(PretrainConfig, stored).data
+    return Subject(checkpoint, encoder, ClipGeometry(data.frames, data.stride, data.crop))
+
+
+def load_pretrain_config(file: str, overrides: Sequence[str] = ()) -> PretrainConfig:
+    """A pre-training configuration whose encoder is wanted; errors as of `load_config`."""
+    from launch.settings import PretrainConfig
+    from mcl_dist.config import load_config
+
+    return load_config(PretrainConfig, file, [*NEEDLESS, *overrides])
+
+
+def _untrained(config: PretrainConfig) -> Encoder:
+    import torch
+
+    from mcl_dist.heads import Network
+    from mcl_dist.weights import initialise
+
+    torch.manual_seed(config.run.seed)
+    network = Network(config.encoder, config.heads)
+    initialise(network, config.initial)
+    return network.encoder
+
+
+def _geometry(config: PretrainConfig) -> ClipGeometry:
+    from dataloading.clips import ClipGeometry
+
+    return ClipGeometry(config.data.frames, config.data.stride, config.data.crop)

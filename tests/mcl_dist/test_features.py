@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mcl_dist.encoder import Encoder, EncoderConfig, normalise
+from mcl_dist.evaluation.feature_cache import FeatureCache, FeaturesConfig, digest_of
+from mcl_dist.evaluation.features import Features, extract_features, recalibrate
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(EncoderConfig(width=4, blocks=(1, 1)))
+
+
+def _clips(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (*shape, 4, 16, 16, 3), generator=generator, dtype=torch.uint8)
+
+
+def test_features_of_a_video_are_the_mean_over_its_clips(encoder: Encoder) -> None:
+    clips = _clips(3, 5)
+    features = extract_features(encoder, [(clips[:2], torch.tensor([4, 5])), (clips[2:], torch.tensor([6]))])
+    with torch.no_grad():
+        expected = torch.stack([encoder(normalise(video)).pooled.mean(0) for video in clips])
+    assert np.allclose(features.vectors, expected.numpy(), atol=1e-5)
+    assert features.labels.tolist() == [4, 5, 6]
+
+
+def test_a_feature_does_not_depend_on_the_videos_beside_it(encoder: Encoder) -> None:
+    clips, labels = _clips(5, 20), torch.arange(5)
+    together = extract_features(encoder, [(clips, labels)])
+    alone = extract_features(encoder, [(clips[3:4], labels[3:4])])
+    assert np.array_equal(together.vectors[3:4], alone.vectors)
+
+
+def test_extraction_changes_nothing_of_the_encoder(encoder: Encoder) -> None:
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    extract_features(encoder.train(), [(_clips(2, 2), torch.zeros(2))])
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+
+
+def test_recalibration_averages_statistics_over_batches_and_leaves_parameters(encoder: Encoder) -> None:
+    batches = [_clips(6, seed=seed) for seed in range(3)]
+    parameters = [parameter.clone() for parameter in encoder.parameters()]
+    recalibrate(encoder, batches)
+    stems = [encoder.conv1(normalise(batch)) for batch in batches]
+    means = torch.stack([stem.mean(dim=(0, 2, 3, 4)) for stem in stems])
+    assert torch.allclose(encoder.bn1.running_mean, means.mean(0), atol=1e-5)
+    assert all(map(torch.equal, encoder.parameters(), parameters))
+    assert encoder.bn1.momentum == 0.1
+    assert not encoder.training
+
+
+def test_an_encoders_digest_tells_weights_and_statistics_apart(encoder: Encoder) -> None:
+    before = digest_of(encoder)
+    assert digest_of(encoder) == before
+    encoder.bn1.running_mean += 1
+    assert digest_of(encoder) != before
+
+
+@pytest.fixture
+def features() -> Features:
+    return Features(np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32), np.arange(3))
+
+
+def test_kept_features_come_back_for_the_same_encoder_videos_and_clips(tmp_path: Path, features: Features) -> None:
+    cache = FeatureCache(FeaturesConfig(folder=str(tmp_path)))
+    cache.write({"encoder": "a", "clips": 20}, features)
+    kept, line = cache.read({"clips": 20, "encoder": "a"})
+    assert kept is not None
+    assert all(map(np.array_equal, kept, features))
+    assert str(tmp_path) in line
+    assert cache.read({"encoder": "a", "clips": 10}) == (None, "")
+
+
+def test_kept_features_that_changed_on_the_disk_are_told_and_not_used(tmp_path: Path, features: Features) -> None:
+    cache = FeatureCache(FeaturesConfig(folder=str(tmp_path)))
+    cache.write({}, features)
+    (file,) = tmp_path.iterdir()
+    for damaged in (file.read_bytes()[:-1] + b"x", b"none"):
+        file.write_bytes(damaged)
+        kept, line = cache.read({})
+        assert kept is None
+        assert "made anew" in line
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_keeping(tmp_path: Path, features: Features) -> None:
+    (tmp_path / "file").touch()
+    assert "not kept" in FeatureCache(FeaturesConfig(folder=str(tmp_path / "file" / "below"))).write({}, features)
+
+
+def test_nothing_is_kept_unless_wanted(tmp_path: Path, features: Features) -> None:
+    cache = FeatureCache(FeaturesConfig(keep=False, folder=str(tmp_path)))
+    assert cache.write({}, features) == ""
+    assert cache.read({}) == (None, "")
+    assert not any(tmp_path.iterdir())
