@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 from dataloading.loader import TubeletLoader
 from launch.settings import PretrainConfig
 from mcl_dist.batch import TubeletBatch
-from mcl_dist.checkpoint import Checkpoints, Snapshot
+from mcl_dist.checkpoint import Checkpoints, DamagedError, Progress, Snapshot
 from mcl_dist.config import dump_config
 from mcl_dist.engine import Engine
 from mcl_dist.errors import RankError, UserError
@@ -41,7 +42,7 @@ def assembled(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Ite
     autocast = config.train.precision == "bfloat16"
     learner = _learner(config, ranks, device, autocast=autocast)
     folder = config.checkpoint.folder or f"{config.run.dir}/checkpoints"
-    checkpoints = Checkpoints(folder, ranks, keep=config.checkpoint.keep)
+    checkpoints = Checkpoints(folder, ranks, config.checkpoint)
     with _listening(config, ranks) as listeners:
         snapshot = _resume(learner, checkpoints, config, listeners)
         start = snapshot.step if snapshot else 0
@@ -67,6 +68,8 @@ def assembled(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Ite
             if snapshot:
                 engine.load_optimizer_state(snapshot.optimizer, start)
             schedule = _schedule(config, loader.steps_per_epoch)
+            if snapshot and snapshot.schedule != dataclasses.asdict(schedule):
+                tell(listeners, Notice(_other_schedule(snapshot.schedule, dataclasses.asdict(schedule))))
             if loader.num_left_out:
                 tell(listeners, Notice(f"{loader.num_left_out} videos are too short for a clip, left out"))
             tell(listeners, Started(start, schedule.total_steps, checkpoints.step_url(start) if snapshot else None))
@@ -83,6 +86,7 @@ def assembled(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Ite
                 settings=config.train,
                 listeners=listeners,
                 start=start,
+                progress=snapshot.progress if snapshot else Progress(),
                 name_of=loader.name_of,
                 operations=operations_per_video(config.encoder, config.heads, config.data.frames, config.data.crop),
             )
@@ -155,15 +159,33 @@ def _resume(
     learner: Learner, checkpoints: Checkpoints, config: PretrainConfig, listeners: Sequence[Listener]
 ) -> Snapshot | None:
     """Bring the learner to the newest good checkpoint, if there is one."""
-    step, torn = checkpoints.latest()
-    for line in torn:
-        tell(listeners, Notice(line))
+    step, refused = checkpoints.latest(lambda snapshot, url: _check_itself(snapshot, url, learner, config))
+    for event in refused:
+        tell(listeners, event)
     if step is None:
         return None
     snapshot, url = checkpoints.load(step), checkpoints.step_url(step)
     _check_same_run(snapshot.config, config, url)
     learner.restore(snapshot, url)
     return snapshot
+
+
+def _check_itself(snapshot: Snapshot, url: str, learner: Learner, config: PretrainConfig) -> None:
+    """Look whether a checkpoint holds what its own configuration says, where that is the run's.
+
+    Raises:
+        DamagedError: when it does not.
+    """
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    if all(snapshot.config.get(section) == now[section] for section in ("encoder", "heads")):
+        difference = learner.misfit(snapshot)
+        if difference is not None:
+            raise DamagedError(url, f"it does not hold what its configuration says ({difference})")
+
+
+def _other_schedule(stored: dict[str, Any], now: dict[str, Any]) -> str:
+    changes = ", ".join(f"{key} {stored.get(key)} there, {now[key]} here" for key in now if stored.get(key) != now[key])
+    return f"this run's schedule is not the checkpoint's: {changes}"
 
 
 # What decides which samples a step holds and what shapes go through it: a run that changed these is another run.
@@ -174,9 +196,10 @@ def _check_same_run(stored: dict[str, Any], config: PretrainConfig, url: str) ->
     now = dataclasses.asdict(config)
     for path in COURSE:
         section, key = path.split(".")
-        if stored[section].get(key) != now[section][key]:
+        made_with = stored.get(section, {}).get(key)
+        if made_with != now[section][key]:
             raise UserError(
-                f"{url}: made with {path}={stored[section].get(key)}, now {now[section][key]}; "
+                f"{url}: made with {path}={made_with}, now {now[section][key]}; "
                 "set it back, or start another run in another run.dir"
             )
 

@@ -161,7 +161,7 @@ class TrainerStep:
             ranks=ranks,
             schedule=Schedule(config.optimizer.learning_rate, 1000, 1000, warmup_epochs=0.0),
             losses=replace(config.objective, order="none"),
-            checkpoints=Checkpoints(tempfile.gettempdir(), ranks, keep=1),  # none is written
+            checkpoints=Checkpoints(tempfile.gettempdir(), ranks),  # none is written
             checkpoint_every=1000,
             config={},
             batches=iter(()),

@@ -115,6 +115,9 @@ class Engine:
         self.objective = objective
         self._state_keys = STATE_KEYS[config.name] if config.name == "adamw" or config.momentum else ()
         self._stage = config.zero_stage
+        together = distributed.is_initialized()
+        self._rank = distributed.get_rank() if together else 0
+        self._num_ranks = distributed.get_world_size() if together else 1
         self._torch_optimizer = make_optimizer(objective, config)
         self._torch_optimizer.register_step_pre_hook(self._judge)
         zero: dict[str, Any] = {"stage": config.zero_stage}
@@ -198,28 +201,39 @@ class Engine:
         if changing and self._stage:
             self._engine.optimizer.refresh_fp32_params()
 
-    def optimizer_state(self) -> dict[str, torch.Tensor]:
-        """Full state of every parameter as `key/name`, on the CPU; all ranks must call it together.
+    def optimizer_share(self) -> dict[str, torch.Tensor]:
+        """This rank's part of the optimizer's state, not copied; the parts of all ranks are the whole.
 
-        AdamW's also has `step`, the number of steps taken.
+        Each is `key/name@start`: values of a parameter's state, flat, from that one on. AdamW's first part also has
+        `step@0`, the number of steps taken.
         """
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        state = {}
-        for name, parameter in self._named_parameters():
+        share = {}
+        for name, start, state, own in self._own_pieces():
             for key in self._state_keys:
-                value = (
-                    safe_get_full_optimizer_state(parameter, key)
-                    if self._stage
-                    else self._torch_optimizer.state[parameter][key]
-                )
-                state[f"{key}/{name}"] = value.detach().cpu().contiguous().clone()
-        if self._counts_steps:
-            state["step"] = self._torch_optimizer.state[self._owners()[0]]["step"].cpu().clone()
-        return state
+                share[f"{key}/{name}@{start}"] = state[key].detach().flatten()[own]
+        if self._counts_steps and self._rank == 0:
+            share["step@0"] = self._torch_optimizer.state[self._owners()[0]]["step"].reshape(1)
+        return share
+
+    def _own_pieces(self) -> Iterator[tuple[str, int, dict[str, torch.Tensor], slice]]:
+        """What this rank has to give of parameters' state: name, first element, a state that holds it, and where."""
+        states = self._torch_optimizer.state
+        if not self._stage:  # every rank has all: they take turns
+            for index, (name, parameter) in enumerate(self._named_parameters()):
+                if index % self._num_ranks == self._rank:
+                    yield name, 0, states[parameter], slice(None)
+            return
+        for group, shard in self._shards():
+            for name, parameter in group:
+                to, start, size = self._place(parameter)
+                if size > 0:
+                    yield name, start, states[shard], slice(to, to + size)
 
     def load_optimizer_state(self, state: dict[str, torch.Tensor], step: int) -> None:
-        """Take over what `optimizer_state` gave; `step` is for states that do not tell how many steps were taken."""
+        """Take over the whole, `key/name`, that the ranks' shares make.
+
+        `step` is for states that do not tell how many steps were taken.
+        """
         for key in self._state_keys:
             full = {name: state[f"{key}/{name}"] for name, _ in self._named_parameters()}
             for owner, value in self._scattered(full):
@@ -253,23 +267,28 @@ class Engine:
         if not self._stage:
             yield from ((parameter, full[name].to(parameter)) for name, parameter in self._named_parameters())
             return
+        for group, shard in self._shards():
+            values = torch.zeros_like(shard)
+            for name, parameter in group:
+                to, source, size = self._place(parameter)
+                values[to : to + size] = full[name].flatten()[source : source + size].to(values)
+            yield shard, values
+
+    def _shards(self) -> Iterator[tuple[list[tuple[str, nn.Parameter]], torch.Tensor]]:
+        """The groups of named parameters that ZeRO lays out flat, each with this rank's shard of it."""
         names = {id(parameter): name for name, parameter in self._named_parameters()}
         zero = self._engine.optimizer
         groups = zero.fp16_groups if self._stage == 3 else zero.bit16_groups
         for group, shard in zip(groups, self._owners(), strict=True):
-            values = torch.zeros_like(shard)
-            for parameter in group:
-                to, source, size = self._place(parameter)
-                piece = full[names[id(parameter)]].flatten()[source : source + size]
-                values[to : to + len(piece)] = piece.to(values)
-            yield shard, values
+            yield [(names[id(parameter)], parameter) for parameter in group], shard
 
     def _place(self, parameter: nn.Parameter) -> tuple[int, int, int]:
         """Where this rank's shard holds a part of a parameter: (start in the shard, start in the parameter, size)."""
         if self._stage == 3:
             zero = self._engine.optimizer
             _, start, size = zero.grad_position[zero.get_param_id(parameter)]
-            return start, distributed.get_rank() * size, size
+            source = self._rank * size  # the last rank's piece may reach beyond the parameter
+            return start, source, max(0, min(size, parameter.ds_numel - source))  # type: ignore[attr-defined]
         fragment = parameter._hp_mapping  # type: ignore[attr-defined]
         if fragment is None:  # the shard holds nothing of this parameter
             return 0, 0, 0

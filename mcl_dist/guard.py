@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
@@ -78,6 +79,16 @@ class SpikeDetector:
         was_high, self._is_high = self._is_high, limit is not None and loss > limit
         self._recent.append(loss)
         return limit if self._is_high and not was_high else None
+
+    @property
+    def memory(self) -> tuple[tuple[float, ...], bool]:
+        """The losses in the window, and whether the last one passed its limit."""
+        return tuple(self._recent), self._is_high
+
+    def remember(self, recent: Iterable[float], *, is_high: bool) -> None:
+        """Take over the `memory` of another."""
+        self._recent.extend(recent)
+        self._is_high = is_high
 
     def forget(self) -> None:
         """Start anew."""

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from mcl_dist.checkpoint import Snapshot, Tensors, restore
+from mcl_dist.checkpoint import Progress, Share, Snapshot, Tensors, restore
+from mcl_dist.checkpoint.read import misfit
+from mcl_dist.errors import UserError
 from mcl_dist.heads import Network
 from mcl_dist.momentum import MomentumEncoder
 from mcl_dist.negatives import Queue
@@ -22,19 +24,28 @@ class Learner:
     momentum: MomentumEncoder
     queue: Queue
 
-    def snapshot(self, step: int, optimizer: Tensors, config: dict[str, Any]) -> Snapshot:
-        """A copy on the CPU of all this rank holds and of the whole queue; all ranks must call it together."""
+    def share(
+        self,
+        step: int,
+        optimizer: Tensors,
+        config: dict[str, Any],
+        progress: Progress | None = None,
+        schedule: dict[str, Any] | None = None,
+    ) -> Share:
+        """This rank's share of a checkpoint, nothing copied; `optimizer` is its share of the optimizer's state."""
         sides = {"query": self.network, "key": self.momentum.network}
-        return Snapshot(
+        return Share(
             step=step,
-            network=_copied(self.network.named_parameters()),
-            momentum=_copied(self.momentum.network.named_parameters()),
+            network=_detached(self.network.named_parameters()),
+            momentum=_detached(self.momentum.network.named_parameters()),
             optimizer=optimizer,
-            queue=self.queue.all_vectors(),
+            queue=self.queue.share(),
             queue_position=self.queue.position,
-            statistics=_copied(
+            statistics=_detached(
                 (f"{side}.{name}", buffer) for side, module in sides.items() for name, buffer in module.named_buffers()
             ),
+            progress=progress or Progress(),
+            schedule=schedule or {},
             config=config,
         )
 
@@ -44,9 +55,20 @@ class Learner:
         Raises:
             UserError: when it is of another architecture.
         """
+        if snapshot.queue.shape != (self.queue.size, self.queue.vectors.shape[1]):
+            stored, own = list(snapshot.queue.shape), [self.queue.size, self.queue.vectors.shape[1]]
+            raise UserError(
+                f"{where}: holds negatives of shape {stored}, here {own}; set objective.queue and heads.dim"
+            )
         restore(self.network, snapshot.network, snapshot.statistics, "query", where)
         restore(self.momentum.network, snapshot.momentum, snapshot.statistics, "key", where)
         self.queue.load(snapshot.queue, snapshot.queue_position)
+
+    def misfit(self, snapshot: Snapshot) -> str | None:
+        """The first tensor that is not of this learner's architecture, in words; None when all are."""
+        return misfit(self.network, snapshot.network, snapshot.statistics, "query") or misfit(
+            self.momentum.network, snapshot.momentum, snapshot.statistics, "key"
+        )
 
     def compile(self) -> None:
         """Let torch.compile have both encoders, when they are first called."""
@@ -79,5 +101,5 @@ def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def _copied(named: Iterable[tuple[str, torch.Tensor]]) -> Tensors:
-    return {name: value.detach().cpu().contiguous().clone() for name, value in named}
+def _detached(named: Iterable[tuple[str, torch.Tensor]]) -> Tensors:
+    return {name: value.detach() for name, value in named}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import normalize
 
 from mcl_dist.errors import ConfigError
 from mcl_dist.log_sum_exp import Form, LogSumExp, log_sum_exp
@@ -47,8 +47,7 @@ class Queue:
                 f"objective.queue: {self.size} negatives cannot be shared by {self._ranks.count} ranks; "
                 f"set it to {self._ranks.count} or more, or objective.negatives=replicated"
             )
-        start, stop = self._bounds(self._ranks.rank)
-        self.vectors = vectors[start:stop].clone()
+        self.vectors = vectors[self._held()].clone()
         self.position = position
 
     @classmethod
@@ -104,20 +103,13 @@ class Queue:
         self._write(rows[until_end:], 0, taken)
         self.position = (self.position + len(rows)) % self.size
 
-    def all_vectors(self) -> torch.Tensor:
-        """All K vectors (K, d) on the CPU. When the queue is sharded, all ranks must call it together."""
-        if not self._sharded:
-            return self.vectors.cpu()
-        bounds = [self._bounds(rank) for rank in range(self._ranks.count)]
-        longest = max(stop - start for start, stop in bounds)
-        gathered = self._ranks.gather(pad(self.vectors, (0, 0, 0, longest - len(self.vectors)))).cpu()
-        parts = zip(torch.split(gathered, longest), bounds, strict=True)
-        return torch.cat([part[: stop - start] for part, (start, stop) in parts])
+    def share(self) -> torch.Tensor:
+        """This rank's part (k, d), not copied: those of all ranks, in their order, are the K vectors."""
+        return self.vectors if self._sharded else self.vectors[self._part()]
 
     def load(self, vectors: torch.Tensor, position: int) -> None:
-        """Take over what `all_vectors` gave, with whatever number of ranks, and the position that went with it."""
-        start, stop = self._bounds(self._ranks.rank)
-        self.vectors.copy_(vectors[start:stop])
+        """Take over all K vectors (K, d), and the position that went with them, whatever number of ranks had them."""
+        self.vectors.copy_(vectors[self._held()])
         self.position = position
 
     def log_sum_exp(self, queries: torch.Tensor, temperature: float) -> LogSumExp:
@@ -130,14 +122,19 @@ class Queue:
         parts = everywhere.view(self._ranks.count, len(queries), -1)
         return LogSumExp.merged(parts[:, :, 0], parts[:, :, 1:])
 
-    def _bounds(self, rank: int) -> tuple[int, int]:
-        if not self._sharded:
-            return 0, self.size
-        return self.size * rank // self._ranks.count, self.size * (rank + 1) // self._ranks.count
+    def _part(self) -> slice:
+        """Where this rank's equal part of the ring is."""
+        rank, count = self._ranks.rank, self._ranks.count
+        return slice(self.size * rank // count, self.size * (rank + 1) // count)
+
+    def _held(self) -> slice:
+        """Where what this rank holds is."""
+        return self._part() if self._sharded else slice(0, self.size)
 
     def _write(self, rows: torch.Tensor, place: int, taken: torch.Tensor | None) -> None:
         """Write those of the rows, which go to `place` and after, that fall to this rank."""
-        start, stop = self._bounds(self._ranks.rank)
+        held = self._held()
+        start, stop = held.start, held.stop
         first, last = max(place, start), min(place + len(rows), stop)
         if first < last:
             here = self.vectors[first - start : last - start]

@@ -94,7 +94,11 @@ class Folder:
 
     def head(self, name: str, num_bytes: int) -> bytes:
         """The first bytes of a file, all of it when it has no more."""
-        return self._patiently(name, lambda: bytes(self._asked("cat_file", self.path(name), start=0, end=num_bytes)))
+
+        def attempt() -> bytes:
+            return bytes(self._asked("cat_file", self.path(name), start=0, end=num_bytes, num_bytes=num_bytes))
+
+        return self._patiently(name, attempt)
 
     def sha256(self, name: str) -> str:
         """Hexadecimal digest of a file, which is never held as a whole."""
@@ -107,7 +111,7 @@ class Folder:
             digest.update(self._patiently(name, partial(block, start)))
         return digest.hexdigest()
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes | memoryview) -> None:
         """Write a file so that readers see all of it or nothing; on local disks it is synced."""
 
         def attempt() -> None:
@@ -115,7 +119,8 @@ class Folder:
                 with _whole(Path(self.path(name))) as temporary:
                     temporary.write_bytes(data)
             else:
-                self._asked("pipe_file", self.path(name), data, num_bytes=len(data))
+                # Libraries of stores know no other buffers than bytes.
+                self._asked("pipe_file", self.path(name), bytes(data), num_bytes=len(data))
 
         self._patiently(name, attempt)
 
@@ -213,7 +218,7 @@ def _local_files(root: Path) -> Iterator[tuple[str, int]]:
 def _whole(target: Path) -> Iterator[Path]:
     """A name beside the target to write to; it becomes the target when all went well, and goes when not."""
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target.parent)
     try:
         yield partial
         _sync(partial)
@@ -221,6 +226,15 @@ def _whole(target: Path) -> Iterator[Path]:
         _sync(target.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make it and those above it, so that they outlast a power failure."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync(folder.parent)
 
 
 def _sync(path: Path) -> None:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from mcl_dist.batch import QUERY, TubeletBatch
-from mcl_dist.checkpoint import Checkpoints
+from mcl_dist.checkpoint import Checkpoints, Progress, Share
 from mcl_dist.clock import PhaseClock
 from mcl_dist.config import choice, number
 from mcl_dist.encoder import normalise
 from mcl_dist.engine import Engine
 from mcl_dist.errors import ConfigError, UserError
-from mcl_dist.events import CheckpointWritten, Finished, Listener, LossSpike, StepDone, StepSkipped, tell
+from mcl_dist.events import Finished, Listener, LossSpike, StepDone, StepSkipped, tell
 from mcl_dist.guard import SpikeDetector, Suspects
 from mcl_dist.learner import Learner
 from mcl_dist.momentum import NUM_KEYS, Keys
@@ -25,6 +25,8 @@ from mcl_dist.objective import ObjectiveConfig
 from mcl_dist.ranks import Ranks
 from mcl_dist.readback import Readback
 from mcl_dist.schedule import Schedule
+
+LEAVING_SECONDS = 60.0  # for a checkpoint that is being written when something ends the run
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class Trainer:
     Attributes:
         batches: endless, starting with the batch of step `start`.
         start: steps done before.
+        progress: what was remembered of them.
         name_of: what people call a sample of `TubeletBatch.samples`.
         operations: floating-point operations that a video needs, for those who listen; 0 where nobody has counted.
     """
@@ -122,22 +125,35 @@ class Trainer:
     settings: TrainConfig = field(default_factory=TrainConfig)
     listeners: Sequence[Listener] = ()
     start: int = 0
+    progress: Progress = field(default_factory=Progress)
     name_of: Callable[[int], str] = str
     operations: int = 0
 
     def __post_init__(self) -> None:
         self._pending: Pending | None = None
-        self._skipped_in_a_row = 0
-        self._num_taken = self.start  # steps whose keys have gone into the queue
+        self._skipped_in_a_row = self.progress.skipped_in_a_row
+        self._num_taken = self.progress.num_taken  # steps whose keys have gone into the queue
         self._spikes = SpikeDetector(self.settings.spike_window, self.settings.spike_factor)
+        self._spikes.remember(self.progress.recent_losses, is_high=self.progress.loss_is_high)
         self._spike: LossSpike | None = None
 
     def fit(self) -> None:
         """Take all steps that remain, writing checkpoints on the way and at the end.
 
         Raises:
-            UserError: when too many steps in a row are not finite, or a checkpoint cannot be written.
+            UserError: when too many steps in a row are not finite, or too many checkpoints, or the last one, cannot be
+                written.
         """
+        with self.engine.gathered():
+            self.checkpoints.reserve(self._share(self.start))
+        try:
+            self._train()
+        finally:
+            # Whatever ends the run, what is being written need not be torn.
+            self._conclude(lambda: self.checkpoints.join(LEAVING_SECONDS))
+        tell(self.listeners, Finished(self.schedule.total_steps, peak_bytes(self.ranks.device)))
+
+    def _train(self) -> None:
         total = self.schedule.total_steps
         for step in range(self.start, total):
             started, clock = time.perf_counter(), PhaseClock(self.ranks.device)
@@ -146,14 +162,15 @@ class Trainer:
             pending = self.take(step, batch, clock, waited=time.perf_counter() - started)
             clock.mark("other")
             pending.seconds = time.perf_counter() - started
-            is_due = (step + 1) % self.checkpoint_every == 0 or step + 1 == total
-            if is_due:
+            is_due = (step + 1) % self.checkpoint_every == 0
+            if is_due or step + 1 == total:
                 self._settle()
             if self._spike:
-                self._answer(self._spike, step + 1)
-            elif is_due:
+                is_due |= self._answer(self._spike)
+            if is_due:
                 self._save(step + 1)
-        tell(self.listeners, Finished(total, peak_bytes(self.ranks.device)))
+            self._hear()
+        self.save_and_wait(total)
 
     def take(self, step: int, batch: TubeletBatch, clock: PhaseClock, waited: float) -> Pending:
         """One step, all of it in the device's hands on return; `waited` are the seconds that its batch took to come."""
@@ -242,8 +259,8 @@ class Trainer:
                 "optimizer.learning_rate, and start again: it resumes from the last checkpoint"
             )
 
-    def _answer(self, spike: LossSpike, step: int) -> None:
-        """Warn of a leap of the loss after `step` steps, or take back what led there."""
+    def _answer(self, spike: LossSpike) -> bool:
+        """Warn of a leap of the loss, or take back what led there; what came back needs a checkpoint of its own."""
         newest, _ = self.checkpoints.latest() if self.settings.on_spike == "rollback" else (None, [])
         if newest is not None:
             self._settle()
@@ -252,8 +269,7 @@ class Trainer:
             spike = replace(spike, rolled_back_to=newest)
         self._spike = None
         tell(self.listeners, spike)
-        if newest is not None:
-            self._save(step)
+        return newest is not None
 
     def _roll_back(self, step: int) -> None:
         """Bring back all that the checkpoint of a step holds; what videos come next stays as it is."""
@@ -283,12 +299,39 @@ class Trainer:
             operations=float(self.operations * pending.videos),
         )
 
+    def save_and_wait(self, step: int) -> None:
+        """Have a complete checkpoint after `step` steps, which are all that were taken.
+
+        Raises:
+            UserError: when it cannot be written.
+        """
+        self._settle()
+        if self.checkpoints.newest_step != step:
+            self._save(step)
+        self._conclude(self.checkpoints.finish)
+
     def _save(self, step: int) -> None:
-        optimizer = self.engine.optimizer_state()
+        """Begin a checkpoint, which a thread goes on to write."""
+        since = time.perf_counter()
+        self._conclude(self.checkpoints.wait)
         with self.engine.gathered():
-            snapshot = self.learner.snapshot(step, optimizer, self.config)
-        url, seconds, num_bytes = self.checkpoints.save(snapshot)
-        tell(self.listeners, CheckpointWritten(step, url, seconds, stall_seconds=seconds, bytes=num_bytes))
+            self.checkpoints.begin(self._share(step), since)
+
+    def _conclude(self, wait: Callable[[], None]) -> None:
+        """Wait for the checkpoint that is being written, and tell what became of it."""
+        try:
+            wait()
+        finally:
+            self._hear()
+
+    def _hear(self) -> None:
+        for event in self.checkpoints.news():
+            tell(self.listeners, event)
+
+    def _share(self, step: int) -> Share:
+        losses, is_high = self._spikes.memory
+        progress = Progress(losses, is_high, self._skipped_in_a_row, self._num_taken)
+        return self.learner.share(step, self.engine.optimizer_share(), self.config, progress, asdict(self.schedule))
 
 
 def peak_bytes(device: torch.device) -> int:

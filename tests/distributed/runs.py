@@ -10,7 +10,7 @@ import torch
 
 from mcl_dist import engine as engine_module
 from mcl_dist.batch import TubeletBatch
-from mcl_dist.checkpoint import Checkpoints
+from mcl_dist.checkpoint import CheckpointConfig, Checkpoints, Progress
 from mcl_dist.encoder import EncoderConfig
 from mcl_dist.engine import Engine, OptimizerConfig, join_process_group, pick_device
 from mcl_dist.heads import HeadsConfig, Network
@@ -57,7 +57,7 @@ def put_together(
     momentum = MomentumEncoder(network, ranks, seed=0, autocast=False)
     queue = Queue.random(LOSSES.queue, 8, torch.Generator().manual_seed(0), ranks.device, ranks=ranks, sharded=True)
     learner = Learner(network, momentum, queue)
-    checkpoints = Checkpoints(f"{folder}/checkpoints", ranks, keep=9)
+    checkpoints = Checkpoints(f"{folder}/checkpoints", ranks, CheckpointConfig(keep=99))
     start, _ = checkpoints.latest()
     snapshot = checkpoints.load(start) if start else None
     if snapshot:
@@ -83,6 +83,7 @@ def put_together(
         settings=settings,
         listeners=[],
         start=start or 0,
+        progress=snapshot.progress if snapshot else Progress(),
     )
 
 

@@ -31,7 +31,11 @@ from tests.distributed.runs import QUIET, STEPS, joined, noise, put_together
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ("data.crop=48", "encoder.width=4", "heads.dim=8", "objective.queue=64", "train.global_batch=4")
 POISONED_STEP = 3
-LEARNT = ("network", "momentum", "optimizer", "queue", "statistics-00000", "statistics-00001")
+LEARNT = (
+    "network",
+    "momentum",
+    *(f"{of}-0000{rank}" for of in ("optimizer", "queue", "statistics") for rank in (0, 1)),
+)
 CULPRIT = 2  # of four videos: on the second of two ranks
 
 
@@ -125,9 +129,9 @@ def on_videos(shards: str, folder: str, left_out: str) -> None:
                     Path(folder, "culprit").write_text(ShardSet(shards).name_of(int(batch.samples[0])))
                 yield replace(batch, views=views)
 
-        def take_others(step: int, batch: TubeletBatch, waited: float) -> Any:
+        def take_others(step: int, batch: TubeletBatch, clock: PhaseClock, waited: float) -> Any:
             if step != POISONED_STEP:
-                return take(step, batch, waited)
+                return take(step, batch, clock, waited)
             trainer._settle()
             return SimpleNamespace(seconds=0.0)
 

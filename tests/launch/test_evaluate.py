@@ -50,7 +50,7 @@ def checkpoint(tmp_path: Path) -> str:
     momentum = MomentumEncoder(network, Ranks(), seed=0, autocast=False)
     learner = Learner(network, momentum, Queue(torch.rand(4, 8)))
     folder = tmp_path / "run" / "checkpoints"
-    Checkpoints(str(folder), Ranks(), keep=1).save(learner.snapshot(3, {}, dataclasses.asdict(CONFIG)))
+    Checkpoints(str(folder), Ranks()).save(learner.share(3, {}, dataclasses.asdict(CONFIG)))
     return str(tmp_path / "run")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mcl_dist.checkpoint import COMMITTED, Checkpoints, Snapshot, load_encoder, read_snapshot, resolve
+from mcl_dist.checkpoint import COMMITTED, CheckpointConfig, Checkpoints, Share, load_encoder, resolve
 from mcl_dist.encoder import EncoderConfig
 from mcl_dist.errors import UserError
 from mcl_dist.heads import HeadsConfig, Network
@@ -30,17 +30,17 @@ def learner(seed: int, encoder: EncoderConfig = ENCODER) -> Learner:
     return Learner(network, momentum, Queue(torch.rand(6, 8), position=seed))
 
 
-def snapshot(step: int, seed: int = 0) -> Snapshot:
-    return learner(seed).snapshot(step, {"momentum_buffer/x": torch.full((2,), float(step))}, CONFIG)
+def share(step: int, seed: int = 0) -> Share:
+    return learner(seed).share(step, {"momentum_buffer/x@0": torch.full((2,), float(step))}, CONFIG)
 
 
 def checkpoints(folder: Path, keep: int = 9) -> Checkpoints:
-    return Checkpoints(str(folder), Ranks(), keep=keep)
+    return Checkpoints(str(folder), Ranks(), CheckpointConfig(keep=keep))
 
 
 def test_a_learner_comes_back_as_it_was(tmp_path: Path) -> None:
     first, second = learner(seed=3), learner(seed=4)
-    checkpoints(tmp_path).save(first.snapshot(7, {}, CONFIG))
+    checkpoints(tmp_path).save(first.share(7, {}, CONFIG))
     second.restore(checkpoints(tmp_path).load(7), "here")
     for module, other in ((first.network, second.network), (first.momentum.network, second.momentum.network)):
         for name, value in module.state_dict().items():
@@ -51,14 +51,14 @@ def test_a_learner_comes_back_as_it_was(tmp_path: Path) -> None:
 
 def test_the_newest_are_kept_and_older_ones_go(tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        checkpoints(tmp_path, keep=2).save(snapshot(step))
+        checkpoints(tmp_path, keep=2).save(share(step))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000002", "step-000000003"]
 
 
 def test_checkpoints_work_on_any_filesystem(tmp_path: Path) -> None:
-    saver = Checkpoints(f"memory://{tmp_path.name}", Ranks(), keep=1)
-    saver.save(snapshot(1))
-    saver.save(snapshot(2))
+    saver = Checkpoints(f"memory://{tmp_path.name}", Ranks(), CheckpointConfig(keep=1))
+    saver.save(share(1))
+    saver.save(share(2))
     assert saver.latest() == (2, [])
     assert saver.load(2).step == 2
 
@@ -69,76 +69,56 @@ def test_checkpoints_work_on_any_filesystem(tmp_path: Path) -> None:
         (COMMITTED, None),
         (COMMITTED, b"{"),
         ("network.safetensors", None),
-        ("queue.safetensors", b"short"),
+        ("queue-00000.safetensors", b"short"),
         ("state.json", b"{}"),
     ],
 )
 def test_a_torn_checkpoint_is_skipped_and_reported(tmp_path: Path, file: str, damage: bytes | None) -> None:
     saver = checkpoints(tmp_path)
-    saver.save(snapshot(1))
-    saver.save(snapshot(2))
+    saver.save(share(1))
+    saver.save(share(2))
     path = tmp_path / "step-000000002" / file
     path.unlink() if damage is None else path.write_bytes(damage)
     step, torn = saver.latest()
     assert step == 1
     assert len(torn) == 1
-    assert "step-000000002: skipped" in torn[0]
+    assert torn[0].url.endswith("step-000000002")
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver = checkpoints(tmp_path)
-    saver.save(snapshot(1))
+    saver.save(share(1))
 
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match=r"step-000000002.*no space left"):
-        saver.save(snapshot(2))
+        saver.save(share(2))
     monkeypatch.undo()
     assert saver.latest() == (1, [])
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
+    assert [type(event).__name__ for event in saver.news()] == ["CheckpointWritten", "CheckpointFailed"]
+    saver.save(share(3))
+    assert saver.latest() == (3, [])
 
 
 def test_another_architecture_is_refused_with_the_first_difference(tmp_path: Path) -> None:
-    checkpoints(tmp_path).save(snapshot(1))
+    checkpoints(tmp_path).save(share(1))
     wider = learner(seed=0, encoder=EncoderConfig(width=8, blocks=(1,)))
     with pytest.raises(UserError, match=r"there: holds another architecture \(encoder\.bn1\.bias is 4 there, 8 here\)"):
         wider.restore(checkpoints(tmp_path).load(1), "there")
 
 
-def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
-    checkpoints(tmp_path).save(snapshot(1))
-    state = tmp_path / "step-000000001" / "state.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 2}))
-    with pytest.raises(UserError, match="format 2, this version reads 1"):
-        read_snapshot(str(state.parent))
-
-
 @pytest.mark.parametrize("name", ["", "checkpoints", "checkpoints/step-000000005"])
 def test_a_run_its_checkpoints_or_one_of_them_name_the_encoder(tmp_path: Path, name: str) -> None:
-    checkpoints(tmp_path / "checkpoints").save(snapshot(5))
+    checkpoints(tmp_path / "checkpoints").save(share(5))
     encoder, config = load_encoder(f"{tmp_path}/{name}")
     assert not encoder.training
     assert config == json.loads(json.dumps(CONFIG))
-    assert torch.equal(encoder.conv1.weight, snapshot(5).network["encoder.conv1.weight"])
-
-
-def test_statistics_are_the_mean_of_all_ranks_that_saved(tmp_path: Path) -> None:
-    url, *_ = checkpoints(tmp_path).save(snapshot(1))
-    folder = Path(url)
-    state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps(state | {"ranks": 2}))
-    other = snapshot(1, seed=9).statistics
-    from safetensors.torch import save
-
-    (folder / "statistics-00001.safetensors").write_bytes(save(other))
-    name = "query.encoder.bn1.running_mean"
-    expected = (snapshot(1).statistics[name] + other[name]) / 2
-    torch.testing.assert_close(read_snapshot(url).statistics[name], expected)
-    assert torch.equal(read_snapshot(url, rank=1, count=2).statistics[name], other[name])
+    assert torch.equal(encoder.conv1.weight, share(5).network["encoder.conv1.weight"])
 
 
 def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:
