@@ -162,7 +162,9 @@ def going_back(folder: str) -> None:
         assert [event.step for event in heard if isinstance(event, StepDone)] == list(range(1, 9))
         run(calm, ranks, config, left_out=range(3, spike.step + 1), steps=8)
         ranks.barrier()
-        assert files(leapt, 8) == files(calm, 8), f"stage {stage}"
+        for name, data in files(leapt, 8).items():
+            # What is remembered of the losses differs: the calm run never had the leap.
+            assert name in ("state.json", "COMMITTED") or data == files(calm, 8)[name], f"stage {stage}, {name}"
 
 
 @pytest.mark.slow
