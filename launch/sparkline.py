@@ -1,0 +1,42 @@
+"""Curves of block characters, for terminals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+LEVELS = " ▁▂▃▄▅▆▇█"
+EIGHTHS = len(LEVELS) - 1
+
+
+def sparkline(values: Sequence[float | None], width: int, height: int = 1) -> list[str]:
+    """`height` lines of `width` characters, the upper ones first; a column without a value stays empty.
+
+    More values than columns are averaged. The least value still shows, as the lowest step.
+    """
+    columns = _columns(values, width)
+    known = [value for value in columns if value is not None]
+    if not known:
+        return [" " * width] * height
+    low, high = min(known), max(known)
+    top = EIGHTHS * height - 1
+    heights = [0 if value is None else 1 + round(top * _share(value, low, high)) for value in columns]
+    rows = range(height - 1, -1, -1)
+    return ["".join(LEVELS[max(0, min(EIGHTHS, tall - EIGHTHS * row))] for tall in heights) for row in rows]
+
+
+def _columns(values: Sequence[float | None], width: int) -> list[float | None]:
+    num_values = len(values)
+    if num_values <= width:
+        return [*values, *[None] * (width - num_values)]
+    edges = [column * num_values // width for column in range(width + 1)]
+    return [_mean(values[start:end]) for start, end in pairwise(edges)]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _share(value: float, low: float, high: float) -> float:
+    return (value - low) / (high - low) if high > low else 0.5
