@@ -6,13 +6,14 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dataloading.loader import TubeletLoader
+from launch.exporting import exporting
 from launch.settings import PretrainConfig
 from mcl_dist.batch import TubeletBatch
 from mcl_dist.checkpoint import Checkpoints, DamagedError, Progress, Snapshot
@@ -32,8 +33,6 @@ from mcl_dist.schedule import Schedule
 from mcl_dist.storage import Folder
 from mcl_dist.trainer import Trainer
 from mcl_dist.weights import initialise
-from monitoring.exporter import serve
-from monitoring.metrics import TrainingMetrics
 
 
 @contextmanager
@@ -43,7 +42,7 @@ def assembled(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Ite
     learner = _learner(config, ranks, device, autocast=autocast)
     folder = config.checkpoint.folder or f"{config.run.dir}/checkpoints"
     checkpoints = Checkpoints(folder, ranks, config.checkpoint)
-    with _listening(config, ranks) as listeners:
+    with _listening(config, ranks, device) as listeners:
         snapshot = _resume(learner, checkpoints, config, listeners)
         start = snapshot.step if snapshot else 0
         if ranks.is_first:
@@ -205,18 +204,16 @@ def _check_same_run(stored: dict[str, Any], config: PretrainConfig, url: str) ->
 
 
 @contextmanager
-def _listening(config: PretrainConfig, ranks: Ranks) -> Iterator[list[Listener]]:
-    """A log on every rank; on the first also the terminal, the metrics, and Prometheus where asked for."""
+def _listening(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Iterator[list[Listener]]:
+    """A log on every rank, and Prometheus where asked for; on the first also the terminal and the metrics' file."""
     folder = Path(config.run.dir)
     listeners: list[Listener] = [EventLog(folder / _of_rank("log", ranks))]
     if ranks.is_first:
         listeners += [Console(), MetricsFile(folder / "metrics.jsonl")]
-    if ranks.is_first and config.monitoring.port is not None:
-        metrics = TrainingMetrics()
-        serve(metrics.registry, config.monitoring.port, config.monitoring.address)
-        listeners.append(metrics)
+    exported = nullcontext() if config.monitoring.port is None else exporting(config, ranks, device)
     try:
-        yield listeners
+        with exported as metrics:
+            yield [*listeners, *([metrics] if metrics else [])]
     except UserError as error:
         tell(listeners, Failed(str(error)))
         raise

@@ -54,6 +54,7 @@ def check(config: PretrainConfig, num_ranks: int) -> None:
             the encoder.
     """
     config.optimizer.check()
+    config.monitoring.check()
     if config.train.compile and config.optimizer.zero_stage == 3:
         raise ConfigError("train.compile: found true, must be false with optimizer.zero_stage=3: it hooks every layer")
     if config.train.compile and config.objective.alignment_layer is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import distributed
 
+TEXT_BYTES = 256  # of a text on its way to other ranks
+
 
 class Ranks:
     """This process among `count`; alone when torch.distributed was not initialised.
@@ -37,6 +39,12 @@ class Ranks:
         gathered = [torch.empty_like(rows) for _ in range(self.count)]
         distributed.all_gather(gathered, rows)
         return torch.cat(gathered)
+
+    def gather_texts(self, text: str) -> list[str]:
+        """A short text of every rank, in rank order; what goes beyond `TEXT_BYTES` is cut off."""
+        row = torch.frombuffer(bytearray(text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0")), dtype=torch.uint8)
+        rows = self.gather(row[None]).cpu().numpy()
+        return [each.tobytes().rstrip(b"\0").decode(errors="replace") for each in rows]
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, elementwise."""

@@ -1,65 +1,121 @@
-"""What the training run exports to Prometheus, in base units and with bounded labels."""
+"""From the events of a run to the metrics of the catalogue."""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+import time
 
-from mcl_dist.events import CheckpointWritten, Event, LoaderReport, LossSpike, StepDone, StepSkipped
-from monitoring.loader_metrics import LoaderMetrics
+from mcl_dist.events import (
+    CheckpointFailed,
+    CheckpointRefused,
+    CheckpointWritten,
+    Event,
+    LoaderReport,
+    LossSpike,
+    Started,
+    StepDone,
+    StepSkipped,
+)
+from monitoring.board import Board
+from monitoring.pulse import Pulse
 
-STEP_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+STORAGE_COUNTS = (
+    "bytes_read", "bytes_decoded", "requests", "cache_hits", "cache_misses", "cache_evictions", "cache_repairs"
+)  # fmt: skip
 
 
 class TrainingMetrics:
-    """A listener that turns events into metrics of a registry of its own."""
+    """A listener that shows on a board what a rank hears.
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        own = self.registry
-        self._loader = LoaderMetrics(own)
-        self._videos = Counter("mcl_videos_total", "Videos that training has consumed, over all ranks.", registry=own)
-        self._step = Gauge("mcl_step", "Steps done.", registry=own)
-        self._steps = Gauge("mcl_steps_planned", "Steps of the whole run.", registry=own)
-        self._seconds = Histogram(
-            "mcl_step_seconds", "Wall time of a step, waiting for data included.", buckets=STEP_SECONDS, registry=own
-        )
-        self._wait = Gauge("mcl_data_wait_ratio", "Share of the last step spent waiting for data.", registry=own)
-        self._rate = Gauge("mcl_learning_rate", "Learning rate of the last step.", registry=own)
-        self._report = Gauge("mcl_objective", "Loss terms and similarities, mean over ranks.", ["term"], registry=own)
-        self._gradient = Gauge("mcl_gradient_norm", "Norm of the last step's gradient.", registry=own)
-        self._skipped = Counter(
-            "mcl_steps_skipped_total", "Steps without a finite loss or gradient, which changed nothing.", registry=own
-        )
-        self._in_a_row = Gauge("mcl_steps_skipped_in_a_row", "Steps skipped since the last one taken.", registry=own)
-        self._spikes = Counter("mcl_loss_spikes_total", "Losses far above those before them.", ["answer"], registry=own)
-        for answer in ("warned", "rolled_back"):
-            self._spikes.labels(answer)  # so that a scrape finds 0 before the first
-        self._checkpoint = Gauge("mcl_checkpoint_step", "Step of the newest complete checkpoint.", registry=own)
-        self._saving = Gauge("mcl_checkpoint_seconds", "Seconds that the newest checkpoint took.", registry=own)
+    Args:
+        board: where; it shows only what the rank's scopes hold.
+        pulse: beats with every step.
+        peak_flops: floating-point operations a second that all ranks' devices can do at most, where it is known.
+    """
+
+    def __init__(self, board: Board, pulse: Pulse, peak_flops: float | None = None) -> None:
+        self._board = board
+        self._pulse = pulse
+        self._peak_flops = peak_flops
+        self._saved = time.monotonic()
+        board.before_scrape(self._ages)
 
     def __call__(self, event: Event) -> None:
         """Count what happened."""
+        board = self._board
         match event:
+            case Started(step, total_steps):
+                self._pulse.beat(step)
+                board.set("mcl_step", step)
+                board.set("mcl_steps_planned", total_steps)
             case StepDone():
-                self._videos.inc(event.videos)
-                self._step.set(event.step)
-                self._steps.set(event.total_steps)
-                self._seconds.observe(event.seconds)
-                self._wait.set(event.data_wait_ratio)
-                self._rate.set(event.learning_rate)
-                if not event.taken:
-                    return
-                self._in_a_row.set(0)
-                self._gradient.set(event.gradient_norm)
-                for term, value in event.losses.items():
-                    self._report.labels(term).set(value)
+                self._pulse.beat(event.step)
+                self._step(event)
             case StepSkipped():
-                self._skipped.inc()
-                self._in_a_row.set(event.in_a_row)
+                board.add("mcl_steps_skipped_total")
+                board.set("mcl_steps_skipped_in_a_row", event.in_a_row)
             case LossSpike():
-                self._spikes.labels("warned" if event.rolled_back_to is None else "rolled_back").inc()
+                board.add("mcl_loss_spikes_total", 1, "warned" if event.rolled_back_to is None else "rolled_back")
             case LoaderReport():
-                self._loader.take(event)
-            case CheckpointWritten(step=step, seconds=seconds):
-                self._checkpoint.set(step)
-                self._saving.set(seconds)
+                self._loader(event)
+            case CheckpointWritten():
+                self._checkpoint(event)
+            case CheckpointFailed(in_a_row=in_a_row):
+                board.add("mcl_checkpoints_failed_total")
+                board.set("mcl_checkpoints_failed_in_a_row", in_a_row)
+            case CheckpointRefused():
+                board.add("mcl_checkpoints_refused_total")
+
+    def _step(self, done: StepDone) -> None:
+        board = self._board
+        board.add("mcl_videos_total", done.videos)
+        board.set("mcl_step", done.step)
+        board.set("mcl_steps_planned", done.total_steps)
+        board.set("mcl_epoch", done.epoch)
+        board.observe("mcl_step_seconds", done.seconds)
+        for phase, seconds in done.phases.items():
+            board.observe("mcl_step_phase_seconds", seconds, phase)
+        board.set("mcl_data_wait_ratio", done.data_wait_ratio)
+        board.set("mcl_learning_rate", done.learning_rate)
+        board.set("mcl_momentum", done.momentum)
+        board.set("mcl_queue_fill_ratio", done.queue_fill)
+        board.set("mcl_queue_age_steps", done.queue_age)
+        board.add("mcl_flops_total", done.operations)
+        board.set("mcl_flops_per_second", done.operations / done.seconds)
+        if self._peak_flops:
+            board.set("mcl_flops_peak_ratio", done.operations / done.seconds / self._peak_flops)
+        if not done.taken:
+            return
+        board.set("mcl_steps_skipped_in_a_row", 0)
+        board.set("mcl_gradient_norm", done.gradient_norm)
+        for name, value in done.losses.items():
+            what, _, term = name.partition("_")
+            board.set(f"mcl_{what}", value, term or "total")
+
+    def _checkpoint(self, written: CheckpointWritten) -> None:
+        board, self._saved = self._board, time.monotonic()
+        board.add("mcl_checkpoints_written_total")
+        board.set("mcl_checkpoints_failed_in_a_row", 0)
+        board.set("mcl_checkpoint_step", written.step)
+        board.set("mcl_checkpoint_seconds", written.seconds)
+        board.set("mcl_checkpoint_stall_seconds", written.stall_seconds)
+        board.set("mcl_checkpoint_bytes", written.bytes)
+
+    def _loader(self, report: LoaderReport) -> None:
+        board, storage = self._board, report.storage
+        for name in ("expected", "delivered", "replaced"):
+            board.set(f"mcl_loader_samples_{name}_total", getattr(report, name))
+        board.set("mcl_loader_samples_unaccounted", report.expected - report.delivered - report.replaced)
+        board.update("mcl_loader_bad_samples_total", report.bad_samples)
+        board.set("mcl_loader_queue_batches", report.queue)
+        board.set("mcl_loader_wait_seconds_total", report.waited_seconds)
+        board.update("mcl_loader_stage_cpu_seconds_total", report.stages)
+        board.set("mcl_loader_worker_cpu_seconds_total", report.worker_cpu_seconds)
+        board.set("mcl_loader_worker_peak_bytes", report.worker_peak_bytes)
+        for name in STORAGE_COUNTS:
+            board.set(f"mcl_storage_{name}_total", storage.get(name, 0))
+        board.update("mcl_storage_retries_total", storage.get("retries", {}))
+        board.update("mcl_storage_seconds_total", storage.get("seconds", {}))
+
+    def _ages(self) -> None:
+        self._board.set("mcl_heartbeat_age_seconds", self._pulse.age)
+        self._board.set("mcl_checkpoint_age_seconds", time.monotonic() - self._saved)

@@ -1,90 +1,178 @@
 from __future__ import annotations
 
-import math
+import base64
+import http.client
+import json
+import shutil
 import socket
-import urllib.request
+import ssl
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
-from mcl_dist.errors import UserError
-from mcl_dist.events import CheckpointWritten, LoaderReport, LossSpike, StepDone, StepSkipped
-from monitoring.exporter import serve
-from monitoring.metrics import TrainingMetrics
+from mcl_dist.config import build_config
+from mcl_dist.errors import ConfigError, UserError
+from monitoring.board import Board
+from monitoring.exporter import Exporter, MonitoringConfig, reached_at
+from monitoring.passwords import hashed, main
+from monitoring.pulse import Pulse
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # a thread may be at a request when its server ends
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # the server lives as long as the process
-def test_a_scrape_shows_throughput_losses_waiting_and_checkpoints() -> None:
-    metrics, port = TrainingMetrics(), free_port()
-    serve(metrics.registry, port, "127.0.0.1")
-    metrics(StepDone(3, 0, 10, {"loss": 2.5}, 0.01, videos=8, seconds=0.4, data_wait_ratio=0.25))
-    metrics(CheckpointWritten(3, "there", 1.5, 0.1, 100))
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    for line in (
-        "mcl_videos_total 8.0",
-        "mcl_step 3.0",
-        "mcl_steps_planned 10.0",
-        'mcl_step_seconds_bucket{le="0.5"} 1.0',
-        "mcl_data_wait_ratio 0.25",
-        "mcl_learning_rate 0.01",
-        'mcl_objective{term="loss"} 2.5',
-        "mcl_checkpoint_step 3.0",
-        "mcl_checkpoint_seconds 1.5",
+@contextmanager
+def serving(stale_seconds: float = 600.0, **settings: Any) -> Iterator[Exporter]:
+    registry = CollectorRegistry()
+    board = Board(["run"])
+    board.set("mcl_step", 3)
+    registry.register(board)
+    exporter = Exporter(registry, MonitoringConfig(**settings))
+    exporter.mount("/healthz", Pulse(stale_seconds), is_open=True)
+    try:
+        yield exporter
+    finally:
+        exporter.close()
+
+
+def asked(exporter: Exporter, path: str, tls: ssl.SSLContext | None = None, **headers: str) -> tuple[int, str]:
+    kind = http.client.HTTPConnection if tls is None else http.client.HTTPSConnection
+    connection = kind("127.0.0.1", exporter.port, timeout=10, **({} if tls is None else {"context": tls}))
+    try:
+        connection.request("GET", path, headers=headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
+
+
+def basic(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+def test_metrics_are_served_on_the_loopback_and_nothing_else_is_there() -> None:
+    with serving() as exporter:
+        status, text = asked(exporter, "/metrics")
+        assert status == 200
+        assert "mcl_step 3.0" in text.splitlines()
+        assert asked(exporter, "/")[0] == 404
+        assert asked(exporter, "/metricsandmore")[0] == 404
+
+
+def test_what_is_mounted_higher_up_answers_for_all_that_is_not_mounted_below() -> None:
+    def page(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        start_response("200 OK", [])
+        return [environ["PATH_INFO"].encode()]
+
+    with serving() as exporter:
+        exporter.mount("/", page)
+        assert asked(exporter, "/") == (200, "/")
+        assert asked(exporter, "/some/thing") == (200, "/some/thing")
+        assert "mcl_step" in asked(exporter, "/metrics")[1]
+
+
+@pytest.mark.parametrize(("stale_seconds", "status", "word"), [(600.0, 200, "ok"), (0.0, 503, "stale")])
+def test_a_process_without_a_step_for_too_long_is_not_well(stale_seconds: float, status: int, word: str) -> None:
+    with serving(stale_seconds) as exporter:
+        found, text = asked(exporter, "/healthz")
+    assert found == status
+    assert json.loads(text)["status"] == word
+
+
+def test_with_a_password_file_everything_but_health_asks_for_a_password(tmp_path: Path) -> None:
+    file = tmp_path / "users"
+    file.write_text(f"# who may look\nprometheus:{hashed('right')}\n")
+    with serving(password_file=str(file)) as exporter:
+        for path in ("/metrics", "/nothing"):
+            assert asked(exporter, path)[0] == 401
+        for wrong in (basic("prometheus", "wrong"), basic("nobody", "right"), "Basic ???", "Bearer right", ""):
+            assert asked(exporter, "/metrics", Authorization=wrong)[0] == 401
+        for _ in range(2):  # the second time by what is remembered of the first
+            assert asked(exporter, "/metrics", Authorization=basic("prometheus", "right"))[0] == 200
+        assert asked(exporter, "/healthz")[0] == 200
+
+
+def test_the_password_file_holds_no_password(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("hushhush\n"))
+    assert main(["prometheus"]) == 0
+    line = capsys.readouterr().out
+    assert "hushhush" not in line
+    (tmp_path / "users").write_text(line)
+    with serving(password_file=str(tmp_path / "users")) as exporter:
+        assert asked(exporter, "/metrics", Authorization=basic("prometheus", "hushhush"))[0] == 200
+    assert main(["a:b"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("prometheus:hunter2\n", "line 1 is not USER:scrypt"), ("# nobody\n", "names no user"), (None, "cannot be read")],
+)
+def test_a_password_file_that_cannot_be_used_is_named_without_what_is_in_it(
+    tmp_path: Path, text: str | None, says: str
+) -> None:
+    file = tmp_path / "users"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=says) as raised, serving(password_file=str(file)):
+        pass
+    assert str(file) in str(raised.value)
+    assert "hunter2" not in str(raised.value)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("tls")
+    made = [str(folder / "certificate.pem"), str(folder / "key.pem")]
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-out", made[0], "-keyout", made[1]]
+    subprocess.run([*command.split(), *names], check=True, capture_output=True)
+    return made[0], made[1]
+
+
+def test_with_a_certificate_it_speaks_tls_and_who_does_not_holds_nobody_up(certificate: tuple[str, str]) -> None:
+    trusted = ssl.create_default_context(cafile=certificate[0])
+    with (
+        serving(tls_certificate=certificate[0], tls_key=certificate[1]) as exporter,
+        socket.create_connection(("127.0.0.1", exporter.port)),  # and says nothing
     ):
-        assert line in lines
+        assert asked(exporter, "/metrics", trusted)[0] == 200
+        with pytest.raises((http.client.HTTPException, OSError)):
+            asked(exporter, "/metrics")
+        assert asked(exporter, "/healthz", trusted)[0] == 200
 
 
-def test_skipped_steps_and_leaps_are_counted_and_leave_the_losses_as_they_were() -> None:
-    metrics = TrainingMetrics()
-    metrics(StepDone(3, 0, 10, {"loss": 2.5}, 0.01, videos=8, seconds=0.4, data_wait_ratio=0.25, gradient_norm=1.5))
-    metrics(StepDone(4, 0, 10, {"loss": math.nan}, 0.01, 8, 0.4, 0.25, gradient_norm=math.inf, taken=False))
-    metrics(StepSkipped(4, ["a video"], "a reason", 1))
-    metrics(LossSpike(5, 9.0, 3.0, None))
-    value = metrics.registry.get_sample_value
-    assert value("mcl_objective", {"term": "loss"}) == 2.5
-    assert value("mcl_gradient_norm") == 1.5
-    assert value("mcl_steps_skipped_total") == 1
-    assert value("mcl_steps_skipped_in_a_row") == 1
-    assert value("mcl_loss_spikes_total", {"answer": "warned"}) == 1
-    assert value("mcl_loss_spikes_total", {"answer": "rolled_back"}) == 0
-    metrics(StepDone(5, 0, 10, {"loss": 2.0}, 0.01, 8, 0.4, 0.25))
-    assert value("mcl_steps_skipped_in_a_row") == 0
+def test_files_that_are_no_certificate_are_named(tmp_path: Path) -> None:
+    nothing = str(tmp_path / "nothing.pem")
+    with (
+        pytest.raises(UserError, match=r"monitoring.tls_certificate.*nothing.pem"),
+        serving(tls_certificate=nothing, tls_key=nothing),
+    ):
+        pass
+    with pytest.raises(ConfigError, match=r"monitoring.tls_key: found without monitoring.tls_certificate"):
+        build_config(MonitoringConfig, {"tls_key": nothing}).check()
 
 
-def test_a_port_that_is_taken_is_named() -> None:
+def test_a_port_that_is_taken_is_named_and_one_that_is_none() -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         port = holder.getsockname()[1]
-        with pytest.raises(UserError, match=f"127.0.0.1:{port}: .*monitoring.port"):
-            serve(TrainingMetrics().registry, port, "127.0.0.1")
+        with pytest.raises(UserError, match=rf"127.0.0.1:{port}: .*monitoring.port"):
+            Exporter(CollectorRegistry(), MonitoringConfig(port=port))
+    with pytest.raises(UserError, match=r"127.0.0.1:65536: no such port"):
+        Exporter(CollectorRegistry(), MonitoringConfig(port=65535), offset=1)
 
 
-def test_what_feeds_a_run_is_exported_by_reason_and_stage() -> None:
-    metrics = TrainingMetrics()
-    storage = {"bytes_read": 70, "requests": 5, "retries": {"stall": 2}}
-    report = LoaderReport(20, 19, 1, {"checksum": 1}, 0.5, 2, {"decode": 1.5}, storage, 0.0, 0)
-
-    assert metrics.registry.get_sample_value("mcl_loader_samples_expected_total") is None
-    metrics(report)
-
-    expected = {
-        ("mcl_loader_samples_expected_total",): 20,
-        ("mcl_loader_samples_replaced_total",): 1,
-        ("mcl_loader_samples_unaccounted",): 0,
-        ("mcl_loader_queue_batches",): 2,
-        ("mcl_loader_wait_seconds_total",): 0.5,
-        ("mcl_loader_bad_samples_total", "reason", "checksum"): 1,
-        ("mcl_loader_stage_cpu_seconds_total", "stage", "decode"): 1.5,
-        ("mcl_storage_bytes_read_total",): 70,
-        ("mcl_storage_retries_total", "reason", "stall"): 2,
-    }
-    for (name, *label), value in expected.items():
-        assert metrics.registry.get_sample_value(name, {label[0]: label[1]} if label else {}) == value, name
+def test_others_find_a_machine_that_is_bound_to_every_address_by_its_name() -> None:
+    assert reached_at("0.0.0.0") == socket.gethostname()
+    assert reached_at("127.0.0.1") == "127.0.0.1"

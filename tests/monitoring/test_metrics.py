@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from mcl_dist.events import (
+    PHASES,
+    CheckpointFailed,
+    CheckpointRefused,
+    CheckpointWritten,
+    LoaderReport,
+    LossSpike,
+    StepDone,
+    StepSkipped,
+)
+from monitoring.board import Board
+from monitoring.catalogue import Scope
+from monitoring.metrics import TrainingMetrics
+from monitoring.pulse import Pulse
+
+DONE = StepDone(
+    step=3,
+    epoch=0,
+    total_steps=10,
+    losses={"loss": 2.5, "loss_inter": 2.0, "similarity_positive": 0.5},
+    learning_rate=0.01,
+    videos=8,
+    seconds=0.4,
+    data_wait_ratio=0.25,
+    gradient_norm=1.5,
+    phases=dict.fromkeys(PHASES, 0.06),
+    momentum=0.99,
+    queue_fill=0.5,
+    queue_age=4.0,
+    operations=2e9,
+)
+
+
+def listening(*scopes: Scope, peak_flops: float | None = None) -> tuple[TrainingMetrics, CollectorRegistry]:
+    registry, board = CollectorRegistry(), Board(scopes or ("run", "rank", "node"))
+    registry.register(board)
+    return TrainingMetrics(board, Pulse(600.0), peak_flops), registry
+
+
+def test_a_step_shows_what_it_did_and_where_its_time_went() -> None:
+    metrics, registry = listening(peak_flops=1e10)
+    metrics(DONE)
+    metrics(CheckpointWritten(3, "there", 1.5, 0.25, 4000))
+    value = registry.get_sample_value
+    for name, expected in {
+        "mcl_videos_total": 8,
+        "mcl_step": 3,
+        "mcl_steps_planned": 10,
+        "mcl_learning_rate": 0.01,
+        "mcl_momentum": 0.99,
+        "mcl_queue_fill_ratio": 0.5,
+        "mcl_queue_age_steps": 4,
+        "mcl_data_wait_ratio": 0.25,
+        "mcl_flops_total": 2e9,
+        "mcl_flops_per_second": 5e9,
+        "mcl_flops_peak_ratio": 0.5,
+        "mcl_step_seconds_count": 1,
+        "mcl_checkpoint_step": 3,
+        "mcl_checkpoint_seconds": 1.5,
+        "mcl_checkpoint_stall_seconds": 0.25,
+        "mcl_checkpoint_bytes": 4000,
+    }.items():
+        assert value(name) == pytest.approx(expected), name
+    assert value("mcl_loss", {"term": "total"}) == 2.5
+    assert value("mcl_loss", {"term": "inter"}) == 2.0
+    assert value("mcl_similarity", {"term": "positive"}) == 0.5
+    assert value("mcl_step_seconds_bucket", {"le": "0.5"}) == 1
+    assert value("mcl_step_seconds_bucket", {"le": "0.2"}) == 0
+    assert value("mcl_step_phase_seconds_sum", {"phase": "keys"}) == pytest.approx(0.06)
+
+
+def test_skipped_steps_and_leaps_are_counted_and_leave_the_losses_as_they_were() -> None:
+    metrics, registry = listening()
+    metrics(DONE)
+    metrics(replace(DONE, losses={"loss": math.nan}, gradient_norm=math.inf, taken=False))
+    metrics(StepSkipped(4, ["a video"], "a reason", 1))
+    metrics(LossSpike(5, 9.0, 3.0, None))
+    value = registry.get_sample_value
+    assert value("mcl_loss", {"term": "total"}) == 2.5
+    assert value("mcl_gradient_norm") == 1.5
+    assert value("mcl_steps_skipped_total") == 1
+    assert value("mcl_steps_skipped_in_a_row") == 1
+    assert value("mcl_loss_spikes_total", {"answer": "warned"}) == 1
+    assert value("mcl_loss_spikes_total", {"answer": "rolled_back"}) == 0
+    metrics(DONE)
+    assert value("mcl_steps_skipped_in_a_row") == 0
+
+
+def test_checkpoints_that_fail_or_are_refused_are_counted() -> None:
+    metrics, registry = listening()
+    value = registry.get_sample_value
+    metrics(CheckpointFailed(5, "there", "no space", 2))
+    metrics(CheckpointRefused("there", "torn"))
+    assert value("mcl_checkpoints_failed_total") == 1
+    assert value("mcl_checkpoints_failed_in_a_row") == 2
+    assert value("mcl_checkpoints_refused_total") == 1
+    metrics(CheckpointWritten(6, "there", 1.5, 0.25, 4000))
+    assert value("mcl_checkpoints_failed_in_a_row") == 0
+
+
+def test_what_feeds_a_run_is_exported_by_reason_and_stage() -> None:
+    metrics, registry = listening()
+    value = registry.get_sample_value
+    storage = {"bytes_read": 70, "requests": 5, "retries": {"stall": 2}}
+    metrics(LoaderReport(20, 19, 1, {"checksum": 1}, 0.5, 2, {"decode": 1.5}, storage, 0.0, 0))
+    for (name, *label), expected in {
+        ("mcl_loader_samples_expected_total",): 20,
+        ("mcl_loader_samples_replaced_total",): 1,
+        ("mcl_loader_samples_unaccounted",): 0,
+        ("mcl_loader_queue_batches",): 2,
+        ("mcl_loader_wait_seconds_total",): 0.5,
+        ("mcl_loader_bad_samples_total", "reason", "checksum"): 1,
+        ("mcl_loader_bad_samples_total", "reason", "decode"): 0,
+        ("mcl_loader_stage_cpu_seconds_total", "stage", "decode"): 1.5,
+        ("mcl_storage_bytes_read_total",): 70,
+        ("mcl_storage_retries_total", "reason", "stall"): 2,
+    }.items():
+        assert value(name, {label[0]: label[1]} if label else {}) == expected, name
+
+
+def test_counters_are_there_before_the_first_of_what_they_count() -> None:
+    _, registry = listening()
+    assert registry.get_sample_value("mcl_storage_retries_total", {"reason": "stall"}) == 0
+    assert registry.get_sample_value("mcl_steps_skipped_total") == 0
+
+
+def test_a_label_value_that_nobody_has_listed_makes_no_series_of_its_own() -> None:
+    metrics, registry = listening()
+    reasons = {"unheard of": 1, "unthought of": 2}
+    metrics(LoaderReport(20, 19, 1, reasons, 0.5, 2, {}, {}, 0.0, 0))
+    assert registry.get_sample_value("mcl_loader_bad_samples_total", {"reason": "other"}) == 3
+
+
+def test_what_is_of_the_whole_run_is_told_by_the_first_rank_alone() -> None:
+    metrics, registry = listening("rank")
+    metrics(DONE)
+    assert registry.get_sample_value("mcl_videos_total") is None
+    assert registry.get_sample_value("mcl_step_seconds_count") == 1
+
+
+def test_ages_grow_until_the_next_step_and_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    metrics, registry = listening()
+    metrics(CheckpointWritten(3, "there", 1.5, 0.25, 4000))
+    now = 107.0
+    metrics(DONE)
+    now = 109.0
+    assert registry.get_sample_value("mcl_heartbeat_age_seconds") == 2.0
+    assert registry.get_sample_value("mcl_checkpoint_age_seconds") == 9.0
