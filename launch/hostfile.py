@@ -1,0 +1,58 @@
+"""Which hosts a run has: DeepSpeed's hostfile, one `HOST slots=N` a line."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from mcl_dist.errors import ConfigError
+
+LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>[1-9]\d{0,3})")
+# What ssh and pdsh take for a host and nothing else: no option, no list, no shell.
+NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_][A-Za-z0-9_.:-]*")
+FORM = "write one `HOST slots=N` a line, N the ranks to run there"
+
+
+@dataclass(frozen=True)
+class Host:
+    """One host of a run.
+
+    Attributes:
+        name: as ssh knows it.
+        slots: ranks to run there.
+    """
+
+    name: str
+    slots: int
+
+    @property
+    def address(self) -> str:
+        """Name without the user to log in as."""
+        return self.name.rpartition("@")[2]
+
+
+def read_hostfile(path: str) -> tuple[Host, ...]:
+    """The hosts in the file's order; the first is where ranks meet.
+
+    Raises:
+        ConfigError: no such file, no host in it, a line of another form, a host named twice; with the line's number.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a hostfile ({error}); {FORM}") from error
+    hosts: dict[str, Host] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        content = line.partition("#")[0].strip()
+        if not content:
+            continue
+        found = LINE.fullmatch(content)
+        if not found or not NAME.fullmatch(found["name"]):
+            raise ConfigError(f"{path}: line {number}: found {content[:80]!r}; {FORM}")
+        if found["name"] in hosts:
+            raise ConfigError(f"{path}: line {number}: {found['name']} is named twice; give it one line with all slots")
+        hosts[found["name"]] = Host(found["name"], int(found["slots"]))
+    if not hosts:
+        raise ConfigError(f"{path}: names no host; {FORM}")
+    return tuple(hosts.values())
