@@ -35,7 +35,7 @@ COURSE: tuple[Event, ...] = (
     StepSkipped(2, ["a", "b", "c", "d"], "the loss is not finite", 1),
     LossSpike(2, 9.0, 3.0, None),
     REPORT,
-    CheckpointWritten(2, "there", 1.5),
+    CheckpointWritten(2, "there", 1.5, 0.1, 412),
     Notice("a notice"),
 )
 
