@@ -22,7 +22,9 @@ from monitoring.gpu import Gpu, peak_flops
 from monitoring.machine import watch_machine
 from monitoring.metrics import TrainingMetrics
 from monitoring.pulse import Pulse
+from monitoring.run_folder import RunFolder
 from monitoring.targets import FILE, Target, write_targets
+from monitoring.web.app import Page
 
 
 @contextmanager
@@ -47,6 +49,7 @@ def exporting(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Ite
         run, tls = Path(config.run.dir).absolute().name, settings.tls_certificate is not None
         if ranks.is_first:
             write_targets(file, targets, run, tls=tls)
+            exporter.mount("/", Page(RunFolder(Path(config.run.dir)).view))
         yield metrics
         if ranks.is_first:  # in order, finished or stopped; whatever fails leaves targets that do not answer
             write_targets(file, [], run, tls=tls)

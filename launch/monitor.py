@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--once", action="store_true", help="print the run as it is now, and leave")
     parser.add_argument("--json", action="store_true", help="print the run as it is now as JSON, and leave")
     parser.add_argument("--interval", metavar="S", type=float, default=INTERVAL, help="seconds between looks (2)")
+    parser.add_argument("--serve", metavar="PORT", type=int, help="serve the run as a page on this machine's loopback")
     parser.set_defaults(run=run)
 
 
@@ -47,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.interval > 0:
         raise ConfigError(f"--interval: found {args.interval}, must be more than 0")
     look = source(args)
-    if args.json:
+    if args.serve is not None:
+        _serve(look, args.serve)
+    elif args.json:
         print(json.dumps(look(), allow_nan=False))
     elif args.once or not sys.stdout.isatty():
         _print(look())
@@ -61,6 +65,26 @@ def source(args: argparse.Namespace) -> Callable[[], View]:
     from monitoring.run_folder import RunFolder
 
     return RunFolder(Path(args.source)).view
+
+
+def _serve(look: Callable[[], View], port: int) -> None:
+    """Answer browsers of this machine until Ctrl-C."""
+    from wsgiref.simple_server import WSGIRequestHandler, make_server
+
+    from monitoring.web.app import Page
+
+    class Quiet(WSGIRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            """Requests of a page that looks every few seconds are no news."""
+
+    look()  # so that a run that is not there is told now
+    try:
+        server = make_server("127.0.0.1", port, Page(look), handler_class=Quiet)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--serve: 127.0.0.1:{port}: {error}; give another port") from error
+    with server, suppress(KeyboardInterrupt):
+        print(f"http://127.0.0.1:{server.server_port}/", flush=True)
+        server.serve_forever()
 
 
 def _print(view: View) -> None:

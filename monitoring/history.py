@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mcl_dist.events import Event, StepDone
-from mcl_dist.lines import event_line, step_line
 from monitoring.curves import Curves
 from monitoring.messages import message
 from monitoring.view import VERSION, Checkpoint, Message, Rank, View, quiet_limit, usual, warnings_of
@@ -34,14 +31,10 @@ COUNTS = (*COUNTED.values(), *IN_A_ROW.values())
 
 
 class History:
-    """Takes a run's lines one by one; as a listener, the events that they are made of.
-
-    The training loop adds to it while a server's threads look at it.
-    """
+    """Takes a run's lines one by one, and tells what they come to."""
 
     def __init__(self, run: str, source: str) -> None:
         self._run, self._source = run, source
-        self._lock = threading.Lock()
         self._curves = Curves()
         self._messages: deque[Message] = deque(maxlen=NUM_MESSAGES)
         self._counts = dict.fromkeys(COUNTS, 0)
@@ -57,67 +50,57 @@ class History:
         self._restarts: dict[str, int] = {}
         self._goodput: float | None = None
 
-    def __call__(self, event: Event) -> None:
-        """Hear of what happened, as a listener of this rank's run."""
-        if isinstance(event, StepDone):
-            self.take_step(step_line(event))
-        else:
-            self.take_event(event_line(event))
-
     def take_step(self, line: Mapping[str, Any]) -> None:
         """Add a line of `metrics.jsonl`."""
         figures = {name: value for name, value in line.items() if name not in NO_FIGURES}
         figures |= {PHASE + name: value for name, value in line.get("phases", {}).items()}
-        with self._lock:
-            self._step, self._epoch, self._updated = line["step"], line["epoch"], line.get("time")
-            self._latest = figures
-            self._curves.append(line["step"], line.get("time"), figures)
-            if self._state in ("waiting", "starting"):
-                self._state, self._why = "running", ""
-            if line.get("taken", True):
-                self._counts["skipped_in_a_row"] = 0
+        self._step, self._epoch, self._updated = line["step"], line["epoch"], line.get("time")
+        self._latest = figures
+        self._curves.append(line["step"], line.get("time"), figures)
+        if self._state in ("waiting", "starting"):
+            self._state, self._why = "running", ""
+        if line.get("taken", True):
+            self._counts["skipped_in_a_row"] = 0
 
     def take_event(self, line: Mapping[str, Any], rank: int = 0) -> None:
         """Add a line of a rank's log; of other ranks than the first only what feeds them is heard."""
-        with self._lock:
-            if line["event"] == "LoaderReport":
-                self._reports[rank] = line
-            elif rank == 0:
-                self._hear(line)
+        if line["event"] == "LoaderReport":
+            self._reports[rank] = line
+        elif rank == 0:
+            self._hear(line)
 
     def view(self, *, alive: bool | None = True) -> View:
         """The run now; `alive` says whether its process still is, none where that cannot be known."""
-        with self._lock:
-            whole, recent, now = self._curves.whole(), self._curves.recent(), time.time()
-            step_seconds = usual(recent["values"].get("seconds", []))
-            state, why = self._state_at(now, alive, step_seconds)
-            left = max(0, self._total_steps - self._step) if self._total_steps is not None else None
-            view = View(
-                version=VERSION,
-                run=self._run,
-                source=self._source,
-                now=now,
-                started=self._started,
-                updated=self._updated,
-                state=state,
-                why=why,
-                step=self._step,
-                total_steps=self._total_steps,
-                epoch=self._epoch,
-                seconds_left=None if left is None or step_seconds is None else left * step_seconds,
-                latest=dict(self._latest),
-                phases=_means(recent["values"]),
-                whole=whole,
-                recent=recent,
-                counts=dict(self._counts),
-                checkpoint=self._checkpoint,
-                loader=_fed(self._reports),
-                ranks=[_rank(rank, report, self._started) for rank, report in sorted(self._reports.items())],
-                restarts=dict(self._restarts),
-                goodput=self._goodput,
-                warnings=[],
-                messages=list(self._messages),
-            )
+        whole, recent, now = self._curves.whole(), self._curves.recent(), time.time()
+        step_seconds = usual(recent["values"].get("seconds", []))
+        state, why = self._state_at(now, alive, step_seconds)
+        left = max(0, self._total_steps - self._step) if self._total_steps is not None else None
+        view = View(
+            version=VERSION,
+            run=self._run,
+            source=self._source,
+            now=now,
+            started=self._started,
+            updated=self._updated,
+            state=state,
+            why=why,
+            step=self._step,
+            total_steps=self._total_steps,
+            epoch=self._epoch,
+            seconds_left=None if left is None or step_seconds is None else left * step_seconds,
+            latest=dict(self._latest),
+            phases=_means(recent["values"]),
+            whole=whole,
+            recent=recent,
+            counts=dict(self._counts),
+            checkpoint=self._checkpoint,
+            loader=_fed(self._reports),
+            ranks=[_rank(rank, report, self._started) for rank, report in sorted(self._reports.items())],
+            restarts=dict(self._restarts),
+            goodput=self._goodput,
+            warnings=[],
+            messages=list(self._messages),
+        )
         view["warnings"] = warnings_of(view)
         return view
 

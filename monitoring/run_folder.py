@@ -19,18 +19,18 @@ LAST_BYTES = 65536  # of another rank's log, in which its newest report stands
 
 
 class RunFolder:
-    """A run's files, read on from where the last look ended.
-
-    Raises:
-        UserError: when there is no such folder, or no run has written there.
-    """
+    """A run's files, read on from where the last look ended."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._begin()
 
     def view(self) -> View:
-        """The run as its files tell it now."""
+        """The run as its files tell it now.
+
+        Raises:
+            UserError: there is no such folder, or no run has written there.
+        """
         history = self.history()
         view = history.view(alive=_is_held(self._folder / LOCK))
         if self._num_unreadable:
@@ -38,7 +38,11 @@ class RunFolder:
         return view
 
     def history(self) -> History:
-        """All lines so far, folded."""
+        """All lines so far, folded; errors as in `view`."""
+        if not self._folder.is_dir():
+            raise UserError(f"{self._folder}: no such run folder; give the run.dir of a run")
+        if not any((self._folder / name).exists() for name in (METRICS, LOG)):
+            raise UserError(f"{self._folder}: no {METRICS} and no {LOG}: no run has written there yet")
         if not (self._steps.goes_on() and self._events.goes_on()):
             self._begin()
         lines = [
@@ -52,10 +56,6 @@ class RunFolder:
         return self._history
 
     def _begin(self) -> None:
-        if not self._folder.is_dir():
-            raise UserError(f"{self._folder}: no such run folder; give the run.dir of a run")
-        if not any((self._folder / name).exists() for name in (METRICS, LOG)):
-            raise UserError(f"{self._folder}: no {METRICS} and no {LOG}: no run has written there yet")
         self._history = History(self._folder.resolve().name, f"run folder {self._folder}")
         self._steps, self._events = _Tail(self._folder / METRICS), _Tail(self._folder / LOG)
         self._other_sizes: dict[Path, int] = {}

@@ -38,7 +38,12 @@ def done(step: int) -> StepDone:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "first"
-    write(folder, Started(0, 100, None), *[done(step) for step in range(1, 41)], CheckpointWritten(40, "there", 1.5, 0.1, 412))
+    write(
+        folder,
+        Started(0, 100, None),
+        *[done(step) for step in range(1, 41)],
+        CheckpointWritten(40, "there", 1.5, 0.1, 412),
+    )
     return folder
 
 

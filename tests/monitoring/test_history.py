@@ -21,6 +21,7 @@ from mcl_dist.events import (
     StepDone,
     StepSkipped,
 )
+from mcl_dist.lines import event_line, step_line
 from mcl_dist.listeners import EventLog, MetricsFile
 from monitoring.curves import MOST_POINTS, NUM_RECENT, Curves
 from monitoring.history import NUM_MESSAGES, History
@@ -43,7 +44,10 @@ COURSE: tuple[Event, ...] = (
 def heard(*events: Event) -> History:
     history = History("run", "here")
     for event in events:
-        history(event)
+        if isinstance(event, StepDone):
+            history.take_step(step_line(event))
+        else:
+            history.take_event(event_line(event))
     return history
 
 
@@ -82,7 +86,7 @@ def test_steps_that_a_run_went_back_behind_are_forgotten() -> None:
     assert curves.whole()["step"] == curves.recent()["step"] == [1, 2, 3]
 
 
-def test_a_live_history_and_its_run_folder_tell_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_folder_is_the_history_of_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     views = []
     for make in (lambda: heard(*COURSE), lambda: RunFolder(written(tmp_path, *COURSE))):
         clock = count(1_800_000_000)
