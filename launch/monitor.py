@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 EXAMPLE = """\
 example:
   mcl monitor runs/first
-  mcl monitor runs/first --json | jq .step"""
+  mcl monitor runs/first --json | jq .step
+  mcl monitor https://node1:9400 --credentials ~/.mcl-credentials --ca ca.pem"""
 INTERVAL = 2.0
 REDRAW_SECONDS = 0.25  # between looks at the clock and at the terminal's size
 
@@ -36,7 +37,9 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="RUN", help="run folder (run.dir)")
+    parser.add_argument("source", metavar="RUN", help="run folder (run.dir), or URL of a run's first rank")
+    parser.add_argument("--credentials", metavar="FILE", type=Path, help="file with user:password, for a URL")
+    parser.add_argument("--ca", metavar="FILE", type=Path, help="PEM file of who signed the URL's certificate")
     parser.add_argument("--once", action="store_true", help="print the run as it is now, and leave")
     parser.add_argument("--json", action="store_true", help="print the run as it is now as JSON, and leave")
     parser.add_argument("--interval", metavar="S", type=float, default=INTERVAL, help="seconds between looks (2)")
@@ -62,8 +65,13 @@ def run(args: argparse.Namespace) -> int:
 
 def source(args: argparse.Namespace) -> Callable[[], View]:
     """Where the run's figures come from: asked again, it has newer ones."""
+    from monitoring.remote import RemoteRun
     from monitoring.run_folder import RunFolder
 
+    if args.source.startswith(("http://", "https://")):
+        return RemoteRun(args.source, args.credentials, args.ca).view
+    if args.credentials or args.ca:
+        raise ConfigError("--credentials and --ca are for a run at a URL; leave them out for a run folder")
     return RunFolder(Path(args.source)).view
 
 
