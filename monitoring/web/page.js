@@ -57,6 +57,10 @@ function ranks(view) {
   const row = (rank) => [rank.rank, percent(rank.wait_ratio), rank.queue, rank.bad_samples, rank.retries,
     rank.time === null ? "–" : `${duration(Math.max(0, view.now - rank.time))} ago`];
   const line = (kind, cells) => element("tr", {}, ...cells.map((cell) => element(kind, {}, String(cell ?? "–"))));
+  if (!view.ranks.length) {
+    $("ranks").replaceChildren(line("td", ["no reports yet"]));
+    return;
+  }
   $("ranks").replaceChildren(line("th", names), ...view.ranks.map((rank) => line("td", row(rank))));
 }
 
