@@ -58,12 +58,14 @@ def from_arguments(arguments: argparse.Namespace) -> Ssh:
     return Ssh(arguments.ssh_config, arguments.ssh_port, arguments.ssh_key)
 
 
-def here_but_there(words: Sequence[str], seconds: float | None = None) -> str:
+def here_but_there(words: Sequence[str], seconds: float | None = None, before: str = "") -> str:
     """A shell command that runs words in this folder with this Python, on a host that has both at the same path.
 
     Args:
         words: for Python.
         seconds: after which it is killed there, whether we still listen or not.
+        before: what the shell is to put before them, such as `env`.
     """
     limit = ["timeout", "--signal=KILL", f"{seconds:.0f}"] if seconds else []
-    return f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join([*limit, sys.executable, *words])}"
+    command = f"{before} {shlex.join([*limit, sys.executable, *words])}"
+    return f"cd {shlex.quote(str(Path.cwd()))} && exec {command.strip()}"

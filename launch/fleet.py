@@ -1,0 +1,120 @@
+"""One long command on each of many hosts, by one pdsh or an ssh for each: their lines, and how each ended."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import shlex
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from typing import IO
+
+from launch.hostfile import Host
+from launch.ssh import UNREACHABLE, Ssh
+
+FAN_OUT = 1024  # hosts that pdsh is at, at a time: all of them, they run till the end
+# The kernel ends what we started with us; the hosts then find their standard input at its end.
+WITH_US = ("setpriv", "--pdeathsig", "KILL")
+ENDED = re.compile(r"pdsh@[^:]*: (?P<host>\S+): .*exited with exit code (?P<code>\d+)")
+
+
+class Fleet:
+    """The commands, running until the block ends.
+
+    Attributes:
+        codes: exit codes of hosts that have ended, by the host's name; 255 where it was lost.
+    """
+
+    def __init__(self, commands: Mapping[Host, str], launcher: str, how: Ssh) -> None:
+        self.codes: dict[str, int] = {}
+        self._hosts = list(commands)
+        self._news: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
+        start = self._start_pdsh if launcher == "pdsh" else self._start_ssh
+        self._processes = start(commands, how)
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+    def is_over(self) -> bool:
+        """Whether every host has ended."""
+        return len(self.codes) == len(self._hosts)
+
+    def wait_for_news(self, seconds: float) -> None:
+        """Take in how a host ended, if one does within so many seconds."""
+        try:
+            host, code = self._news.get(timeout=seconds)
+        except queue.Empty:
+            return
+        self.codes.setdefault(host, code)
+
+    def wait(self, seconds: float) -> None:
+        """Let the others end too, for so many seconds at most."""
+        deadline = time.monotonic() + seconds
+        while not self.is_over() and (left := deadline - time.monotonic()) > 0:
+            self.wait_for_news(left)
+
+    def _start_ssh(self, commands: Mapping[Host, str], how: Ssh) -> list[subprocess.Popen[str]]:
+        processes = []
+        for host, command in commands.items():
+            process = _popen([*WITH_US, *how.command(host.name, command)])
+            processes.append(process)
+            self._thread(self._heed_ssh, host, process)
+        return processes
+
+    def _heed_ssh(self, host: Host, process: subprocess.Popen[str]) -> None:
+        for line in _lines(process.stdout):
+            print(f"{host.name}: {line}", end="", flush=True)
+        self._news.put((host.name, process.wait() if process.wait() >= 0 else UNREACHABLE))
+
+    def _start_pdsh(self, commands: Mapping[Host, str], how: Ssh) -> list[subprocess.Popen[str]]:
+        cases = "".join(f" {host.address}) {command.replace('%', '%%')};;" for host, command in commands.items())
+        words = ["pdsh", "-S", "-R", "ssh", "-f", str(FAN_OUT), "-w", ",".join(host.name for host in commands)]
+        environment = {**os.environ, "PDSH_SSH_ARGS_APPEND": shlex.join(how.options())}
+        process = _popen([*WITH_US, *words, f"case %h in{cases} esac"], environment)
+        self._thread(self._heed_pdsh, process)
+        return [process]
+
+    def _heed_pdsh(self, process: subprocess.Popen[str]) -> None:
+        by_address = {host.address: host.name for host in self._hosts}
+        told = set()
+        for line in _lines(process.stdout):
+            if found := ENDED.match(line):
+                name = by_address.get(found["host"], found["host"])
+                told.add(name)
+                self._news.put((name, int(found["code"])))
+            else:
+                print(line, end="", flush=True)
+        code = 0 if process.wait() >= 0 else UNREACHABLE
+        for host in self._hosts:
+            if host.name not in told:  # pdsh tells only of those that failed
+                self._news.put((host.name, code))
+
+    @staticmethod
+    def _thread(target: object, *arguments: object) -> None:
+        threading.Thread(target=target, args=arguments, daemon=True).start()  # type: ignore[arg-type]
+
+
+def _popen(words: list[str], environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        words,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # a terminal's signals are for us, who ask the hosts to stop
+    )
+
+
+def _lines(stream: IO[str] | None) -> IO[str]:
+    assert stream is not None
+    return stream

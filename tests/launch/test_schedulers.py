@@ -1,0 +1,91 @@
+"""What is shipped for Slurm and Kubernetes: the batch script run with programs in Slurm's place, the manifests read."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+BATCH = LAUNCH / "slurm" / "pretrain.sbatch"
+# In Slurm's and our program's place; what they are asked is written down.
+PROGRAMS = {
+    "scontrol": 'echo "scontrol $*" >> "$TOLD"; [ "$1" = show ] && printf "n1\\nn2\\n"; exit 0',
+    "scancel": 'echo "scancel $*" >> "$TOLD"; for pid in $(cat "$TOLD".pids); do kill -USR1 $pid; done',
+    "srun": """while [ "${1#--}" != "$1" ]; do shift; done
+worst=0; for node in 0 1; do SLURM_NODEID=$node "$@" & pids="$pids $!"; done; echo $pids > "$TOLD".pids
+for pid in $pids; do wait $pid; code=$?; [ $code -gt $worst ] && worst=$code; done; exit $worst""",
+    "mcl": """echo "mcl $*" >> "$TOLD"; [ -n "$CODE" ] && exit $CODE
+trap 'exit 75' USR1; touch "$TOLD".$SLURM_NODEID; while :; do sleep 0.05; done""",
+}
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    for name, script in PROGRAMS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "n[1-2]"}
+    return {**os.environ, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TOLD": str(tmp_path / "told")}
+
+
+@pytest.mark.parametrize(("code", "is_queued_again"), [(0, False), (1, False), (75, True)])
+def test_a_slurm_job_starts_a_node_each_and_is_queued_again_after_a_stop(
+    slurm: dict[str, str], code: int, is_queued_again: bool
+) -> None:
+    words = ["bash", BATCH, "--config", "c.yaml", "run.dir=runs/a b"]
+    result = subprocess.run(words, env={**slurm, "CODE": str(code)}, check=False, timeout=20)
+    told = Path(slurm["TOLD"]).read_text().splitlines()
+    given = "mcl pretrain --config c.yaml run.dir=runs/a b --nodes 2 --master-addr n1 --master-port 22345 --node-rank"
+    assert sorted(line for line in told if line.startswith("mcl")) == [f"{given} 0", f"{given} 1"]
+    assert ("scontrol requeue 12345" in told) == is_queued_again
+    assert result.returncode == code
+
+
+def test_a_preempted_slurm_job_stops_its_nodes_and_is_queued_again(slurm: dict[str, str]) -> None:
+    job = subprocess.Popen(["bash", BATCH, "--config", "c.yaml"], env={**slurm, "CODE": ""})
+    while not all(Path(f"{slurm['TOLD']}.{node}").exists() for node in (0, 1)):
+        os.sched_yield()
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(20) == 75
+    assert "scontrol requeue 12345" in Path(slurm["TOLD"]).read_text().splitlines()
+
+
+def pods(manifest: Any) -> list[dict[str, Any]]:
+    """Every pod's specification in a manifest, by structure."""
+    if not isinstance(manifest, dict):
+        return []
+    own = [manifest["template"]["spec"]] if "template" in manifest else []
+    return own + [pod for part in manifest.values() for pod in pods(part)]
+
+
+@pytest.mark.parametrize("name", ["job.yaml", "pytorchjob.yaml"])
+def test_a_manifest_gives_time_to_save_and_secrets_as_files_only(name: str) -> None:
+    text = (LAUNCH / "kubernetes" / name).read_text()
+    found = [pod for manifest in yaml.safe_load_all(text) for pod in pods(manifest)]
+    assert found
+    for pod in found:
+        (container,) = pod["containers"]
+        assert container["args"][:2] == ["mcl", "pretrain"]
+        assert pod["terminationGracePeriodSeconds"] >= 120
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+        assert all("valueFrom" not in variable for variable in container["env"])
+        files = [variable["value"] for variable in container["env"] if "CREDENTIALS" in variable["name"]]
+        assert files == ["/secrets/aws/credentials"]
+
+
+def test_the_plain_job_tells_stopped_from_failed() -> None:
+    _, job = yaml.safe_load_all((LAUNCH / "kubernetes" / "job.yaml").read_text())
+    rules = {
+        tuple(rule["onExitCodes"]["values"]): rule["action"]
+        for rule in job["spec"]["podFailurePolicy"]["rules"]
+        if "onExitCodes" in rule
+    }
+    assert rules == {(1, 2): "FailJob", (75,): "Ignore"}
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == 2
