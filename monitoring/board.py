@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -40,12 +41,16 @@ class Board(Collector):
     """
 
     def __init__(self, scopes: Collection[Scope]) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._shown = {name: _Shown(metric) for name, metric in OWN.items() if metric.scope in scopes}
         self._before_scrape: list[Callable[[], None]] = []
         for name, shown in self._shown.items():
             if shown.metric.kind == "counter":
                 self.update(name, dict.fromkeys(shown.metric.values, 0.0) if shown.metric.labels else 0.0)
+
+    def at_once(self) -> AbstractContextManager[bool]:
+        """Within, no scrape sees some changes and not yet the others."""
+        return self._lock
 
     def before_scrape(self, look: Callable[[], None]) -> None:
         """Call this at the start of every scrape, for what is known only then."""

@@ -41,6 +41,10 @@ class TrainingMetrics:
 
     def __call__(self, event: Event) -> None:
         """Count what happened."""
+        with self._board.at_once():
+            self._show(event)
+
+    def _show(self, event: Event) -> None:
         board = self._board
         match event:
             case Started(step, total_steps):
