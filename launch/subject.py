@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mcl_dist.encoder import Encoder
 
 RANDOM = "random"
+FRAMES, STRIDE, CROP = 16, 2, 224  # METHOD.md's, for weights that do not tell
 # Sets and run folder are no matter of the encoder: a configuration may leave them to the command line.
 NEEDLESS = ("data.train=''", "run.dir=''")
 
@@ -55,6 +56,8 @@ def load_subject(checkpoint: str, pretrain: PretrainConfig | None = None) -> Sub
     from launch.settings import PretrainConfig
     from mcl_dist.checkpoint import load_encoder
     from mcl_dist.config import build_config
+    from mcl_dist.interchange import clips_of_file, is_file
+    from mcl_dist.interchange import load_encoder as load_weights
 
     if checkpoint == RANDOM:
         if pretrain is None:
@@ -62,6 +65,9 @@ def load_subject(checkpoint: str, pretrain: PretrainConfig | None = None) -> Sub
                 "--checkpoint random: say which encoder with --pretrain FILE, a pre-training configuration"
             )
         return Subject(RANDOM, _untrained(pretrain), _geometry(pretrain), is_untrained=True)
+    if is_file(checkpoint):
+        clips = clips_of_file(checkpoint) or {"frames": FRAMES, "stride": STRIDE, "crop": CROP}
+        return Subject(checkpoint, load_weights(checkpoint), ClipGeometry(**clips))
     encoder, stored = load_encoder(checkpoint)
     data = build_config(PretrainConfig, stored).data
     return Subject(checkpoint, encoder, ClipGeometry(data.frames, data.stride, data.crop))

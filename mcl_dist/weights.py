@@ -60,9 +60,7 @@ def initialise(network: Network, config: InitialConfig) -> list[str]:
     if config.weights is None:
         return list(network.state_dict())
     path = Path(config.weights)
-    state = unwrapped(_read(path))
-    is_reference = any(name.startswith("backbone.") for name in state)
-    renamed = from_reference(state) if is_reference else inflated(state, mlp_head=config.mlp_head)
+    renamed = under_our_names(read_state(path), mlp_head=config.mlp_head)
     own = network.state_dict()
     for name, tensor in renamed.items():
         if name not in own or own[name].shape != tensor.shape:
@@ -73,6 +71,14 @@ def initialise(network: Network, config: InitialConfig) -> list[str]:
             )
     network.load_state_dict(renamed, strict=False)
     return [name for name in own if name not in renamed and not name.endswith("num_batches_tracked")]
+
+
+def under_our_names(state: State, *, mlp_head: bool) -> State:
+    """The reference's tensors renamed, or a 2-D ResNet's inflated."""
+    state = unwrapped(state)
+    if any(name.startswith("backbone.") for name in state):
+        return from_reference(state)
+    return inflated(state, mlp_head=mlp_head)
 
 
 def from_reference(state: State) -> State:
@@ -134,13 +140,14 @@ def _renamed(name: str, prefixes: dict[str, str]) -> str:
     return name
 
 
-def _read(path: Path) -> State:
+def read_state(path: Path) -> State:
+    """The tensors of a `.safetensors` file or, opened so that it runs no code, a `.pth` file; `UserError` if none."""
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; set initial.weights to one, or to null") from error
+        raise UserError(f"{path}: no such file; name another (initial.weights, where a run starts from it)") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: holds more than tensors, which could run code; save it as safetensors") from error
     except Exception as error:

@@ -14,7 +14,7 @@ There are no generators in it: every draw of a run is a function of its seed, th
 from mcl_dist.checkpoint.checkpoints import CheckpointConfig, Checkpoints
 from mcl_dist.checkpoint.content import Progress, Share, Snapshot, Tensors
 from mcl_dist.checkpoint.format import COMMITTED
-from mcl_dist.checkpoint.read import load_encoder, newest, read_snapshot, resolve, restore
+from mcl_dist.checkpoint.read import load_encoder, load_network, newest, read_snapshot, resolve, restore
 from mcl_dist.checkpoint.sealed import DamagedError, TornError
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Tensors",
     "TornError",
     "load_encoder",
+    "load_network",
     "newest",
     "read_snapshot",
     "resolve",

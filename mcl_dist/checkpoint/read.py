@@ -105,7 +105,13 @@ def misfit(module: nn.Module, parameters: Tensors, statistics: Tensors, side: st
 
 
 def load_encoder(url: str) -> tuple[Encoder, dict[str, Any]]:
-    """The query encoder of a checkpoint, in evaluation mode, and the configuration of the run that made it.
+    """The query encoder of a checkpoint, in evaluation mode, and its run's configuration; see `load_network`."""
+    network, config = load_network(url)
+    return network.encoder.eval(), config
+
+
+def load_network(url: str) -> tuple[Network, dict[str, Any]]:
+    """The query network of a checkpoint, and the configuration of the run that made it.
 
     BatchNorm statistics are the mean over the ranks that saved. `url` is as for `resolve`.
 
@@ -119,7 +125,7 @@ def load_encoder(url: str) -> tuple[Encoder, dict[str, Any]]:
         raise UserError(f"{step_url}: its configuration has no encoder and heads; name a checkpoint of pre-training")
     network = Network(build_config(EncoderConfig, encoder), build_config(HeadsConfig, heads))
     restore(network, snapshot.network, snapshot.statistics, "query", step_url)
-    return network.encoder.eval(), snapshot.config
+    return network, snapshot.config
 
 
 def _damage(url: str, check: Check) -> DamagedError | None:

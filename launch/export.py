@@ -1,0 +1,41 @@
+"""`mcl export`: an encoder as a file for other programs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+FORMATS = ("safetensors", "torchscript", "onnx", "reference")
+EXAMPLE = """example:
+  mcl export runs/ucf101 --format safetensors --out encoder.safetensors
+  mcl export runs/ucf101 --format onnx --out encoder.onnx
+
+TorchScript and ONNX take clips (B, 3, T, H, W) of the size pre-trained on, in RGB from 0 to 1 less ImageNet's mean and
+over its deviation, and give features (B, C). `reference` has the reference's names, as safetensors.
+"""
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `mcl export`."""
+    parser = commands.add_parser(
+        "export",
+        help="write an encoder for other programs",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", metavar="C", help="run folder, step-… folder, or a weights file")
+    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("--out", required=True, metavar="FILE")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export as the command line says; returns 0."""
+    from mcl_dist.interchange import exported
+    from mcl_dist.storage import Folder
+
+    data = exported(arguments.checkpoint, arguments.format)
+    out = Path(arguments.out)
+    Folder(str(out.parent)).write(out.name, data)
+    print(f"{out}: {len(data)} bytes")
+    return 0

@@ -1,0 +1,172 @@
+"""Encoders to and from files that other programs read: safetensors, the reference's names, TorchScript, ONNX.
+
+Equal weights give equal bytes in every format; of TorchScript, the first of a process (PyTorch numbers the others).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as to_bytes
+from torch import nn
+
+from mcl_dist.checkpoint import load_network
+from mcl_dist.encoder import Encoder, EncoderConfig
+from mcl_dist.errors import UserError
+from mcl_dist.weights import State, read_state, to_reference, under_our_names
+
+FILES = (".safetensors", ".pth", ".pt", ".tar")
+CLIPS = "clips"  # key of a file's only metadata; several would be written in any order
+OPSET = 17
+TRACED = (2, 3)  # clips and colours of the input that tracing runs; any number of clips goes through afterwards
+
+
+class FeatureExtractor(nn.Module):
+    """Normalised clips (B, 3, T, H, W) to pooled features (B, C)."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        """The encoder's pooled features alone."""
+        pooled: torch.Tensor = self.encoder(clips).pooled
+        return pooled
+
+
+def load_encoder(path: str) -> Encoder:
+    """An encoder in evaluation mode.
+
+    Args:
+        path: a run folder or a `step-…` folder (paths or URLs); or a file: what `mcl export` wrote as `safetensors` or
+            `reference`, a checkpoint of the reference, or a 2-D ResNet (MoCo-v2's), which is inflated.
+
+    Raises:
+        UserError: when there is none, or it holds no such encoder.
+    """
+    if not is_file(path):
+        network, _ = load_network(path)
+        return network.encoder.eval()
+    state = {name: value for name, value in _of_file(path).items() if name.startswith("encoder.")}
+    encoder = Encoder(_architecture(state, path))
+    own = encoder.state_dict()
+    given = {name.removeprefix("encoder."): value for name, value in state.items()}
+    for name, value in own.items():
+        if name not in given and name.endswith("num_batches_tracked"):
+            given[name] = value
+        if name not in given or given[name].shape != value.shape:
+            found = tuple(given[name].shape) if name in given else "missing"
+            raise UserError(
+                f"{path}: encoder.{name} is {found}, must be {tuple(value.shape)}; it is no R(2+1)D encoder"
+            )
+    encoder.load_state_dict({name: given[name] for name in own})
+    return encoder.eval()
+
+
+def is_file(path: str) -> bool:
+    """Whether a path names a weights file rather than a checkpoint folder."""
+    return Path(path).suffix in FILES
+
+
+def clips_of_file(path: str) -> Mapping[str, int] | None:
+    """Frames, stride and crop that an exported encoder was trained on; None where the file does not tell."""
+    if Path(path).suffix != ".safetensors":
+        return None
+    with safe_open(path, "pt") as file:
+        told = (file.metadata() or {}).get(CLIPS)
+    return None if told is None else dict(json.loads(told))
+
+
+def exported(checkpoint: str, form: str) -> bytes:
+    """The bytes of a checkpoint in one of the formats.
+
+    `safetensors` holds encoder and heads under our names, with the clips that it was trained on; `reference` the same
+    under the reference's names (as safetensors: no pickle is written). `torchscript` and `onnx` are functions of
+    normalised clips (B, 3, T, H, W) with the features (B, C), for the clips' own T, H and W and any B.
+
+    Args:
+        checkpoint: a run folder or a `step-…` folder; for all but `reference` also a file, as for `load_encoder`.
+        form: which.
+
+    Raises:
+        UserError: no such checkpoint, or one that lacks what the format needs.
+    """
+    if is_file(checkpoint):
+        if form == "reference":
+            raise UserError(
+                f"{checkpoint}: --format reference needs the heads too; name a run folder or a step-… folder"
+            )
+        encoder, clips = load_encoder(checkpoint), clips_of_file(checkpoint)
+        state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    else:
+        network, config = load_network(checkpoint)
+        encoder, state = network.encoder.eval(), network.state_dict()
+        clips = {name: int(config["data"][name]) for name in ("frames", "stride", "crop")}
+    if form in ("safetensors", "reference"):
+        renamed = to_reference(state) if form == "reference" else state
+        told = None if clips is None or form == "reference" else {CLIPS: json.dumps(clips)}
+        return to_bytes({name: renamed[name].contiguous() for name in sorted(renamed)}, told)
+    shape = clips or {"frames": 16, "crop": 224}
+    sample = torch.zeros(*TRACED, shape["frames"], shape["crop"], shape["crop"])
+    write = _torchscript if form == "torchscript" else _onnx
+    with torch.no_grad():
+        return write(FeatureExtractor(encoder).eval(), sample)
+
+
+def _torchscript(extractor: FeatureExtractor, sample: torch.Tensor) -> bytes:
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's advice to use torch.export, which needs PyTorch to be loaded
+        torch.jit.save(torch.jit.trace(extractor, sample), file)  # type: ignore[no-untyped-call]
+    return file.getvalue()
+
+
+def _onnx(extractor: FeatureExtractor, sample: torch.Tensor) -> bytes:
+    file = io.BytesIO()
+    try:
+        import onnx  # noqa: F401  (what PyTorch writes with)
+    except ImportError as error:
+        raise UserError(
+            "--format onnx needs the package onnx; install it with `pip install 'mcl-dist[export]'`"
+        ) from error
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter by tracing is the older one; the newer needs onnxscript as well
+        torch.onnx.export(
+            extractor,
+            (sample,),
+            file,  # type: ignore[arg-type]
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["clips"],
+            output_names=["features"],
+            dynamic_axes={"clips": {0: "batch"}, "features": {0: "batch"}},
+        )
+    return file.getvalue()
+
+
+def _of_file(path: str) -> State:
+    """A file's tensors under our names, whoever wrote it."""
+    state = read_state(Path(path))
+    if any(name.startswith("encoder.") for name in state):
+        return state
+    return under_our_names(state, mlp_head=False)
+
+
+def _architecture(state: Mapping[str, Any], path: str) -> EncoderConfig:
+    """Width and blocks as the tensors' names and shapes tell."""
+    if "encoder.conv1.weight" not in state:
+        raise UserError(f"{path}: holds no encoder (no conv1.weight); name a run folder, an export or a ResNet")
+    blocks: list[int] = []
+    while f"encoder.layer{len(blocks) + 1}.0.conv1.weight" in state:
+        stage = f"encoder.layer{len(blocks) + 1}."
+        blocks.append(len({name.split(".")[2] for name in state if name.startswith(stage)}))
+    return EncoderConfig(width=len(state["encoder.conv1.weight"]), blocks=tuple(blocks))

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mcl_dist
+from launch.cli import main
+from launch.settings import PretrainConfig
+from launch.subject import load_subject
+from mcl_dist.checkpoint import CheckpointConfig, Checkpoints
+from mcl_dist.config import build_config
+from mcl_dist.encoder import Encoder
+from mcl_dist.errors import UserError
+from mcl_dist.heads import Network
+from mcl_dist.interchange import exported
+from mcl_dist.learner import Learner
+from mcl_dist.momentum import MomentumEncoder
+from mcl_dist.negatives import Queue
+from mcl_dist.ranks import Ranks
+
+CONFIG = build_config(
+    PretrainConfig,
+    {
+        "run": {"dir": "unused"},
+        "data": {"train": "unused", "frames": 8, "stride": 4, "crop": 32},
+        "encoder": {"width": 4, "blocks": [2, 1]},
+        "heads": {"dim": 8},
+    },
+)
+
+
+@pytest.fixture
+def network() -> Network:
+    torch.manual_seed(3)
+    network = Network(CONFIG.encoder, CONFIG.heads)
+    network(torch.randn(4, 3, 8, 32, 32))  # BatchNorm's statistics are no longer those of the start
+    return network
+
+
+@pytest.fixture
+def run(network: Network, tmp_path: Path) -> str:
+    learner = Learner(network, MomentumEncoder(network, Ranks(), seed=0, autocast=False), Queue(torch.rand(4, 8)))
+    checkpoints = Checkpoints(f"{tmp_path}/run/checkpoints", Ranks(), CheckpointConfig())
+    checkpoints.save(learner.share(3, {}, dataclasses.asdict(CONFIG)))
+    return f"{tmp_path}/run"
+
+
+@pytest.fixture
+def clips() -> torch.Tensor:
+    return torch.randn(3, 3, 8, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def _features(encoder: Encoder, clips: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return encoder(clips).pooled
+
+
+def _file(run: str, form: str, folder: Path) -> Path:
+    out = folder / f"out.{'safetensors' if form == 'reference' else form}"
+    assert main(["export", run, "--format", form, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.parametrize("form", ["safetensors", "reference"])
+def test_an_export_comes_back_as_the_encoder_it_was(
+    run: str, network: Network, clips: torch.Tensor, tmp_path: Path, form: str
+) -> None:
+    expected = _features(network.encoder.eval(), clips)
+    assert torch.equal(_features(mcl_dist.load_encoder(run), clips), expected)
+    assert torch.equal(_features(mcl_dist.load_encoder(str(_file(run, form, tmp_path))), clips), expected)
+
+
+def test_torchscript_computes_the_same(run: str, network: Network, clips: torch.Tensor, tmp_path: Path) -> None:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of PyTorch, which would have people use torch.export
+        found = torch.jit.load(str(_file(run, "torchscript", tmp_path)))(clips)
+    torch.testing.assert_close(found, _features(network.encoder.eval(), clips), rtol=1e-5, atol=1e-5)
+
+
+def test_onnx_computes_the_same(run: str, network: Network, clips: torch.Tensor, tmp_path: Path) -> None:
+    session = onnxruntime.InferenceSession(str(_file(run, "onnx", tmp_path)), providers=["CPUExecutionProvider"])
+    (found,) = session.run(["features"], {"clips": clips.numpy()})
+    assert np.abs(found - _features(network.encoder.eval(), clips).numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize("form", ["safetensors", "reference", "onnx"])
+def test_equal_weights_give_equal_bytes(run: str, form: str) -> None:
+    assert exported(run, form) == exported(run, form)
+
+
+@pytest.mark.slow
+def test_torchscript_of_equal_weights_is_equal_from_process_to_process(run: str, tmp_path: Path) -> None:
+    files = [tmp_path / "first.pt", tmp_path / "second.pt"]
+    for file in files:
+        words = ["export", run, "--format", "torchscript", "--out", str(file)]
+        subprocess.run([sys.executable, "-m", "launch.cli", *words], check=True, capture_output=True)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_the_references_names_are_those_of_its_checkpoints(run: str, tmp_path: Path, golden: Path) -> None:
+    names = set(json.loads((golden / "reference_state_dict.json").read_text()))
+    found = set(load_file(_file(run, "reference", tmp_path)))
+    assert {name for name in found if ".head." in name or "order" in name} <= names
+    assert {name for name in found if name.startswith("backbone.layer1.0.")} <= names
+
+
+def test_a_2d_resnet_is_inflated(network: Network, tmp_path: Path) -> None:
+    flat = {}
+    for name, value in network.encoder.state_dict().items():
+        if "conv2_t" not in name:
+            flat[f"module.encoder_q.{name}"] = value[:, :, 0].contiguous() if value.ndim == 5 else value
+    save_file(flat, tmp_path / "moco.safetensors")
+    encoder = mcl_dist.load_encoder(str(tmp_path / "moco.safetensors"))
+    assert encoder.config.blocks == (2, 1)
+    assert torch.equal(encoder.conv1.weight[:, :, 1], network.encoder.conv1.weight[:, :, 0])
+
+
+def test_an_exported_encoder_is_evaluated_on_the_clips_it_was_trained_on(run: str, tmp_path: Path) -> None:
+    subject = load_subject(str(_file(run, "safetensors", tmp_path)))
+    assert dataclasses.astuple(subject.geometry) == (8, 4, 32)
+
+
+def test_what_lacks_the_wanted_part_is_refused_in_one_line(run: str, tmp_path: Path) -> None:
+    file = str(_file(run, "safetensors", tmp_path))
+    with pytest.raises(UserError, match="needs the heads too"):
+        exported(file, "reference")
+    save_file({"inter.first.weight": torch.zeros(2, 2)}, tmp_path / "heads.safetensors")
+    with pytest.raises(UserError, match="holds no encoder"):
+        mcl_dist.load_encoder(str(tmp_path / "heads.safetensors"))
+    with pytest.raises(UserError, match="no such file"):
+        mcl_dist.load_encoder(str(tmp_path / "none.safetensors"))
