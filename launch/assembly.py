@@ -15,6 +15,7 @@ import torch
 from dataloading.loader import TubeletLoader
 from launch.exporting import exporting
 from launch.settings import PretrainConfig
+from mcl_dist.accounts import Birth, Ledger
 from mcl_dist.batch import TubeletBatch
 from mcl_dist.checkpoint import Checkpoints, DamagedError, Progress, Snapshot
 from mcl_dist.config import dump_config
@@ -22,27 +23,31 @@ from mcl_dist.engine import Engine
 from mcl_dist.errors import RankError, UserError
 from mcl_dist.events import Failed, Listener, Notice, Started, tell
 from mcl_dist.heads import Network
+from mcl_dist.heartbeat import Heartbeat
 from mcl_dist.learner import Learner
 from mcl_dist.listeners import Console, EventLog, MetricsFile
 from mcl_dist.momentum import NUM_KEYS, MomentumEncoder
 from mcl_dist.negatives import Queue
 from mcl_dist.objective import Objective
 from mcl_dist.operations import operations_per_video
-from mcl_dist.ranks import Ranks
+from mcl_dist.ranks import Ranks, limit_waiting
 from mcl_dist.schedule import Schedule
+from mcl_dist.stopping import StopRequest
 from mcl_dist.storage import Folder
 from mcl_dist.trainer import Trainer
 from mcl_dist.weights import initialise
 
 
 @contextmanager
-def assembled(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Iterator[Trainer]:
+def assembled(
+    config: PretrainConfig, ranks: Ranks, device: torch.device, stop: StopRequest, heartbeat: Heartbeat, birth: Birth
+) -> Iterator[Trainer]:
     """The run's parts, put together and brought to where the newest checkpoint left off."""
     autocast = config.train.precision == "bfloat16"
     learner = _learner(config, ranks, device, autocast=autocast)
     folder = config.checkpoint.folder or f"{config.run.dir}/checkpoints"
     checkpoints = Checkpoints(folder, ranks, config.checkpoint)
-    with _listening(config, ranks, device) as listeners:
+    with _listening(config, ranks, device, birth) as listeners:
         snapshot = _resume(learner, checkpoints, config, listeners)
         start = snapshot.step if snapshot else 0
         if ranks.is_first:
@@ -64,6 +69,7 @@ def assembled(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Ite
                 batch_per_rank=config.train.batch_per_rank(ranks.count),
                 accumulate=config.train.accumulate,
             )
+            limit_waiting(config.supervise.collective_seconds)
             if snapshot:
                 engine.load_optimizer_state(snapshot.optimizer, start)
             schedule = _schedule(config, loader.steps_per_epoch)
@@ -87,6 +93,8 @@ def assembled(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Ite
                 start=start,
                 progress=snapshot.progress if snapshot else Progress(),
                 name_of=loader.name_of,
+                stop=stop,
+                heartbeat=heartbeat,
                 operations=operations_per_video(config.encoder, config.heads, config.data.frames, config.data.crop),
             )
 
@@ -204,7 +212,7 @@ def _check_same_run(stored: dict[str, Any], config: PretrainConfig, url: str) ->
 
 
 @contextmanager
-def _listening(config: PretrainConfig, ranks: Ranks, device: torch.device) -> Iterator[list[Listener]]:
+def _listening(config: PretrainConfig, ranks: Ranks, device: torch.device, birth: Birth) -> Iterator[list[Listener]]:
     """A log on every rank, and Prometheus where asked for; on the first also the terminal and the metrics' file."""
     folder = Path(config.run.dir)
     listeners: list[Listener] = [EventLog(folder / _of_rank("log", ranks))]
@@ -213,7 +221,10 @@ def _listening(config: PretrainConfig, ranks: Ranks, device: torch.device) -> It
     exported = nullcontext() if config.monitoring.port is None else exporting(config, ranks, device)
     try:
         with exported as metrics:
-            yield [*listeners, *([metrics] if metrics else [])]
+            everyone: list[Listener] = [*listeners, *([metrics] if metrics else [])]
+            if ranks.is_first:
+                everyone.append(Ledger(folder, everyone, birth))
+            yield everyone
     except UserError as error:
         tell(listeners, Failed(str(error)))
         raise

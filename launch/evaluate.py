@@ -130,11 +130,12 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
 
 
 def _evaluate_as_rank(job: Job) -> None:
-    from launch.supervise import end_with_launcher
+    from launch.orphans import stop_with_launcher
     from mcl_dist.engine import join_process_group, pick_device
     from mcl_dist.ranks import Ranks
+    from mcl_dist.stopping import StopRequest
 
-    end_with_launcher()
+    stop_with_launcher(StopRequest(), seconds=0)
     device = pick_device()
     join_process_group(device)
     ranks = Ranks(device)

@@ -1,16 +1,26 @@
-"""Pre-training: `mcl pretrain` starts the DeepSpeed launcher, which starts this file once a rank."""
+"""Pre-training: `mcl pretrain` supervises the DeepSpeed launcher, which starts this file once a rank."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import tempfile
+import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
-from launch.local_ranks import as_rank, launch_ranks
+from launch.local_ranks import RESTARTED, RUNTIME, STOP_FILE, as_rank
+from launch.nodes import add_node_arguments, meeting_of
+from mcl_dist.accounts import Birth
+from mcl_dist.heartbeat import Heartbeat
+from mcl_dist.stopping import StopRequest
 
+EXIT_AGAIN = 76  # to whoever launched this node with --attached: it failed, and another attempt may go better
+PID_FILE, OUTCOME_FILE, OUTCOME_LINE = "supervisor.pid", "outcome.json", "mcl-outcome"
 EXAMPLE = """example:
   mcl pretrain --config configs/pretrain/ucf101.yaml --ranks 4 data.train=s3://bucket/ucf101 run.dir=runs/ucf101
   deepspeed --num_gpus 4 launch/pretrain.py --config configs/pretrain/ucf101.yaml data.train=s3://bucket/ucf101
@@ -26,20 +36,48 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_arguments(parser)
-    parser.add_argument("--ranks", type=int, help="processes on this machine (default: its GPUs, or 1 without any)")
+    add_node_arguments(parser)
     parser.set_defaults(run=launch)
 
 
 def launch(arguments: argparse.Namespace) -> int:
-    """Check the configuration, then hand over to the DeepSpeed launcher; returns its exit code."""
-    import torch
-
+    """Check the configuration, then supervise this node's ranks; returns the exit code."""
+    from launch.rendezvous import Host, Member
     from launch.settings import PretrainConfig, check
+    from launch.supervise import Supervisor
     from mcl_dist.config import load_config
 
-    num_ranks = arguments.ranks or torch.cuda.device_count() or 1
-    check(load_config(PretrainConfig, arguments.config, arguments.overrides), num_ranks)
-    return launch_ranks(__file__, ["--config", arguments.config, *arguments.overrides], num_ranks)
+    config = load_config(PretrainConfig, arguments.config, arguments.overrides)
+    meeting = meeting_of(arguments)
+    check(config, meeting.num_ranks * meeting.nodes)
+    with ExitStack() as stack:
+        runtime = Path(arguments.runtime or stack.enter_context(tempfile.TemporaryDirectory(prefix="mcl-")))
+        runtime.mkdir(parents=True, exist_ok=True)
+        (runtime / PID_FILE).write_text(str(os.getpid()))
+        member = None
+        if meeting.nodes > 1:
+            patience = config.supervise.node_seconds
+            if meeting.node == 0:
+                stack.callback(Host(meeting.port, meeting.nodes, patience).close)
+            member = Member(meeting.address, meeting.port, meeting.node, meeting.nodes, patience)
+            stack.callback(member.close)
+        end = Supervisor(
+            script=__file__,
+            words=["--config", arguments.config, *arguments.overrides],
+            meeting=meeting,
+            limits=config.supervise,
+            runtime=runtime,
+            log=Path(config.run.dir) / "log.jsonl",
+            member=member,
+            attached=arguments.attached,
+        ).run()
+        outcome = json.dumps({**asdict(end), "retry": end.may_be_mended, "node": meeting.node})
+        (runtime / OUTCOME_FILE).write_text(outcome)
+        if arguments.attached:
+            with suppress(OSError):
+                print(OUTCOME_LINE, outcome, flush=True)
+            return EXIT_AGAIN if end.may_be_mended else end.exit_code
+    return end.exit_code
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,28 +91,41 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     _add_arguments(parser)
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     arguments = parser.parse_args(words)
-    as_rank(lambda: pretrain(arguments.config, arguments.overrides))
+    stop = StopRequest()
+    stop.heed_signals()  # before anything that takes long
+    folder = os.environ.get(RUNTIME)
+    heartbeat = Heartbeat(Path(folder) if folder else None, int(os.environ.get("RANK", "0")))
+    heartbeat.start()
+    as_rank(lambda: pretrain(arguments.config, arguments.overrides, stop, heartbeat))
 
 
-def pretrain(config_path: str, overrides: Sequence[str]) -> None:
-    """Run this rank's part of the training from the newest checkpoint, or from the start, to the end."""
+def pretrain(config_path: str, overrides: Sequence[str], stop: StopRequest, heartbeat: Heartbeat) -> bool:
+    """Run this rank's part of the training from the newest checkpoint to the end; False if it was asked to stop."""
+    birth = Birth(time.time(), **json.loads(os.environ.get(RESTARTED, "{}")))
     from launch.assembly import assembled
+    from launch.orphans import stop_with_launcher
+    from launch.run_lock import only_run
     from launch.settings import PretrainConfig, check
-    from launch.supervise import end_with_launcher, only_run
     from mcl_dist.config import load_config
     from mcl_dist.engine import join_process_group, pick_device
     from mcl_dist.ranks import Ranks
 
-    end_with_launcher()
+    stop_with_launcher(stop)
     config = load_config(PretrainConfig, config_path, overrides)
+    stop_file = Path(config.run.dir) / STOP_FILE
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        heartbeat.at_every_beat(lambda: stop.ask("a stop file") if stop_file.exists() else None)
     device = pick_device()
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
     join_process_group(device)
     ranks = Ranks(device)
     alone = only_run(Path(config.run.dir)) if ranks.is_first else nullcontext()
-    with alone, assembled(config, ranks, device) as trainer:
-        trainer.fit()
+    with alone, assembled(config, ranks, device, stop, heartbeat, birth) as trainer:
+        is_done = trainer.fit()
         ranks.barrier()
+        if not is_done:
+            stop_file.unlink(missing_ok=True)
+    return is_done
 
 
 if __name__ == "__main__":

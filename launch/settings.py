@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dataloading.data_config import DataConfig, check_clips
+from launch.hangs import SuperviseConfig
 from mcl_dist.checkpoint import CheckpointConfig
 from mcl_dist.config import number
 from mcl_dist.encoder import EncoderConfig
@@ -43,6 +44,7 @@ class PretrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    supervise: SuperviseConfig = field(default_factory=SuperviseConfig)
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
 
 

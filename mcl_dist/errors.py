@@ -2,6 +2,7 @@
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
+EXIT_STOPPED = 75  # after saving what there was: the same command goes on from there
 
 
 class UserError(Exception):

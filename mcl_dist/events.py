@@ -161,6 +161,52 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class Stopping:
+    """The run ends before its last step, as a rank was asked to; all that `step` steps have done is saved."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """A run that had started before goes on.
+
+    Attributes:
+        cause: what ended it, one of the few words of `accounts.CAUSES`.
+        attempt: restarts by the supervisor without progress, this one included; 0 where it was started by hand.
+        lost_seconds: since the state was reached that it goes on from: steps to repeat, standstill, start-up.
+        reason: the cause in a sentence.
+        step: steps done in the state that it goes on from.
+    """
+
+    cause: str
+    attempt: int
+    lost_seconds: float
+    reason: str
+    step: int
+
+
+@dataclass(frozen=True)
+class Accounts:
+    """What became of the time since the run first started, over all restarts.
+
+    Attributes:
+        goodput: productive share of the wall time.
+        wall_seconds: since the first start.
+        productive_seconds: of steps that count: taken, and not repeated since.
+        lost_seconds: the rest, by what it went into: `starting`, `checkpoint`, `skipped`, a restart's cause, `other`.
+        restarts: how many, by cause.
+    """
+
+    goodput: float
+    wall_seconds: float
+    productive_seconds: float
+    lost_seconds: dict[str, float]
+    restarts: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Finished:
     """All steps are done; `peak_bytes` is the most memory that this rank held."""
 
@@ -185,6 +231,9 @@ Event = (
     | CheckpointFailed
     | CheckpointRefused
     | Notice
+    | Stopping
+    | Restarted
+    | Accounts
     | Finished
     | Failed
 )

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -18,9 +19,11 @@ from mcl_dist.events import (
     LoaderReport,
     LossSpike,
     Notice,
+    Restarted,
     Started,
     StepDone,
     StepSkipped,
+    Stopping,
 )
 from mcl_dist.lines import event_line, step_line
 
@@ -65,8 +68,8 @@ class Console:
                 self._say(f"bad samples replaced by others: {reasons}; bad_samples.jsonl lists them")
             case Notice(text):
                 self._say(text)
-            case Finished(step, peak_bytes):
-                self._say(f"finished {step} steps, peak memory {peak_bytes / 2**30:.2f} GiB per rank")
+            case Restarted() | Stopping() | Finished():
+                self._say(_of_life(event))
 
     def _progress(self, done: StepDone) -> None:
         mean = self._mean_seconds
@@ -90,7 +93,18 @@ class Console:
 
     def _say(self, line: str, *, stays: bool = True) -> None:
         start = "\r\033[K" if self._rewrites else ""
-        print(f"{start}{line}", file=self._stream, end="\n" if stays else "", flush=True)
+        with suppress(OSError):  # of a terminal that was closed: the run goes on
+            print(f"{start}{line}", file=self._stream, end="\n" if stays else "", flush=True)
+
+
+def _of_life(event: Restarted | Stopping | Finished) -> str:
+    match event:
+        case Restarted(lost_seconds=seconds, reason=reason):
+            return f"this run goes on after {reason}; that took back or cost {_clock(seconds)}"
+        case Stopping(step, reason):
+            return f"stopping after step {step}, which is saved: {reason}"
+        case Finished(step, peak_bytes):
+            return f"finished {step} steps, peak memory {peak_bytes / 2**30:.2f} GiB per rank"
 
 
 def _of_checkpoint(event: CheckpointWritten | CheckpointFailed | CheckpointRefused) -> str:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 from torch import distributed
+from torch.distributed import distributed_c10d
+
+WORD_BYTES = 160  # of a text on its way to other ranks
 
 TEXT_BYTES = 256  # of a text on its way to other ranks
 
@@ -74,6 +79,14 @@ class Ranks:
         distributed.broadcast(shared, src=0)
         return int(shared)
 
+    def first_word(self, text: str) -> str:
+        """The text of the first rank that has any, with that rank's number; empty where none has."""
+        row = torch.frombuffer(bytearray(text.encode()[:WORD_BYTES].ljust(WORD_BYTES, b"\0")), dtype=torch.uint8)
+        for rank, told in enumerate(self.gather(row[None]).cpu()):
+            if word := bytes(told.tolist()).rstrip(b"\0").decode(errors="replace"):
+                return f"{word} at rank {rank}"
+        return ""
+
     def permute(self, rows: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
         """Rearrange the rows of all ranks: row i of the result, over ranks, is row `permutation[i]` before.
 
@@ -100,6 +113,18 @@ class Ranks:
     def _counts(self, ranks: torch.Tensor) -> list[int]:
         counts: list[int] = torch.bincount(ranks, minlength=self.count).tolist()
         return counts
+
+
+def limit_waiting(seconds: float) -> int:
+    """Have every process group give up on a rank that does not answer for so long; returns how many groups there are.
+
+    To be called once all groups are made: one made later, as DeepSpeed's copy of the world is, does not inherit the
+    limit that `init_distributed` was given, and without one a cut link is waited for without end.
+    """
+    groups = list(distributed_c10d._world.pg_map) if distributed.is_initialized() else []
+    for group in groups:
+        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+    return len(groups)
 
 
 def _sent_to(device: torch.device, indices: torch.Tensor) -> torch.Tensor:

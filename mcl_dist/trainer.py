@@ -17,14 +17,16 @@ from mcl_dist.config import choice, number
 from mcl_dist.encoder import normalise
 from mcl_dist.engine import Engine
 from mcl_dist.errors import ConfigError, UserError
-from mcl_dist.events import Finished, Listener, LossSpike, StepDone, StepSkipped, tell
+from mcl_dist.events import Finished, Listener, LossSpike, StepDone, StepSkipped, Stopping, tell
 from mcl_dist.guard import SpikeDetector, Suspects
+from mcl_dist.heartbeat import SAVING, STEPPING, Heartbeat
 from mcl_dist.learner import Learner
 from mcl_dist.momentum import NUM_KEYS, Keys
 from mcl_dist.objective import ObjectiveConfig
 from mcl_dist.ranks import Ranks
 from mcl_dist.readback import Readback
 from mcl_dist.schedule import Schedule
+from mcl_dist.stopping import StopRequest
 
 LEAVING_SECONDS = 60.0  # for a checkpoint that is being written when something ends the run
 
@@ -111,6 +113,8 @@ class Trainer:
         progress: what was remembered of them.
         name_of: what people call a sample of `TubeletBatch.samples`.
         operations: floating-point operations that a video needs, for those who listen; 0 where nobody has counted.
+        stop: whether this rank was asked to stop before the end.
+        heartbeat: told what this rank is at.
     """
 
     engine: Engine
@@ -128,17 +132,20 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     name_of: Callable[[int], str] = str
     operations: int = 0
+    stop: StopRequest = field(default_factory=StopRequest)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     def __post_init__(self) -> None:
         self._pending: Pending | None = None
+        self._is_stopping = False
         self._skipped_in_a_row = self.progress.skipped_in_a_row
         self._num_taken = self.progress.num_taken  # steps whose keys have gone into the queue
         self._spikes = SpikeDetector(self.settings.spike_window, self.settings.spike_factor)
         self._spikes.remember(self.progress.recent_losses, is_high=self.progress.loss_is_high)
         self._spike: LossSpike | None = None
 
-    def fit(self) -> None:
-        """Take all steps that remain, writing checkpoints on the way and at the end.
+    def fit(self) -> bool:
+        """Take all steps that remain, writing checkpoints on the way and at the end; False if a rank was asked to stop.
 
         Raises:
             UserError: when too many steps in a row are not finite, or too many checkpoints, or the last one, cannot be
@@ -147,30 +154,41 @@ class Trainer:
         with self.engine.gathered():
             self.checkpoints.reserve(self._share(self.start))
         try:
-            self._train()
+            is_done = self._train()
         finally:
             # Whatever ends the run, what is being written need not be torn.
             self._conclude(lambda: self.checkpoints.join(LEAVING_SECONDS))
-        tell(self.listeners, Finished(self.schedule.total_steps, peak_bytes(self.ranks.device)))
+        if is_done:
+            tell(self.listeners, Finished(self.schedule.total_steps, peak_bytes(self.ranks.device)))
+        return is_done
 
-    def _train(self) -> None:
+    def _train(self) -> bool:
+        """Take all steps; False if a rank was asked to stop."""
         total = self.schedule.total_steps
         for step in range(self.start, total):
             started, clock = time.perf_counter(), PhaseClock(self.ranks.device)
+            self.heartbeat.begins_step(step)
             batch = next(self.batches)
+            self.heartbeat.enters(STEPPING)
             clock.mark("wait")
             pending = self.take(step, batch, clock, waited=time.perf_counter() - started)
             clock.mark("other")
             pending.seconds = time.perf_counter() - started
+            is_last = step + 1 == total
             is_due = (step + 1) % self.checkpoint_every == 0
-            if is_due or step + 1 == total:
+            if is_due or is_last or self._is_stopping:
                 self._settle()
             if self._spike:
                 is_due |= self._answer(self._spike)
             if is_due:
                 self._save(step + 1)
             self._hear()
+            if self._is_stopping and not is_last:
+                self.save_and_wait(step + 1)
+                tell(self.listeners, Stopping(step + 1, self.ranks.first_word(self.stop.reason or "")))
+                return False
         self.save_and_wait(total)
+        return True
 
     def take(self, step: int, batch: TubeletBatch, clock: PhaseClock, waited: float) -> Pending:
         """One step, all of it in the device's hands on return; `waited` are the seconds that its batch took to come."""
@@ -219,10 +237,10 @@ class Trainer:
         return reports
 
     def _mean(self, reports: list[dict[str, torch.Tensor]], waited: float) -> dict[str, torch.Tensor]:
-        """Means over parts and ranks of the objective's report, and of the seconds waited."""
+        """Means over parts and ranks of the objective's report, of the seconds waited, and of who was asked to stop."""
         values = torch.stack([torch.stack([value.float() for value in report.values()]) for report in reports]).mean(0)
-        means = self.ranks.mean(torch.cat([values, values.new_full((1,), waited)]))
-        return dict(zip([*reports[0], "waited"], means.unbind(), strict=True))
+        means = self.ranks.mean(torch.cat([values, values.new_tensor([waited, self.stop.is_asked])]))
+        return dict(zip([*reports[0], "waited", "stop"], means.unbind(), strict=True))
 
     def _settle(self) -> None:
         """Find out what became of the pending step, and tell.
@@ -236,6 +254,7 @@ class Trainer:
         report = pending.numbers.numbers()
         taken = report.pop("taken") > 0
         self._num_taken += taken
+        self._is_stopping |= report.pop("stop") > 0  # the same on all ranks: they learn of it at the same step
         loss = report["loss"]
         tell(self.listeners, self._done(pending, report, taken=taken))
         if not taken:
@@ -305,6 +324,7 @@ class Trainer:
         Raises:
             UserError: when it cannot be written.
         """
+        self.heartbeat.enters(SAVING)
         self._settle()
         if self.checkpoints.newest_step != step:
             self._save(step)
@@ -312,6 +332,7 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         """Begin a checkpoint, which a thread goes on to write."""
+        self.heartbeat.enters(SAVING)
         since = time.perf_counter()
         self._conclude(self.checkpoints.wait)
         with self.engine.gathered():

@@ -18,13 +18,16 @@ from torch import distributed
 from dataloading.stream import ShardSet
 from launch.assembly import assembled
 from launch.settings import PretrainConfig
+from mcl_dist.accounts import Birth
 from mcl_dist.batch import FIRST_KEY, QUERY, TubeletBatch
 from mcl_dist.clock import PhaseClock
 from mcl_dist.config import load_config
 from mcl_dist.engine import OptimizerConfig, join_process_group, pick_device
 from mcl_dist.errors import UserError
 from mcl_dist.events import Event, LossSpike, StepDone, StepSkipped
+from mcl_dist.heartbeat import Heartbeat
 from mcl_dist.ranks import Ranks
+from mcl_dist.stopping import StopRequest
 from mcl_dist.trainer import TrainConfig, Trainer
 from tests.distributed.runs import QUIET, STEPS, joined, noise, put_together
 
@@ -118,7 +121,7 @@ def on_videos(shards: str, folder: str, left_out: str) -> None:
     config = load_config(PretrainConfig, REPOSITORY / "configs" / "pretrain" / "tiny.yaml", words)
     join_process_group(device)
     ranks = Ranks(device)
-    with assembled(config, ranks, device) as trainer:
+    with assembled(config, ranks, device, StopRequest(), Heartbeat(), Birth(0.0)) as trainer:
         take, batches = trainer.take, trainer.batches
 
         def poisoned_batches() -> Iterator[TubeletBatch]:
