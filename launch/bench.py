@@ -30,6 +30,10 @@ NEGATIVES_EXAMPLE = """\
 example:
   mcl bench negatives --queue 1048576 --batch 64 --json
   mcl bench negatives --world-size 2"""
+CHECKPOINT_EXAMPLE = """\
+example:
+  mcl bench checkpoint --json
+  mcl bench checkpoint --config configs/pretrain/kinetics400.yaml --folder s3://bucket/bench --rounds 3"""
 STEP_EXAMPLE = """\
 example:
   mcl bench step --config configs/pretrain/tiny.yaml --json
@@ -71,6 +75,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     _add_loader(actions)
     _add_negatives(actions)
     _add_step(actions)
+    _add_checkpoint(actions)
 
 
 def _add_loader(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -126,6 +131,23 @@ def _add_step(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     step.add_argument("--steps", type=int, default=10, help="steps measured of every form, after three others (10)")
     step.add_argument("--json", action="store_true", help="print one JSON list on standard output")
     step.set_defaults(run=run_step)
+
+
+def _add_checkpoint(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    checkpoint = actions.add_parser(
+        "checkpoint",
+        help="how long training stands still for a checkpoint",
+        description="Save the configured networks, queue and optimizer by turns in two ways: waiting until all is "
+        "written and synced, and in the background while steps on small clips go on.",
+        epilog=CHECKPOINT_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    checkpoint.add_argument("--config", help="configuration of a pre-training run (default: the method's own numbers)")
+    checkpoint.add_argument("overrides", nargs="*", metavar="key=value", help="override it, e.g. objective.queue=65536")
+    checkpoint.add_argument("--folder", help="URL to save to (default: a temporary folder)")
+    checkpoint.add_argument("--rounds", type=int, default=5, help="saves in each way (5)")
+    checkpoint.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    checkpoint.set_defaults(run=run_checkpoint)
 
 
 def run_flow(args: argparse.Namespace) -> int:
@@ -237,6 +259,24 @@ def run_step(args: argparse.Namespace) -> int:
             f"{each.name:<15}{each.videos_per_second:>11.2f}{each.speedup:>11.2f}{each.cpu_ms:>11.1f}"
             f"{each.tflops * 1e3:>11.1f}{each.matmul_share:>11.1%}{each.peak_bytes / 2**20:>11.0f}  {phases}"
         )
+    return 0
+
+
+def run_checkpoint(args: argparse.Namespace) -> int:
+    """Measure both ways of saving."""
+    from launch.checkpoint_benchmark import benchmark
+    from launch.settings import PretrainConfig
+    from mcl_dist.config import load_config
+
+    if args.rounds < 1:
+        raise ConfigError(f"--rounds: found {args.rounds}, must be at least 1")
+    config = load_config(PretrainConfig, args.config, ["data.train=none", "run.dir=none", *args.overrides])
+    report = vars(benchmark(config, args.folder, args.rounds, _say))
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    for name, value in report.items():
+        print(f"{name:<22} {value if isinstance(value, int) else format(value, '.4f')}")
     return 0
 
 

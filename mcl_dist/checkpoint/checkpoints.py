@@ -115,6 +115,11 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join(seconds)
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def save(self, share: Share) -> str:
         """Write a checkpoint and wait for it; returns its URL.
 
