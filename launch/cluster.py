@@ -23,11 +23,10 @@ from dataclasses import dataclass, field
 from launch import ssh
 from launch.fleet import Fleet
 from launch.hostfile import Host, read_hostfile
+from launch.local_ranks import RESTARTED
 from launch.travel import travelling
-from mcl_dist.errors import EXIT_FAILURE, EXIT_USAGE, ConfigError, UserError
+from mcl_dist.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USAGE, ConfigError, UserError
 
-EXIT_STOPPED = 75
-RESTARTED = "MCL_RESTARTED"  # says as JSON why this attempt had to be made
 GRACE_SECONDS = 5.0  # for the other hosts to end by themselves when one has failed
 RETRY_SECONDS = 2.0  # between calls of a host that does not answer
 # Ends all processes of a run by their ids: they have its name in their environment, and so has all that they started.

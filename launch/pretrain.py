@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
+from launch import cluster
 from launch.local_ranks import RESTARTED, RUNTIME, STOP_FILE, as_rank
 from launch.nodes import add_node_arguments, meeting_of
 from mcl_dist.accounts import Birth
@@ -37,11 +38,14 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     _add_arguments(parser)
     add_node_arguments(parser)
+    cluster.add_arguments(parser)
     parser.set_defaults(run=launch)
 
 
 def launch(arguments: argparse.Namespace) -> int:
     """Check the configuration, then supervise this node's ranks; returns the exit code."""
+    if arguments.hostfile:
+        return cluster.run(arguments)
     from launch.rendezvous import Host, Member
     from launch.settings import PretrainConfig, check
     from launch.supervise import Supervisor

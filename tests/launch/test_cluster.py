@@ -1,0 +1,117 @@
+"""`mcl pretrain --hostfile` on hosts of their own: one loses power, a link is cut, and no bit is lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hosts import Rig, missing, running_hosts
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIG = str(REPOSITORY / "configs" / "pretrain" / "tiny.yaml")
+SMALL = ("data.crop=48", "encoder.width=4", "heads.dim=8", "objective.queue=64", "train.global_batch=4")
+LENGTH = ("train.steps=24", "checkpoint.every=8")
+SECONDS = 150
+
+needs_hosts = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    with running_hosts(tmp_path_factory.mktemp("cluster") / "rig") as rig:
+        yield rig
+
+
+def start(rig: Rig, shards: Path, run: Path, *more: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "mcl_dist", "pretrain", "--hostfile", str(rig.hostfile), "--config", CONFIG]
+    words += ["--ssh-config", str(rig.ssh_config), *more, f"data.train={shards}", f"run.dir={run}", *SMALL, *LENGTH]
+    return rig.head.popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finished(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=SECONDS)
+    return process.returncode, output
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (run / "checkpoints/step-000000024").glob("*.safetensors")}
+
+
+def has_saved(run: Path) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not (run / "checkpoints" / "step-000000008" / "COMMITTED").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def whole(rig: Rig, synthetic_shards: Path) -> Path:
+    code, output = finished(start(rig, synthetic_shards, rig.work / "whole", "--launcher", "pdsh"))
+    assert code == 0, output
+    return rig.work / "whole"
+
+
+@needs_hosts
+@pytest.mark.slow
+def test_a_run_over_plain_ssh_is_the_run_over_pdsh(rig: Rig, whole: Path, synthetic_shards: Path) -> None:
+    code, output = finished(start(rig, synthetic_shards, rig.work / "plain", "--launcher", "ssh"))
+    assert code == 0, output
+    assert losses(rig.work / "plain") == losses(whole)
+    assert weights(rig.work / "plain") == weights(whole)
+    assert not any(host.processes() for host in rig.hosts)
+
+
+@needs_hosts
+@pytest.mark.slow
+def test_a_host_that_loses_power_and_comes_back_costs_no_bit(rig: Rig, whole: Path, synthetic_shards: Path) -> None:
+    run = rig.work / "power"
+    process = start(rig, synthetic_shards, run, "--launcher", "pdsh")
+    has_saved(run)
+    rig[1].kill()
+    rig[1].boot()
+    code, output = finished(process)
+    assert code == 0, output
+    assert weights(run) == weights(whole)
+    assert not any(host.processes() for host in rig.hosts)
+
+
+@needs_hosts
+@pytest.mark.slow
+def test_a_link_that_is_cut_for_a_while_costs_no_bit(rig: Rig, whole: Path, synthetic_shards: Path) -> None:
+    run = rig.work / "link"
+    process = start(rig, synthetic_shards, run, "--launcher", "ssh")
+    has_saved(run)
+    rig[1].link_down()
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "waiting for node2" in line:
+            break
+    rig[1].link_up()
+    code, output = finished(process)
+    assert code == 0, "".join(lines) + output
+    assert weights(run) == weights(whole)
+    assert not any(host.processes() for host in rig.hosts)
+
+
+@needs_hosts
+@pytest.mark.slow
+def test_a_request_to_stop_saves_and_leaves_with_75(rig: Rig, synthetic_shards: Path) -> None:
+    run = rig.work / "stopped"
+    process = start(rig, synthetic_shards, run, "--launcher", "pdsh", "train.steps=2400")
+    has_saved(run)
+    process.terminate()
+    code, output = finished(process)
+    assert code == 75, output
+    assert not any(host.processes() for host in rig.hosts)
