@@ -88,6 +88,7 @@ def _add_build_arguments(build: argparse.ArgumentParser) -> None:
     )
     build.add_argument("--keep-every", type=int, default=1, help="of so many frames one is stored (1: all)")
     build.add_argument("--quality", type=int, default=90, help="JPEG quality of the frames (90)")
+    build.add_argument("--metrics-port", type=int, help="answer Prometheus on the loopback at this port meanwhile")
     build.add_argument("--json", action="store_true", help="print the closing table as one JSON object")
     build.set_defaults(run=run_build)
 
@@ -129,6 +130,7 @@ def run_build(args: argparse.Namespace) -> int:
     from dataloading.build import build_shards, existing_set, remove_traces
     from dataloading.duplicates import find_duplicates, without
     from dataloading.sources import scan_sources
+    from launch.build_metrics import build_metrics
     from mcl_dist.storage import Folder
 
     config = _build_config(args)
@@ -154,7 +156,14 @@ def run_build(args: argparse.Namespace) -> int:
     start = time.monotonic()
     progress.total = len(sources.videos)
     try:
-        manifest = build_shards(sources, destination, config, executor, progress)
+        with build_metrics(args.metrics_port, len(sources.videos), patience) as metrics:
+
+            def listen(outcome: Outcome | GoingOn) -> None:
+                progress(outcome)
+                metrics(outcome)
+
+            manifest = build_shards(sources, destination, config, executor, listen)
+            metrics.complete()
     finally:
         progress.close()
     more = {"duplicates": len(duplicates), "retries": dict(patience.failures)}

@@ -23,7 +23,6 @@ BAD_SAMPLES = ("checksum", "header", "size", "missing", "maps", "decode")
 RETRIES: tuple[str, ...] = get_args(Failure)
 RESTARTS = ("killed", "error", "hang", "lost", "stopped")
 LOSSES = ("starting", "checkpoint", "skipped", *RESTARTS)
-BUILD_STAGES = ("decode", "flow", "motion", "encode", "other")
 REFUSALS = (
     "missing", "outside", "duplicate", "unreadable", "no video stream", "truncated", "turned", "too small", "too large",
     "too short",
@@ -173,10 +172,7 @@ BUILD = (
     _counter("mcl_build_videos_total", "build", "videos", "Videos stored by this run."),
     _counter("mcl_build_refused_total", "build", "videos", "Videos refused by this run.", "reason", REFUSALS),
     _counter("mcl_build_frames_total", "build", "frames", "Frames stored."),
-    _counter("mcl_build_bytes_total", "build", "bytes", "Bytes of the shards finished."),
-    _counter("mcl_build_shards_total", "build", "shards", "Shards finished."),
-    _counter("mcl_build_stage_cpu_seconds_total", "build", "seconds", "CPU time of the workers.", "stage",
-             BUILD_STAGES),
+    _counter("mcl_build_bytes_total", "build", "bytes", "Bytes of the samples stored."),
     _counter("mcl_build_retries_total", "build", "requests", "Requests that had to be made again.", "reason", RETRIES),
     _gauge("mcl_build_complete", "build", "", "1 once the set is complete, 0 before."),
 )  # fmt: skip

@@ -1,0 +1,61 @@
+"""What a build of a shard set serves to Prometheus while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry
+
+from dataloading.build import GoingOn
+from dataloading.process import Outcome
+from dataloading.shards import RefusedVideo
+from mcl_dist.patience import Patience
+from monitoring.board import Board
+from monitoring.exporter import Exporter, MonitoringConfig
+
+
+class BuildMetrics:
+    """Counts the outcomes of a build."""
+
+    def __init__(self, board: Board, planned: int, patience: Patience) -> None:
+        self._board = board
+        board.set("mcl_build_videos_planned", planned)
+        board.set("mcl_build_complete", 0)
+        board.before_scrape(
+            lambda: board.update(
+                "mcl_build_retries_total", {str(reason): count for reason, count in patience.failures.items()}
+            )
+        )
+
+    def __call__(self, outcome: Outcome | GoingOn) -> None:
+        """Take the next video's outcome, or first of all what an earlier run left."""
+        if isinstance(outcome, GoingOn):
+            self._board.set("mcl_build_videos_kept", outcome.videos + outcome.refused)
+        elif isinstance(outcome, RefusedVideo):
+            self._board.add("mcl_build_refused_total", 1, outcome.reason.partition(":")[0])
+        else:
+            self._board.add("mcl_build_videos_total")
+            self._board.add("mcl_build_frames_total", len(outcome.frames))
+            self._board.add("mcl_build_bytes_total", outcome.num_bytes)
+
+    def complete(self) -> None:
+        """The manifest is written."""
+        self._board.set("mcl_build_complete", 1)
+
+
+@contextmanager
+def build_metrics(port: int | None, planned: int, patience: Patience) -> Iterator[BuildMetrics]:
+    """Metrics that are served on the loopback within, where there is a port.
+
+    Raises:
+        UserError: the port is taken.
+    """
+    board, registry = Board(["build"]), CollectorRegistry()
+    registry.register(board)
+    exporter = None if port is None else Exporter(registry, MonitoringConfig(port=port))
+    try:
+        yield BuildMetrics(board, planned, patience)
+    finally:
+        if exporter is not None:
+            exporter.close()

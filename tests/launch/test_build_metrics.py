@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import urllib.request
+
+import pytest
+
+from dataloading.build import GoingOn
+from dataloading.shards import RefusedVideo
+from launch.build_metrics import build_metrics
+from launch.local_ranks import free_port
+from mcl_dist.patience import Patience
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_build_answers_while_it_runs() -> None:
+    patience, port = Patience(), free_port()
+    patience.failures["stall"] += 2
+    with build_metrics(port, 9, patience) as metrics:
+        metrics(GoingOn(None, 1, 3, 1))
+        metrics(RefusedVideo("a.mp4", "too short: 3 frames"))
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+    for line in (
+        "mcl_build_videos_planned 9.0",
+        "mcl_build_videos_kept 4.0",
+        'mcl_build_refused_total{reason="too short"} 1.0',
+        'mcl_build_retries_total{reason="stall"} 2.0',
+        "mcl_build_complete 0.0",
+    ):
+        assert line in lines
