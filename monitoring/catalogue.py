@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from mcl_dist.accounts import CAUSES
 from mcl_dist.events import PHASES
 from mcl_dist.remote import Failure
 
@@ -21,8 +22,7 @@ PHASE_SECONDS = (0.005, 0.01, 0.02, *STEP_SECONDS)
 LOADER_STAGES = ("draw and read", "decode", "decode flow", "augment", "target")
 BAD_SAMPLES = ("checksum", "header", "size", "missing", "maps", "decode")
 RETRIES: tuple[str, ...] = get_args(Failure)
-RESTARTS = ("killed", "error", "hang", "lost", "stopped")
-LOSSES = ("starting", "checkpoint", "skipped", *RESTARTS)
+LOSSES = ("starting", "checkpoint", "skipped", *CAUSES)
 REFUSALS = (
     "missing", "outside", "duplicate", "unreadable", "no video stream", "truncated", "turned", "too small", "too large",
     "too short",
@@ -145,7 +145,7 @@ RELIABILITY = (
              "the run started, and were left aside."),
     _gauge("mcl_stopping", "run", "", "1 once a rank was asked to stop; the run saves and leaves."),
     _counter("mcl_restarts_total", "run", "restarts", "Restarts since the run first began, by what ended it before.",
-             "cause", RESTARTS),
+             "cause", CAUSES),
     _gauge("mcl_goodput_ratio", "run", "ratio", "Productive share of the time since the run first began."),
     _counter("mcl_run_seconds_total", "run", "seconds", "Time since the run first began, over all restarts."),
     _counter("mcl_productive_seconds_total", "run", "seconds", "Of it, time of steps that count: taken, and not "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from mcl_dist.events import (
+    Accounts,
     CheckpointFailed,
     CheckpointRefused,
     CheckpointWritten,
@@ -14,6 +15,7 @@ from mcl_dist.events import (
     Started,
     StepDone,
     StepSkipped,
+    Stopping,
 )
 from monitoring.board import Board
 from monitoring.pulse import Pulse
@@ -63,11 +65,12 @@ class TrainingMetrics:
                 self._loader(event)
             case CheckpointWritten():
                 self._checkpoint(event)
-            case CheckpointFailed(in_a_row=in_a_row):
-                board.add("mcl_checkpoints_failed_total")
-                board.set("mcl_checkpoints_failed_in_a_row", in_a_row)
-            case CheckpointRefused():
-                board.add("mcl_checkpoints_refused_total")
+            case CheckpointFailed() | CheckpointRefused():
+                self._no_checkpoint(event)
+            case Stopping():
+                board.set("mcl_stopping", 1)
+            case Accounts():
+                self._accounts(event)
 
     def _step(self, done: StepDone) -> None:
         board = self._board
@@ -103,6 +106,21 @@ class TrainingMetrics:
         board.set("mcl_checkpoint_seconds", written.seconds)
         board.set("mcl_checkpoint_stall_seconds", written.stall_seconds)
         board.set("mcl_checkpoint_bytes", written.bytes)
+
+    def _no_checkpoint(self, event: CheckpointFailed | CheckpointRefused) -> None:
+        if isinstance(event, CheckpointRefused):
+            self._board.add("mcl_checkpoints_refused_total")
+        else:
+            self._board.add("mcl_checkpoints_failed_total")
+            self._board.set("mcl_checkpoints_failed_in_a_row", event.in_a_row)
+
+    def _accounts(self, accounts: Accounts) -> None:
+        board = self._board
+        board.set("mcl_goodput_ratio", accounts.goodput)
+        board.set("mcl_run_seconds_total", accounts.wall_seconds)
+        board.set("mcl_productive_seconds_total", accounts.productive_seconds)
+        board.update("mcl_lost_seconds_total", accounts.lost_seconds)
+        board.update("mcl_restarts_total", accounts.restarts)
 
     def _loader(self, report: LoaderReport) -> None:
         board, storage = self._board, report.storage

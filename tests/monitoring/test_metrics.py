@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry
 
 from mcl_dist.events import (
     PHASES,
+    Accounts,
     CheckpointFailed,
     CheckpointRefused,
     CheckpointWritten,
@@ -15,6 +16,7 @@ from mcl_dist.events import (
     LossSpike,
     StepDone,
     StepSkipped,
+    Stopping,
 )
 from monitoring.board import Board
 from monitoring.catalogue import Scope
@@ -156,3 +158,17 @@ def test_ages_grow_until_the_next_step_and_checkpoint(monkeypatch: pytest.Monkey
     now = 109.0
     assert registry.get_sample_value("mcl_heartbeat_age_seconds") == 2.0
     assert registry.get_sample_value("mcl_checkpoint_age_seconds") == 9.0
+
+
+def test_accounts_show_what_became_of_the_time_and_what_ended_runs() -> None:
+    metrics, registry = listening()
+    metrics(Accounts(0.75, 400.0, 300.0, {"starting": 60.0, "killed": 30.0, "of no list": 10.0}, {"killed": 2}))
+    metrics(Stopping(7, "asked to"))
+    value = registry.get_sample_value
+    assert value("mcl_goodput_ratio") == 0.75
+    assert value("mcl_run_seconds_total") == 400.0
+    assert value("mcl_productive_seconds_total") == 300.0
+    assert value("mcl_lost_seconds_total", {"cause": "killed"}) == 30.0
+    assert value("mcl_lost_seconds_total", {"cause": "other"}) == 10.0
+    assert value("mcl_restarts_total", {"cause": "killed"}) == 2
+    assert value("mcl_stopping") == 1
