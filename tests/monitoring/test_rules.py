@@ -1,0 +1,70 @@
+"""The rules as promtool sees them, and the runbook beside them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RULES = REPOSITORY / "monitoring" / "prometheus"
+UNIT_TESTS = Path(__file__).parent / "rules" / "alerts.test.yml"
+RUNBOOK = REPOSITORY / "docs" / "runbook.md"
+
+
+def rules_of(file: str) -> list[dict[str, Any]]:
+    groups = yaml.safe_load((RULES / file).read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+ALERTS = {rule["alert"]: rule for rule in rules_of("alerts.yml")}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("promtool", "check", "config", "--lint=all", "--lint-fatal", RULES / "prometheus.yml"),
+        ("promtool", "check", "rules", "--lint=all", "--lint-fatal", RULES / "recording.yml", RULES / "alerts.yml"),
+        ("promtool", "test", "rules", UNIT_TESTS),
+        ("amtool", "check-config", RULES.parent / "alertmanager" / "alertmanager.yml"),
+    ],
+    ids=lambda words: " ".join(str(word) for word in words[:3]),
+)
+def test_prometheus_own_tools_find_no_fault(words: tuple[str | Path, ...]) -> None:
+    result = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_alert_is_tested_firing_and_quiet() -> None:
+    tests = [test for case in yaml.safe_load(UNIT_TESTS.read_text())["tests"] for test in case["alert_rule_test"]]
+    for fires in (True, False):
+        assert {test["alertname"] for test in tests if bool(test["exp_alerts"]) == fires} == set(ALERTS)
+
+
+@pytest.mark.parametrize("name", ALERTS)
+def test_an_alert_says_how_bad_it_is_what_happened_and_where_to_read_on(name: str) -> None:
+    assert ALERTS[name]["labels"]["severity"] in ("critical", "warning")
+    annotations = ALERTS[name]["annotations"]
+    assert set(annotations) == {"summary", "description", "runbook"}
+    assert annotations["runbook"] == f"docs/runbook.md#{name.lower()}"
+
+
+def test_the_runbook_has_a_section_for_each_alert_and_no_other() -> None:
+    text = RUNBOOK.read_text()
+    sections = dict(re.findall(r"^## (\S+)\n\n\*(\w+)\* · ", text, re.MULTILINE))
+    assert sections == {name: rule["labels"]["severity"] for name, rule in ALERTS.items()}
+    for link in re.findall(r"\]\(#(\w+)\)", text):
+        assert link in {name.lower() for name in ALERTS}
+
+
+@pytest.mark.parametrize(
+    "section", re.split(r"^## ", RUNBOOK.read_text(), flags=re.MULTILINE)[1:], ids=lambda section: section.split()[0]
+)
+def test_a_section_of_the_runbook_says_how_to_see_it_what_it_means_and_what_to_do_in_commands(section: str) -> None:
+    for part in ("See", "Means", "Do"):
+        assert f"- **{part}:**" in section
+    assert "`" in section.split("- **Do:**")[1]
