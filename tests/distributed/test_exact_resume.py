@@ -16,10 +16,13 @@ from torch import distributed
 
 from launch.assembly import assembled
 from launch.settings import PretrainConfig
+from mcl_dist.accounts import Birth
 from mcl_dist.batch import TubeletBatch
 from mcl_dist.config import load_config
 from mcl_dist.engine import join_process_group, pick_device
+from mcl_dist.heartbeat import Heartbeat
 from mcl_dist.ranks import Ranks
+from mcl_dist.stopping import StopRequest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ("data.crop=48", "encoder.width=4", "heads.dim=8", "objective.queue=64", "train.global_batch=4")
@@ -31,7 +34,7 @@ def train(ranks: Ranks, device: torch.device, shards: str, folder: Path, until: 
     """Go on to a step in the folder, noting every sample of this rank in order."""
     words = [f"data.train={shards}", f"run.dir={folder}", f"train.steps={STEPS}", "checkpoint.keep=99", *SMALL, *more]
     config = load_config(PretrainConfig, REPOSITORY / "configs" / "pretrain" / "tiny.yaml", words)
-    with assembled(config, ranks, device) as trainer:
+    with assembled(config, ranks, device, StopRequest(), Heartbeat(), Birth(0.0)) as trainer:
         batches = trainer.batches
 
         def noted() -> Iterator[TubeletBatch]:
