@@ -8,8 +8,6 @@ import torch
 from torch import distributed
 from torch.distributed import distributed_c10d
 
-WORD_BYTES = 160  # of a text on its way to other ranks
-
 TEXT_BYTES = 256  # of a text on its way to other ranks
 
 
@@ -81,11 +79,8 @@ class Ranks:
 
     def first_word(self, text: str) -> str:
         """The text of the first rank that has any, with that rank's number; empty where none has."""
-        row = torch.frombuffer(bytearray(text.encode()[:WORD_BYTES].ljust(WORD_BYTES, b"\0")), dtype=torch.uint8)
-        for rank, told in enumerate(self.gather(row[None]).cpu()):
-            if word := bytes(told.tolist()).rstrip(b"\0").decode(errors="replace"):
-                return f"{word} at rank {rank}"
-        return ""
+        words = enumerate(self.gather_texts(text))
+        return next((f"{word} at rank {rank}" for rank, word in words if word), "")
 
     def permute(self, rows: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
         """Rearrange the rows of all ranks: row i of the result, over ranks, is row `permutation[i]` before.

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import distributed
+from torch.distributed import distributed_c10d
 
 from mcl_dist.encoder import EncoderConfig
+from mcl_dist.engine import OptimizerConfig
 from mcl_dist.heads import HeadsConfig, Network
 from mcl_dist.momentum import MomentumEncoder
-from mcl_dist.ranks import Ranks
+from mcl_dist.ranks import Ranks, limit_waiting
+from tests.distributed import runs
 
 BATCH = 3
 
@@ -39,6 +43,24 @@ def gather_in_rank_order() -> None:
     assert torch.equal(ranks.gather(rows), expected)
     assert ranks.mean(rows[0]).tolist() == [(ranks.count - 1) / 2] * 2
     assert ranks.from_first(7 + ranks.rank) == 7
+    assert ranks.first_word("") == ""
+    assert ranks.first_word("SIGTERM" if ranks.rank else "") == "SIGTERM at rank 1"
+
+
+def every_group_gives_up_on_a_silent_rank(folder: str) -> None:
+    """DeepSpeed's groups and the checkpoints' own included, which have limits of their own until they are given one."""
+    ranks = runs.joined()
+    trainer = runs.put_together(folder, ranks, OptimizerConfig(), lambda start: runs.noise(ranks, start))
+    groups = list(distributed_c10d._world.pg_map)
+    assert limit_waiting(1) == len(groups) > 2, trainer
+    store = distributed_c10d._get_default_store()
+    if ranks.is_first:
+        for group in groups:
+            with pytest.raises(RuntimeError, match=r"(?i)timed out"):
+                distributed.all_reduce(torch.zeros(1), group=group)
+        store.set("given up", "")
+    store.wait(["given up"])
+    os._exit(0)  # there is no group left for a barrier
 
 
 def keys_come_back_to_their_videos() -> None:
@@ -101,6 +123,13 @@ def test_shuffled_batch_norm_sends_no_more_than_the_own_clips_as_bytes(
     run_ranks: Callable[..., None], count: int
 ) -> None:
     run_ranks(__file__, shuffling_sends_no_more_than_the_own_clips.__name__, count)
+
+
+@pytest.mark.slow
+def test_every_process_group_gives_up_on_a_rank_that_does_not_answer(
+    run_ranks: Callable[..., None], tmp_path: Path
+) -> None:
+    run_ranks(__file__, every_group_gives_up_on_a_silent_rank.__name__, 2, tmp_path)
 
 
 @pytest.mark.slow

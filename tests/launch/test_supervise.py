@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -12,12 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
-from launch.ends import CRASHED, DONE, HUNG, KILLED, LOST, STOPPED, USER, End, verdict
+from launch.ends import CRASHED, DONE, HUNG, KILLED, LOST, STOPPED, USER, End, read_ends, verdict
 from launch.hangs import SuperviseConfig, hang
+from launch.local_ranks import Meeting
 from launch.restarts import Restarts
+from launch.supervise import Supervisor
 from mcl_dist.heartbeat import STEPPING, WAITING, Beat, read_beats
+from mcl_dist.stopping import StopRequest
+from tests.processes import of_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ("data.crop=48", "encoder.width=4", "heads.dim=8", "objective.queue=64", "train.global_batch=4")
@@ -26,31 +30,37 @@ QUICK = ("supervise.silent_seconds=4", "supervise.hang_seconds_min=20")
 SECONDS = 120
 
 
-def start(shards: Path, run: Path, *more: str) -> subprocess.Popen[str]:
+def start(shards: Path, run: Path, terminal: int | None = None) -> subprocess.Popen[str]:
+    """The command in a session of its own, whose terminal is the one given."""
     words = ["--config", str(REPOSITORY / "configs/pretrain/tiny.yaml"), f"data.train={shards}", f"run.dir={run}"]
-    words += [*SMALL, *LENGTH, *QUICK, *more, "--ranks", "2", "--runtime", str(run.with_suffix(".runtime"))]
+    words += [*SMALL, *LENGTH, *QUICK, "--ranks", "2", "--runtime", str(run.with_suffix(".runtime"))]
+    session = ["setsid", *(["--ctty"] if terminal else [])]
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.cli", "pretrain", *words],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        [*session, sys.executable, "-m", "launch.cli", "pretrain", *words],
+        stdin=terminal or subprocess.DEVNULL,
+        stdout=terminal or subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
 
 
-def finished(process: subprocess.Popen[str]) -> tuple[int, str]:
+def finished(process: subprocess.Popen[str], run: Path) -> tuple[int, str]:
+    """Its exit code and output, once nothing of it is left."""
     try:
         output, _ = process.communicate(timeout=SECONDS)
+        assert not of_run(run)
     finally:
-        process.kill()
+        for pid in of_run(run):
+            os.kill(pid, signal.SIGKILL)
     return process.returncode, output
 
 
-def rank_at_step(run: Path, step: int, attempt: int = 1) -> int:
-    """Wait until rank 1 has done so many steps; its process id."""
-    folder, deadline = run.with_suffix(".runtime") / f"attempt-{attempt}", time.monotonic() + SECONDS
+def rank_at_step(run: Path, step: int, screen: int | None = None) -> int:
+    """Wait until rank 1 has done so many steps, reading what comes on a screen; its process id."""
+    folder, deadline = run.with_suffix(".runtime") / "attempt-1", time.monotonic() + SECONDS
     while time.monotonic() < deadline:
+        if screen and select.select([screen], [], [], 0)[0]:
+            os.read(screen, 4096)
         for beat in read_beats(folder):
             if beat.rank == 1 and beat.step >= step:
                 return beat.pid
@@ -58,8 +68,9 @@ def rank_at_step(run: Path, step: int, attempt: int = 1) -> int:
     raise TimeoutError(f"{folder}: no step {step}")
 
 
-def weights(run: Path) -> dict[str, object]:
-    return load_file(run / "checkpoints" / "step-000000040" / "network.safetensors")
+def tensors(run: Path) -> dict[str, bytes]:
+    """All that the last checkpoint holds: both encoders, statistics, the optimizer's state, the queue."""
+    return {file.name: file.read_bytes() for file in (run / "checkpoints/step-000000040").glob("*.safetensors")}
 
 
 def events(run: Path) -> list[dict[str, object]]:
@@ -69,14 +80,9 @@ def events(run: Path) -> list[dict[str, object]]:
 @pytest.fixture(scope="module")
 def whole_run(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("whole") / "run"
-    code, output = finished(start(synthetic_shards, run))
+    code, output = finished(start(synthetic_shards, run), run)
     assert code == 0, output
     return run
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    mine, theirs = weights(one), weights(other)
-    return all((mine[name] == theirs[name]).all() for name in theirs)
 
 
 @pytest.mark.slow
@@ -87,9 +93,9 @@ def test_a_run_whose_rank_is_killed_or_halted_comes_back_and_ends_with_the_same_
     run = tmp_path / "run"
     process = start(synthetic_shards, run)
     os.kill(rank_at_step(run, 8), number)
-    code, output = finished(process)
+    code, output = finished(process, run)
     assert code == 0, output
-    assert same_weights(run, whole_run)
+    assert tensors(run) == tensors(whole_run)
     (restarted,) = (event for event in events(run) if event["event"] == "Restarted")
     assert restarted["cause"] == cause
     accounts = [event for event in events(run) if event["event"] == "Accounts"][-1]
@@ -97,32 +103,62 @@ def test_a_run_whose_rank_is_killed_or_halted_comes_back_and_ends_with_the_same_
     assert 0 < accounts["goodput"] < 1
 
 
-def to_the_supervisor(process: subprocess.Popen[str], rank: int) -> None:  # noqa: ARG001
+def to_the_supervisor(process: subprocess.Popen[str], rank: int, run: Path) -> None:  # noqa: ARG001
     process.terminate()
 
 
-def to_one_rank(process: subprocess.Popen[str], rank: int) -> None:  # noqa: ARG001
+def to_one_rank(process: subprocess.Popen[str], rank: int, run: Path) -> None:  # noqa: ARG001
     os.kill(rank, signal.SIGTERM)
 
 
+def to_all_groups(process: subprocess.Popen[str], rank: int, run: Path) -> None:  # noqa: ARG001
+    """As a scheduler does: to the command's process group, and to that of launcher and ranks."""
+    for pid in (process.pid, rank):
+        os.killpg(os.getpgid(pid), signal.SIGTERM)
+
+
+def by_a_file(process: subprocess.Popen[str], rank: int, run: Path) -> None:  # noqa: ARG001
+    (run / "stop").touch()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("send", [to_the_supervisor, to_one_rank])
+@pytest.mark.parametrize("send", [to_the_supervisor, to_one_rank, to_all_groups, by_a_file])
 def test_a_run_that_is_asked_to_stop_saves_leaves_with_75_and_goes_on_to_the_same_weights(
-    synthetic_shards: Path, whole_run: Path, tmp_path: Path, send: Callable[[subprocess.Popen[str], int], None]
+    synthetic_shards: Path, whole_run: Path, tmp_path: Path, send: Callable[[subprocess.Popen[str], int, Path], None]
 ) -> None:
     run = tmp_path / "run"
     process = start(synthetic_shards, run)
-    send(process, rank_at_step(run, 6))
-    code, output = finished(process)
+    send(process, rank_at_step(run, 6), run)
+    code, output = finished(process, run)
     assert code == 75, output
-    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    assert (run / "checkpoints" / f"step-{last:09d}" / "COMMITTED").exists()
+    assert_all_is_saved(run)
+    assert not (run / "stop").exists()
     if send is to_the_supervisor:
         for folder in run.with_suffix(".runtime").glob("attempt-*"):
             folder.rename(folder.with_name(f"old-{folder.name}"))
-        code, output = finished(start(synthetic_shards, run))
+        code, output = finished(start(synthetic_shards, run), run)
         assert code == 0, output
-        assert same_weights(run, whole_run)
+        assert tensors(run) == tensors(whole_run)
+
+
+@pytest.mark.slow
+def test_a_run_whose_terminal_is_closed_saves_and_leaves_with_75(synthetic_shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    screen, terminal = os.openpty()
+    process = start(synthetic_shards, run, terminal)
+    os.close(terminal)
+    rank_at_step(run, 6, screen=screen)
+    os.close(screen)
+    code, _ = finished(process, run)
+    assert code == 75
+    (stopping,) = (event for event in events(run) if event["event"] == "Stopping")
+    assert stopping["reason"] == "SIGHUP at rank 0"
+    assert_all_is_saved(run)
+
+
+def assert_all_is_saved(run: Path) -> None:
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert (run / "checkpoints" / f"step-{last:09d}" / "COMMITTED").exists()
 
 
 def beat(rank: int, phase: str = STEPPING, since: float = 0.0, told: float = 100.0, usual: float | None = 0.1) -> Beat:
@@ -158,3 +194,41 @@ def test_what_a_person_has_to_mend_is_told_before_what_followed_from_it() -> Non
     assert verdict({0: lost}, [1], 247) == End(1, KILLED, "rank 1 was ended by SIGKILL")
     assert verdict({0: End(75, STOPPED, ""), 1: End(0, DONE, "")}, [], 75).exit_code == 75
     assert {cause for cause in (HUNG, CRASHED) if End(1, cause, "").may_be_mended} == {HUNG, CRASHED}
+
+
+def leave(work: str, folder: Path) -> tuple[int, End]:
+    """How a rank with this work ended: its exit code, and the word that it left for its supervisor."""
+    program = f"from launch.local_ranks import as_rank; from mcl_dist.errors import *; as_rank(lambda: {work})"
+    environment = {**os.environ, "MCL_RUNTIME": str(folder), "RANK": "1"}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False)
+    return result.returncode, read_ends(folder)[1]
+
+
+@pytest.mark.parametrize(
+    ("work", "code", "cause", "attempts"),
+    [
+        ("(_ for _ in ()).throw(UserError('no space left'))", 1, USER, 1),
+        ("(_ for _ in ()).throw(ConfigError('data.crop: too large'))", 2, USER, 1),
+        ("False", 75, STOPPED, 1),
+        ("True", 0, DONE, 1),
+        ("1 / 0", 1, CRASHED, 2),
+    ],
+)
+def test_only_what_another_attempt_may_mend_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str, code: int, cause: str, attempts: int
+) -> None:
+    returned, end = leave(work, tmp_path)
+    assert (returned, end.exit_code, end.cause) == (code, code, cause)
+    made: list[End | None] = []
+
+    def attempt(self: Supervisor, meeting: Meeting, before: End | None) -> tuple[End, int]:  # noqa: ARG001
+        made.append(before)
+        return end, 5
+
+    monkeypatch.setattr(Supervisor, "_attempt", attempt)
+    monkeypatch.setattr(StopRequest, "heed_signals", lambda _: None)
+    log = tmp_path / "log.jsonl"
+    supervisor = Supervisor("", [], Meeting(2), SuperviseConfig(restarts=1), tmp_path, log)
+    assert supervisor.run() == end
+    assert made == [None, end][:attempts]
+    assert log.exists() == (attempts == 2)

@@ -1,0 +1,114 @@
+"""What a run's time went into, told from its files by a clock that the tests move."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from mcl_dist.accounts import Birth, Ledger
+from mcl_dist.events import Accounts, CheckpointWritten, Event, Finished, Restarted, Started, StepDone, Stopping
+from mcl_dist.listeners import EventLog, MetricsFile
+
+STEPS, STEP_SECONDS = 6, 2.0
+
+
+@dataclass
+class Run:
+    """A run that starts again and again in one folder."""
+
+    folder: Path
+    now: float = 100.0
+    told: list[Event] = field(default_factory=list)
+
+    def start(self, step: int, takes: float = 10.0, cause: str = "") -> None:
+        """Start from the checkpoint of a step."""
+        birth = Birth(self.now, cause, "rank 1 was ended by SIGKILL", attempt=1) if cause else Birth(self.now)
+        self.now += takes
+        files = [EventLog(self.folder / "log.jsonl"), MetricsFile(self.folder / "metrics.jsonl")]
+        ledger = Ledger(self.folder, [*files, self.told.append], birth, clock=lambda: self.now)
+        self.listeners = [*files, ledger]
+        self.tell(Started(step, STEPS, None))
+
+    def train(self, first: int, last: int, *, taken: bool = True) -> None:
+        """Do steps, the first and the last ones included."""
+        for step in range(first, last + 1):
+            self.now += STEP_SECONDS
+            self.tell(StepDone(step, 0, STEPS, {"loss": 1.0}, 0.1, 4, STEP_SECONDS, 0.0, taken=taken))
+
+    def save(self, step: int, stall: float) -> None:
+        """Write a checkpoint, for which training stands still."""
+        self.now += stall
+        self.tell(CheckpointWritten(step, "somewhere", stall, stall, 1))
+
+    def tell(self, event: Event) -> None:
+        """Have all listeners hear of it."""
+        for listener in self.listeners:
+            listener(event)
+
+    def last(self, kind: type[Event]) -> Event:
+        """What the ledger told last, of a kind."""
+        return [event for event in self.told if isinstance(event, kind)][-1]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    run = Run(tmp_path)
+    monkeypatch.setattr(time, "time", lambda: run.now)
+    return run
+
+
+def test_a_run_that_nothing_hurts_loses_its_start_and_its_checkpoints(run: Run) -> None:
+    run.start(0)
+    run.train(1, 5)
+    run.save(5, stall=3.0)
+    run.train(6, 6, taken=False)
+    run.tell(Finished(STEPS, 0))
+    lost = {"starting": 10.0, "checkpoint": 3.0, "skipped": 2.0, "other": 0.0}
+    assert run.last(Accounts) == Accounts(10 / 25, 25.0, 10.0, lost, {})
+
+
+def test_steps_that_are_repeated_count_once_and_what_was_lost_has_its_cause(run: Run) -> None:
+    run.start(0)
+    run.train(1, 2)
+    run.save(2, stall=0.5)
+    run.train(3, 4)
+    run.now += 11.5
+    run.start(2, cause="killed")
+    restarted = run.last(Restarted)
+    assert restarted == Restarted(
+        "killed", 1, 26.0, "rank 1 was ended by SIGKILL", 2
+    )  # since step 2, whose save is in it
+    run.train(3, 6)
+    run.tell(Finished(STEPS, 0))
+    lost = {"starting": 10.0, "killed": 26.0, "other": 0.0}
+    assert run.last(Accounts) == Accounts(12 / 48, 48.0, 12.0, lost, {"killed": 1})
+
+
+def test_a_run_that_goes_back_twice_to_one_checkpoint_loses_no_second_twice(run: Run) -> None:
+    run.start(0)
+    run.train(1, 4)
+    for cause in ("killed", "hang"):
+        run.now += 10.0
+        run.start(2, cause=cause)
+        run.train(3, 4)
+    accounts = run.last(Accounts)
+    assert accounts.restarts == {"killed": 1, "hang": 1}
+    assert accounts.productive_seconds == 4.0
+    assert accounts.lost_seconds == {"starting": 10.0, "hang": accounts.wall_seconds - 14.0, "other": 0.0}
+
+
+def test_a_start_by_hand_is_booked_by_how_the_run_before_it_ended(run: Run) -> None:
+    run.start(0)
+    run.train(1, 2)
+    run.tell(Stopping(2, "SIGTERM at rank 0"))
+    run.now += 90.0
+    run.start(2)
+    assert (run.last(Restarted).cause, run.last(Restarted).lost_seconds) == ("stopped", 100.0)
+    run.train(3, 3)
+    run.start(2)
+    assert run.last(Restarted).cause == "outage"
+    assert run.last(Accounts).restarts == {"stopped": 1, "outage": 1}
