@@ -17,7 +17,7 @@ from mcl_dist.config import choice, number
 from mcl_dist.encoder import normalise
 from mcl_dist.engine import Engine
 from mcl_dist.errors import ConfigError, UserError
-from mcl_dist.events import Finished, Listener, LossSpike, StepDone, StepSkipped, Stopping, tell
+from mcl_dist.events import Finished, Listener, LossSpike, Notice, StepDone, StepSkipped, Stopping, tell
 from mcl_dist.guard import SpikeDetector, Suspects
 from mcl_dist.heartbeat import SAVING, STEPPING, Heartbeat
 from mcl_dist.learner import Learner
@@ -138,6 +138,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self._pending: Pending | None = None
         self._is_stopping = False
+        self._owes_checkpoint = False
         self._skipped_in_a_row = self.progress.skipped_in_a_row
         self._num_taken = self.progress.num_taken  # steps whose keys have gone into the queue
         self._spikes = SpikeDetector(self.settings.spike_window, self.settings.spike_factor)
@@ -175,13 +176,13 @@ class Trainer:
             clock.mark("other")
             pending.seconds = time.perf_counter() - started
             is_last = step + 1 == total
-            is_due = (step + 1) % self.checkpoint_every == 0
+            is_due = self._owes_checkpoint or (step + 1) % self.checkpoint_every == 0
             if is_due or is_last or self._is_stopping:
                 self._settle()
             if self._spike:
                 is_due |= self._answer(self._spike)
             if is_due:
-                self._save(step + 1)
+                self._save_soon(step + 1)
             self._hear()
             if self._is_stopping and not is_last:
                 self.save_and_wait(step + 1)
@@ -330,11 +331,22 @@ class Trainer:
             self._save(step)
         self._conclude(self.checkpoints.finish)
 
+    def _save_soon(self, step: int) -> None:
+        """Begin a checkpoint, or owe it while the store holds up the one before: training does not wait for stores."""
+        self.heartbeat.enters(SAVING)
+        if not self.checkpoints.is_held_up():
+            self._save(step)
+        elif not self._owes_checkpoint:
+            self._owes_checkpoint = True
+            line = f"step {step}: the store holds up the checkpoint before; the next one is begun as soon as that ends"
+            tell(self.listeners, Notice(line))
+
     def _save(self, step: int) -> None:
         """Begin a checkpoint, which a thread goes on to write."""
         self.heartbeat.enters(SAVING)
         since = time.perf_counter()
         self._conclude(self.checkpoints.wait)
+        self._owes_checkpoint = False
         with self.engine.gathered():
             self.checkpoints.begin(self._share(step), since)
 

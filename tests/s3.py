@@ -77,7 +77,13 @@ use = egg:swift#slo
 class S3Store:
     """A running store; `environment` is all that an S3 client needs to be told."""
 
-    endpoint: str
+    folder: Path
+    port: int  # of the proxy, which speaks S3
+    daemons: dict[str, subprocess.Popen[bytes]]
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -88,6 +94,19 @@ class S3Store:
             "AWS_DEFAULT_REGION": "us-east-1",
         }
 
+    @property
+    def answers(self) -> bool:
+        return _is_healthy(self.port)
+
+    def kill_proxy(self) -> None:
+        """Kill it in whatever it is doing; what is stored stays, and nobody can ask for it."""
+        self.daemons["proxy"].kill()
+        self.daemons["proxy"].wait()
+
+    def start_proxy(self) -> None:
+        """Start it again at the same port; returns before it answers."""
+        self.daemons["proxy"] = _started(self.folder, "proxy")
+
 
 @contextmanager
 def running_store(folder: Path) -> Iterator[S3Store]:
@@ -96,40 +115,44 @@ def running_store(folder: Path) -> Iterator[S3Store]:
     (folder / "devices" / "disk").mkdir(parents=True)
     (folder / "swift.conf").write_text("[swift-hash]\nswift_hash_path_suffix = tests\n")
     subprocess.run([sys.executable, "-c", RINGS, folder, *map(str, ports[:3])], check=True)
-    with ExitStack() as daemons:
-        running = [
-            daemons.enter_context(_daemon(folder, name, port)) for name, port in zip(SERVERS, ports, strict=True)
-        ]
-        _wait_until_healthy(ports[-1], running, folder)
-        yield S3Store(f"http://127.0.0.1:{ports[-1]}")
+    for name, port in zip(SERVERS, ports, strict=True):
+        conf = folder / f"{name}.conf"
+        conf.touch(mode=0o600)
+        body = PROXY if name == "proxy" else BACKEND.format(name=name)
+        conf.write_text(COMMON.format(port=port, user=getpass.getuser(), folder=folder) + body)
+    store = S3Store(folder, ports[-1], {})
+    try:
+        for name in SERVERS:
+            store.daemons[name] = _started(folder, name)
+        _wait_until_healthy(store)
+        yield store
+    finally:
+        for daemon in store.daemons.values():
+            _end(daemon)
 
 
-@contextmanager
-def _daemon(folder: Path, name: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    conf = folder / f"{name}.conf"
-    conf.touch(mode=0o600)
-    body = PROXY if name == "proxy" else BACKEND.format(name=name)
-    conf.write_text(COMMON.format(port=port, user=getpass.getuser(), folder=folder) + body)
+def _started(folder: Path, name: str) -> subprocess.Popen[bytes]:
     program = Path(sys.executable).with_name(f"swift-{name}-server")
-    with (folder / f"{name}.log").open("wb") as log:
-        process = subprocess.Popen([program, conf, "--verbose"], stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        try:
-            yield process
-        finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    with (folder / f"{name}.log").open("ab") as log:
+        command = [program, folder / f"{name}.conf", "--verbose"]
+        return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
 
-def _wait_until_healthy(port: int, daemons: list[subprocess.Popen[bytes]], folder: Path) -> None:
+def _end(daemon: subprocess.Popen[bytes]) -> None:
+    daemon.terminate()
+    try:
+        daemon.wait(10)
+    except subprocess.TimeoutExpired:
+        daemon.kill()
+        daemon.wait()
+
+
+def _wait_until_healthy(store: S3Store) -> None:
     deadline = time.monotonic() + STARTS_WITHIN
-    while not _is_healthy(port):
-        dead = [name for name, daemon in zip(SERVERS, daemons, strict=True) if daemon.poll() is not None]
+    while not store.answers:
+        dead = [name for name, daemon in store.daemons.items() if daemon.poll() is not None]
         if dead or time.monotonic() > deadline:
-            logs = "\n".join((folder / f"{name}.log").read_text() for name in dead or SERVERS)
+            logs = "\n".join((store.folder / f"{name}.log").read_text() for name in dead or SERVERS)
             raise RuntimeError(f"the S3 store does not start: {logs}")
         os.sched_yield()
 

@@ -8,6 +8,8 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+import torch
+
 from mcl_dist.checkpoint.content import Share, Snapshot
 from mcl_dist.checkpoint.council import Council
 from mcl_dist.checkpoint.format import STATE, step_folder, step_of
@@ -25,6 +27,7 @@ from mcl_dist.storage import Folder
 FILES_AT_MOST = 6  # that one rank writes, each with the store's patience
 SILENCE_SECONDS = 1800.0  # that a rank may take beyond that
 NICENESS = 10  # of the writing thread: where cores are scarce they are training's
+ASKING_SECONDS = 0.1  # between two looks at whether a checkpoint is still being written
 NONE, FAILED = -1, -2  # what the first rank says where there is no step to say
 
 News = CheckpointWritten | CheckpointFailed | Notice
@@ -71,6 +74,7 @@ class Checkpoints:
         )
         self._copy = HostCopy(ranks.device)
         self._thread: threading.Thread | None = None
+        self._failures_before = 0  # of requests to the store, until the checkpoint that is being written
         self._failed: CheckpointFailed | None = None
         self.newest_step: int | None = None
 
@@ -91,6 +95,7 @@ class Checkpoints:
         self.wait()
         self._copy.take(share.files(self._ranks.rank, self._ranks.count))
         state = share.state(self._ranks.count) if self._ranks.is_first else None
+        self._failures_before = self._num_failures
         stall = time.perf_counter() - since
         self._thread = threading.Thread(
             target=self._write, args=(share.step, state, since, stall), name="checkpoint", daemon=True
@@ -119,6 +124,20 @@ class Checkpoints:
     def is_writing(self) -> bool:
         """Whether a checkpoint is being written."""
         return self._thread is not None and self._thread.is_alive()
+
+    def is_held_up(self) -> bool:
+        """Whether the store lets the checkpoint wait that is being written; if it does not, waits for it.
+
+        All ranks must ask together, and hear the same: one whose requests have to be repeated is enough.
+        """
+        while True:
+            is_failing = self._num_failures > self._failures_before
+            writing, failing = self._ranks.sum(
+                torch.tensor([float(self.is_writing), float(self.is_writing and is_failing)])
+            ).tolist()
+            if failing or not writing:
+                return bool(failing)
+            self.join(ASKING_SECONDS)
 
     def save(self, share: Share) -> str:
         """Write a checkpoint and wait for it; returns its URL.
@@ -176,6 +195,10 @@ class Checkpoints:
     def step_url(self, step: int) -> str:
         """Where the checkpoint of a step lies."""
         return f"{self.url}/{step_folder(step)}"
+
+    @property
+    def _num_failures(self) -> int:
+        return sum(self._folder.patience.failures.copy().values())
 
     def _newest(self, check: Check) -> tuple[int | None, list[CheckpointRefused]]:
         step, damaged = newest(self._folder, check)
