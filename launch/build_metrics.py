@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from dataloading.build import GoingOn
 from dataloading.process import Outcome
@@ -21,6 +21,7 @@ class BuildMetrics:
     def __init__(self, board: Board, planned: int, patience: Patience) -> None:
         self._board = board
         board.set("mcl_build_videos_planned", planned)
+        board.set("mcl_build_videos_kept", 0)
         board.set("mcl_build_complete", 0)
         board.before_scrape(
             lambda: board.update(
@@ -53,6 +54,7 @@ def build_metrics(port: int | None, planned: int, patience: Patience) -> Iterato
     """
     board, registry = Board(["build"]), CollectorRegistry()
     registry.register(board)
+    ProcessCollector(registry=registry)
     exporter = None if port is None else Exporter(registry, MonitoringConfig(port=port))
     try:
         yield BuildMetrics(board, planned, patience)

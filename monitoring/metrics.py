@@ -53,6 +53,7 @@ class TrainingMetrics:
                 self._pulse.beat(step)
                 board.set("mcl_step", step)
                 board.set("mcl_steps_planned", total_steps)
+                board.set("mcl_stopping", 0)
             case StepDone():
                 self._pulse.beat(event.step)
                 self._step(event)

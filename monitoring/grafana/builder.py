@@ -6,7 +6,7 @@ from monitoring.grafana.panels import Panel, dashboard
 
 
 def _rate(counter: str, by: str = "run") -> str:
-    return f"sum by ({by}) (rate({counter}{{@run}}[$__rate_interval]))"
+    return f"sum by ({by}) (rate({counter}{{@instance}}[$__rate_interval]))"
 
 
 BUILD = [
@@ -44,7 +44,7 @@ BUILD = [
         "Complete",
         "1 once the manifest is written: before that, the folder is no shard set.",
         "none",
-        {"{{run}}": "mcl_build_complete{@run}"},
+        {"{{run}}": "mcl_build_complete{@instance}"},
         kind="stat",
         width=6,
     ),
@@ -58,7 +58,7 @@ COURSE = [
         "Refused by reason",
         "Videos that could not be used; the set's `manifest.json` lists them.",
         "none",
-        {"{{reason}}": "sum by (reason) (increase(mcl_build_refused_total{@run}[$__rate_interval]))"},
+        {"{{reason}}": "sum by (reason) (increase(mcl_build_refused_total{@instance}[$__rate_interval]))"},
         limit=1,
     ),
     Panel(
@@ -72,13 +72,13 @@ COURSE = [
         "CPU time of the builder",
         "CPU seconds in a second of the process that writes the shards, its workers not included.",
         "none",
-        {"{{run}}": _rate("process_cpu_seconds_total")},
+        {"{{run}}": 'sum by (run) (rate(process_cpu_seconds_total{@instance,rank=""}[$__rate_interval]))'},
     ),
     Panel(
         "Memory of the builder",
         "Memory that the process which writes the shards holds.",
         "bytes",
-        {"{{run}}": "process_resident_memory_bytes{@run}"},
+        {"{{run}}": 'process_resident_memory_bytes{@instance,rank=""}'},
     ),
 ]
 

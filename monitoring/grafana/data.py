@@ -95,7 +95,7 @@ STORE = [
     ),
     Panel(
         "Requests",
-        "Requests to the store; none for a set on a local disk.",
+        "Requests to the store or the disk, those made again included.",
         "reqps",
         {"{{run}}": _rate("mcl_storage_requests_total", "run")},
     ),

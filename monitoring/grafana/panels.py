@@ -9,8 +9,13 @@ from typing import Any, Literal
 SCHEMA_VERSION = 41  # of Grafana 11.6; later ones migrate it on loading
 COLUMNS, HEIGHTS = 24, {"stat": 4, "lines": 8, "stack": 8}
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
-OWN = {"@run": 'job=~"$job",run=~"$run"', "@rank": 'job=~"$job",run=~"$run",rank=~"$rank"'}
-"""What an expression may say for the chosen series: `mcl_step{@run}`, or `{@rank}` for what every rank exports."""
+OWN = {
+    "@run": 'job=~"$job",run=~"$run"',
+    "@rank": 'job=~"$job",run=~"$run",rank=~"$rank"',
+    "@instance": 'job=~"$job",run=~"$run",instance=~"$instance"',
+}
+"""What an expression may say for the chosen series: `mcl_step{@run}`, `{@rank}` for what every rank exports, and
+`{@instance}` for what a build does."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class Panel:
 
     Attributes:
         unit: by Grafana's name for it; values are in base units.
-        queries: legend to PromQL, in which `@run` and `@rank` stand for the chosen series.
+        queries: legend to PromQL, in which `@run`, `@rank` and `@instance` stand for the chosen series.
         limit: where good ends; none where no value is good or bad in itself.
         good: the side of the limit that is good.
         kind: a number with its course behind it, lines over time, or areas that add up.
@@ -161,7 +166,7 @@ def _label_choices(metric: str, labels: Sequence[str]) -> Iterator[dict[str, Any
             "sort": 7,
             "multi": True,
             "includeAll": True,
-            "allValue": ".*",
+            "allValue": ".+",  # `.*` would take what has no such label, too: a build is no rank
             "current": {"text": "All", "value": "$__all"},
         }
 

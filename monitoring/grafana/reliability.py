@@ -18,7 +18,7 @@ NOW = [
         "Ranks that answer",
         "Share of the ranks whose exporter answered the last scrape.",
         "percentunit",
-        {"{{run}}": "avg by (run) (up{@run})"},
+        {"{{run}}": "avg by (run) (up{@rank})"},
         limit=1,
         good="above",
         kind="stat",

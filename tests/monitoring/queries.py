@@ -55,3 +55,22 @@ def _below(node: Any, function: str) -> Iterator[tuple[str, str, dict[str, str],
             yield from _below(getattr(node, name), function)
     for argument in getattr(node, "args", []):
         yield from _below(argument, node.func.name)
+
+
+def operands(expression: str) -> list[str]:
+    """What an alert holds against its limits: the sides of its comparisons that are looked up.
+
+    Raises:
+        ValueError: it is no PromQL.
+    """
+    return list(_compared(promql_parser.parse(expression)))
+
+
+def _compared(node: Any) -> Iterator[str]:
+    if isinstance(node, promql_parser.ParenExpr):
+        yield from _compared(node.expr)
+    elif isinstance(node, promql_parser.BinaryExpr) and str(node.op) in ("and", "or", "unless"):
+        yield from _compared(node.lhs)
+        yield from _compared(node.rhs)
+    else:
+        yield from (side.prettify() for side in (node.lhs, node.rhs) if list(_below(side, "")))

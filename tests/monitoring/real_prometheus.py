@@ -1,0 +1,101 @@
+"""A real Prometheus with our own configuration, in a hurry."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+from launch.local_ranks import free_port
+from tests.monitoring.queries import MONITORING
+
+FASTER = 15  # a scrape a second, and two minutes of patience are eight seconds
+SCRAPE_SECONDS = 15 / FASTER
+MILLISECONDS = {"s": 1000, "m": 60_000, "h": 3_600_000}
+Series = tuple[dict[str, str], dict[float, float]]
+
+
+def faster(text: str) -> str:
+    """The same with every time divided by FASTER: durations (`15s`, `[5m]`), and numbers `* 60` or `* 3600`."""
+    text = re.sub(r"\b(\d+)([smh])\b", lambda found: f"{int(found[1]) * MILLISECONDS[found[2]] // FASTER}ms", text)
+    return re.sub(r"\* (60|3600)\b", lambda found: f"* {int(found[1]) // FASTER}", text)
+
+
+def until(happened: Callable[[], bool], seconds: float) -> bool:
+    """Whether it happened in time."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.3)
+    return True
+
+
+class Prometheus:
+    """A server on the loopback; ports and paths are other ones, times are shorter, all else is as we ship it.
+
+    Args:
+        folder: to work in.
+        build_port: where a build answers.
+
+    Attributes:
+        targets: folder for the files that name runs' ranks.
+    """
+
+    def __init__(self, folder: Path, build_port: int) -> None:
+        self.targets = folder / "targets"
+        self.targets.mkdir(parents=True)
+        for file in (MONITORING / "prometheus").glob("*.yml"):
+            text = file.read_text().replace(":9500", f":{build_port}").replace(":9093", f":{free_port()}")
+            (folder / file.name).write_text(faster(text))
+        port = free_port()
+        self._url = f"http://127.0.0.1:{port}/api/v1"
+        self._log = folder / "log"
+        words = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                ["prometheus", *words, f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        self._began = time.time()
+        assert until(self._answers, 30), self._log.read_text()
+
+    def close(self) -> None:
+        """End it."""
+        self._process.terminate()
+        self._process.wait(30)
+
+    def get(self, path: str, **parameters: str | float) -> Any:
+        """What it answers at a path of its API."""
+        with urlopen(f"{self._url}/{path}?{urlencode(parameters)}", timeout=10) as answer:
+            return json.load(answer)["data"]
+
+    def series(self, query: str) -> list[Series]:
+        """Labels, and finite values by their time, of all that a query has found until now, a point a scrape."""
+        found = self.get("query_range", query=query, start=self._began, end=time.time(), step=SCRAPE_SECONDS)
+        points = [(each["metric"], {at: float(value) for at, value in each["values"]}) for each in found["result"]]
+        finite = [(labels, {at: value for at, value in x.items() if math.isfinite(value)}) for labels, x in points]
+        return [(labels, values) for labels, values in finite if values]
+
+    def firing(self) -> set[tuple[str, str]]:
+        """Name of every alert that fires, and the rank that it is of."""
+        labels = [each["labels"] for each in self.get("alerts")["alerts"] if each["state"] == "firing"]
+        return {(each["alertname"], each.get("rank", "")) for each in labels}
+
+    def _answers(self) -> bool:
+        assert self._process.poll() is None, self._log.read_text()
+        try:
+            self.get("status/buildinfo")
+        except URLError:
+            return False
+        return True
