@@ -82,20 +82,22 @@ def watched(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
     folder, port = tmp_path_factory.mktemp("watched"), free_port()
     run = folder / "run"
     prometheus = Prometheus(folder / "prometheus", port)
+    settings = [f"monitoring.port={free_port()}", f"monitoring.targets={prometheus.targets}/run.json"]
+    settings += ["monitoring.peak_tflops=1", "train.steps=99999", "checkpoint.every=4"]
     try:
-        build = started_build(synthetic_shards.parent / "train", folder / "set", port)
+        runtime = str(run.with_suffix(".runtime"))
+        training = start(*words(synthetic_shards, run, *settings), "--ranks", "2", "--runtime", runtime)
         try:
-            settings = [f"monitoring.port={free_port()}", f"monitoring.targets={prometheus.targets}/run.json"]
-            settings += ["monitoring.peak_tflops=1", "train.steps=99999", "checkpoint.every=4"]
-            runtime = str(run.with_suffix(".runtime"))
-            training = start(*words(synthetic_shards, run, *settings), "--ranks", "2", "--runtime", runtime)
+            # It looks for new targets every five seconds, for which a small build would hardly last.
+            assert until(lambda: bool(prometheus.series('up{job="mcl-build"}')), SECONDS)
+            build = started_build(synthetic_shards.parent / "train", folder / "set", port)
             try:
                 yield Watched(prometheus, run, build)
             finally:
-                kill_everything(training, run)
+                build.kill()
+                build.wait()
         finally:
-            build.kill()
-            build.wait()
+            kill_everything(training, run)
     finally:
         prometheus.close()
 
