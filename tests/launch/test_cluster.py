@@ -107,6 +107,24 @@ def test_a_link_that_is_cut_for_a_while_costs_no_bit(rig: Rig, whole: Path, synt
 
 @needs_hosts
 @pytest.mark.slow
+def test_a_host_that_stays_away_is_left_out_where_the_run_may_have_fewer(rig: Rig, synthetic_shards: Path) -> None:
+    runs = rig.work / "two", rig.work / "one left"
+    together = "encoder.batch_norm=synchronized"
+    code, output = finished(start(rig, synthetic_shards, runs[0], together))
+    assert code == 0, output
+    process = start(rig, synthetic_shards, runs[1], "--min-nodes", "1", "--node-wait", "5", together)
+    has_saved(runs[1])
+    rig[1].kill()
+    code, output = finished(process)
+    rig[1].boot()
+    assert code == 0, output
+    assert "going on without node2, on 1 of 2 hosts" in output
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), abs=1e-4)
+    assert not any(host.processes() for host in rig.hosts)
+
+
+@needs_hosts
+@pytest.mark.slow
 def test_a_request_to_stop_saves_and_leaves_with_75(rig: Rig, synthetic_shards: Path) -> None:
     run = rig.work / "stopped"
     process = start(rig, synthetic_shards, run, "--launcher", "pdsh", "train.steps=2400")
