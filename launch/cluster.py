@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from launch import ssh
 from launch.fleet import Fleet
@@ -26,6 +27,9 @@ from launch.hostfile import Host, read_hostfile
 from launch.local_ranks import RESTARTED
 from launch.travel import travelling
 from mcl_dist.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USAGE, ConfigError, UserError
+
+if TYPE_CHECKING:
+    from launch.settings import PretrainConfig
 
 GRACE_SECONDS = 5.0  # for the other hosts to end by themselves when one has failed
 RETRY_SECONDS = 2.0  # between calls of a host that does not answer
@@ -97,7 +101,7 @@ class Cluster:
     """
 
     hosts: Sequence[Host]
-    config: object
+    config: PretrainConfig
     words: Sequence[str]
     how: ssh.Ssh
     launcher: str
@@ -113,14 +117,13 @@ class Cluster:
 
     def check(self, num_hosts: int) -> None:
         """Whether so many hosts can train this configuration; ConfigError if not."""
-        from launch.settings import PretrainConfig, check
+        from launch.settings import check
 
-        assert isinstance(self.config, PretrainConfig)
         check(self.config, num_hosts * self.hosts[0].slots)
 
     def run(self) -> int:
         """Start, and start again, until the run is done, stopped, or beyond mending by itself."""
-        restarts = self._restarts()
+        restarts = self.config.supervise.restarts
         cause = ""
         try:
             for attempt in range(restarts + 1):
@@ -137,9 +140,6 @@ class Cluster:
             raise UserError(f"given up after {restarts} restarts: {cause}; see the lines above, then start it again")
         finally:
             self._ended(self.hosts)
-
-    def _restarts(self) -> int:
-        return int(self.config.supervise.restarts)  # type: ignore[attr-defined]
 
     def _attempt(self, hosts: Sequence[Host], attempt: int, cause: str) -> dict[str, int]:
         """Exit codes by host of those that ended before the attempt was over."""
