@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from monitoring.grafana.panels import Panel, dashboard
+from monitoring.grafana.panels import DISK_FREE, Panel, dashboard
 
 
 def _rate(counter: str, by: str) -> str:
@@ -129,20 +129,12 @@ STORE = [
             for what in ("hits", "misses", "evictions", "repairs")
         },
     ),
-    Panel(
-        "Disk free",
-        "Share of the disks of run folder and cache that is free.",
-        "percentunit",
-        {"{{run}} {{node}} {{volume}}": "node:mcl_disk_free:ratio{@run}"},
-        limit=0.05,
-        good="above",
-        top=1,
-    ),
+    DISK_FREE,
 ]
 
 DATA = dashboard(
     "data",
-    "What feeds the training: samples, what they cost, and what the store answers. `mcl bench loader` shows here too.",
+    "What feeds the training: samples, what they cost, and what the store answers.",
     "mcl_loader_samples_expected_total",
     {"What comes": SAMPLES, "What they cost": COST, "Store and cache": STORE},
     ("job", "run", "rank"),

@@ -194,3 +194,24 @@ def _link() -> dict[str, Any]:
         "url": "",
         "targetBlank": False,
     }
+
+
+# On more than one dashboard.
+DISK_FREE = Panel(
+    "Disk free",
+    "Share of the disks of run folder and cache that is free.",
+    "percentunit",
+    {"{{run}} {{node}} {{volume}}": "node:mcl_disk_free:ratio{@run}"},
+    limit=0.05,
+    good="above",
+    top=1,
+)
+HOST_MEMORY_FREE = Panel(
+    "Host memory free",
+    "Share of a node's memory that is still available.",
+    "percentunit",
+    {"{{node}}": "mcl_host_memory_available_bytes{@run} / mcl_host_memory_size_bytes{@run}"},
+    limit=0.1,
+    good="above",
+    top=1,
+)

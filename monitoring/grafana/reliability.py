@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from monitoring.grafana.panels import Panel, dashboard
+from monitoring.grafana.panels import DISK_FREE, HOST_MEMORY_FREE, Panel, dashboard
 
 NOW = [
     Panel(
@@ -144,24 +144,8 @@ CHECKPOINTS = [
 ]
 
 ROOM = [
-    Panel(
-        "Disk free",
-        "Share of the disks of run folder and cache that is free.",
-        "percentunit",
-        {"{{run}} {{node}} {{volume}}": "node:mcl_disk_free:ratio{@run}"},
-        limit=0.05,
-        good="above",
-        top=1,
-    ),
-    Panel(
-        "Host memory free",
-        "Share of a node's memory that is still available.",
-        "percentunit",
-        {"{{node}}": "mcl_host_memory_available_bytes{@run} / mcl_host_memory_size_bytes{@run}"},
-        limit=0.1,
-        good="above",
-        top=1,
-    ),
+    DISK_FREE,
+    HOST_MEMORY_FREE,
     Panel(
         "Files open",
         "Share of the files that a rank's process may hold open.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from monitoring.grafana.panels import Panel, dashboard
+from monitoring.grafana.panels import HOST_MEMORY_FREE, Panel, dashboard
 
 PROGRESS = [
     Panel(
@@ -195,15 +195,7 @@ MACHINES = [
         "bytes",
         {"{{run}} {{rank}}": "process_resident_memory_bytes{@rank}"},
     ),
-    Panel(
-        "Host memory free",
-        "Share of a node's memory that is still available.",
-        "percentunit",
-        {"{{node}}": "mcl_host_memory_available_bytes{@run} / mcl_host_memory_size_bytes{@run}"},
-        limit=0.1,
-        good="above",
-        top=1,
-    ),
+    HOST_MEMORY_FREE,
 ]
 
 TRAINING = dashboard(
