@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from dataloading.augment import AugmentConfig, blur_radius
 from dataloading.fetch import FetchConfig
+from dataloading.tubelets import CutConfig
 from mcl_dist.config import number
 from mcl_dist.errors import ConfigError
 
@@ -29,6 +30,7 @@ class DataConfig(FetchConfig):
             pixels.
         min_windows: videos under so many windows (frames x stride) are left out.
         motion_probability: chance that a video's starts are motion-focused.
+        motion_crops: crops cover what moves; else they lie anywhere.
         lanes: into which the samples are cut, and of which every rank reads its own; they divide the global
             batch, the ranks divide them. None: one lane for each video of the global batch.
         shuffle_window: videos of a lane that an epoch shuffles among themselves.
@@ -49,6 +51,7 @@ class DataConfig(FetchConfig):
     crop: int = number(224, minimum=16)
     min_windows: int = number(1, minimum=1)
     motion_probability: float = number(0.7, minimum=0, maximum=1)
+    motion_crops: bool = True
     lanes: int | None = number(None, minimum=1)
     shuffle_window: int = number(256, minimum=1)
     max_bad_fraction: float = number(0.01, minimum=0, maximum=1)
@@ -64,6 +67,17 @@ class DataConfig(FetchConfig):
             raise ConfigError("data.train: missing; set it in the file or as data.train=URL (or data.sets for several)")
         if self.train is not None and self.sets:
             raise ConfigError(f"data.train: found {self.train} beside data.sets; give one of the two")
+
+    def cut(self, stored_stride: int) -> CutConfig:
+        """How clips and crops are drawn from a set of whose stored frames a clip takes every `stored_stride`-th."""
+        return CutConfig(
+            frames=self.frames,
+            stride=stored_stride,
+            motion_probability=self.motion_probability,
+            area=self.augment.area,
+            aspect=self.augment.aspect,
+            motion_crops=self.motion_crops,
+        )
 
     @property
     def all_sets(self) -> tuple[SetConfig, ...]:

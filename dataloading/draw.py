@@ -149,13 +149,7 @@ class VideoSource:
     def _opened(self, given: SetConfig) -> _OpenSet:
         config = self._config
         stored = ShardSet(given.url, config.cache, config)
-        cut = CutConfig(
-            frames=config.frames,
-            stride=stored.stored_stride(config.stride),
-            motion_probability=config.motion_probability,
-            area=config.augment.area,
-            aspect=config.augment.aspect,
-        )
+        cut = config.cut(stored.stored_stride(config.stride))
         usable = np.flatnonzero(stored.num_frames >= config.min_windows * cut.window)
         return _OpenSet(stored, cut, usable, given.url)
 

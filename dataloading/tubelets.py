@@ -51,8 +51,8 @@ class Tubelet:
 
 @dataclass(frozen=True)
 class CutConfig:
-    """How clips and crops are drawn: frames and stride of a clip, chance of a motion-focused draw, and the
-    ranges of a crop's share of the frame and of its width over height.
+    """How clips and crops are drawn: frames and stride of a clip, chance of a motion-focused draw, the ranges of a
+    crop's share of the frame and of its width over height, and whether crops cover what moves.
     """
 
     frames: int
@@ -60,6 +60,7 @@ class CutConfig:
     motion_probability: float
     area: tuple[float, float]
     aspect: tuple[float, float]
+    motion_crops: bool = True
 
     @property
     def window(self) -> int:
@@ -92,7 +93,12 @@ def draw_tubelets(
     starts = draw_motion_starts(rng, clip_scores, **span) if focused else draw_uniform_starts(rng, **span)
     steps = config.stride * np.arange(config.frames)
     clips = [start - 1 + steps for start in starts]
-    regions = [motion_region(frame_maps[frames].mean(axis=0), height, width) for frames in clips]
+    regions = [
+        motion_region(frame_maps[frames].mean(axis=0), height, width)
+        if config.motion_crops
+        else anywhere(height, width)
+        for frames in clips
+    ]
     views = tuple(
         Tubelet(
             clips[clip],
@@ -154,7 +160,7 @@ def motion_region(mean_map: np.ndarray, height: int, width: int) -> MotionRegion
     """
     rows, columns = mean_map.shape
     if not mean_map.any():
-        return MotionRegion(0.0, height, 0.0, width, 0.0)
+        return anywhere(height, width)
     strongest = np.argsort(-mean_map.ravel(), kind="stable")[:NUM_STRONGEST_CELLS]
     row, column = np.divmod(strongest, columns)
     top, bottom = int(row.min()), int(row.max()) + 1
@@ -164,6 +170,11 @@ def motion_region(mean_map: np.ndarray, height: int, width: int) -> MotionRegion
     return MotionRegion(
         top * height / rows, bottom * height / rows, left * width / columns, right * width / columns, cover
     )
+
+
+def anywhere(height: int, width: int) -> MotionRegion:
+    """The whole frame, none of which need be covered."""
+    return MotionRegion(0.0, height, 0.0, width, 0.0)
 
 
 def draw_crop(

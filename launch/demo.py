@@ -191,13 +191,14 @@ def _draw(demo: Demo) -> Path:
 
 def _report(demo: Demo, untrained: float, pretrained: float, picture: Path) -> None:
     """Print the table, and write it for machines."""
-    from dataloading.synthetic import CLASSES
+    from dataloading.scenes import SCENES
 
-    accuracy = {"chance": 1 / len(CLASSES), "untrained": untrained, "pretrained": pretrained}
+    classes = SCENES["demo"].classes
+    accuracy = {"chance": 1 / len(classes), "untrained": untrained, "pretrained": pretrained}
     seconds = round(sum(demo.stages.values()), 1)
     summary = {**accuracy, "seconds": seconds, "stages": demo.stages}
     (demo.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"\nlinear SVM on frozen features, {len(CLASSES)} classes of motion")
+    print(f"\nlinear SVM on frozen features, {len(classes)} classes of motion")
     for name, value in accuracy.items():
         print(f"  {name:<26}{value:8.1%}")
     print("seconds")

@@ -13,7 +13,7 @@ from dataloading.data_config import DataConfig
 from dataloading.inspect import VIEWS, decoded, decoded_frames
 from dataloading.plan import sample_generator
 from dataloading.stream import ShardSet, StoredVideo
-from dataloading.tubelets import CutConfig, Tubelet, draw_tubelets
+from dataloading.tubelets import Tubelet, draw_tubelets
 
 NUM_SHOWN = 5  # frames of each clip
 CROP_COLOUR = "#00d8ff"
@@ -26,13 +26,7 @@ def draw_picture(path: Path, shard_set: ShardSet, position: int, config: DataCon
     cut-out at the right.
     """
     video = shard_set.read(position)
-    cut = CutConfig(
-        frames=config.frames,
-        stride=shard_set.stored_stride(config.stride),
-        motion_probability=config.motion_probability,
-        area=config.augment.area,
-        aspect=config.augment.aspect,
-    )
+    cut = config.cut(shard_set.stored_stride(config.stride))
     order, tubelets = draw_tubelets(
         sample_generator(seed, 0, position),
         cut,

@@ -6,7 +6,10 @@ import av
 import numpy as np
 import pytest
 
-from dataloading.synthetic import CLASSES, NUM_FRAMES, SIZE, render, write_synthetic
+from dataloading.scenes import DEMO_FRAMES, DEMO_SIZE, SCENES, render_alike
+from dataloading.synthetic import write_synthetic
+
+CLASSES = SCENES["demo"].classes
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +31,9 @@ def test_every_class_has_its_folder_with_as_many_videos_as_asked_for(small_set: 
 
 
 def test_a_file_is_a_real_video_close_to_what_was_drawn(small_set: Path) -> None:
-    drawn = render(0, np.random.default_rng((3, 0, 0, 1)))
+    drawn = render_alike(CLASSES[0], np.random.default_rng((3, 0, 0, 1)))
     decoded = _decoded(small_set / "train" / CLASSES[0] / "0001.mp4")
-    assert decoded.shape == drawn.shape == (NUM_FRAMES, SIZE, SIZE)
+    assert decoded.shape == drawn.shape == (DEMO_FRAMES, DEMO_SIZE, DEMO_SIZE)
     assert np.abs(decoded.astype(int) - drawn).mean() < 3
 
 
@@ -51,8 +54,7 @@ def test_train_and_test_share_no_video(small_set: Path) -> None:
 def test_the_fast_period_changes_more_from_frame_to_frame_than_the_slow(motion: str) -> None:
     change = {}
     for speed in ("slow", "fast"):
-        label = CLASSES.index(f"{motion}_{speed}")
-        frames = render(label, np.random.default_rng(0)).astype(int)
+        frames = render_alike(f"{motion}_{speed}", np.random.default_rng(0)).astype(int)
         change[speed] = np.abs(np.diff(frames, axis=0)).mean()
     assert change["fast"] > 1.3 * change["slow"]
 
@@ -60,7 +62,7 @@ def test_the_fast_period_changes_more_from_frame_to_frame_than_the_slow(motion: 
 def test_a_single_frame_does_not_tell_most_motions_apart() -> None:
     # Both are a round disc with upright stripes: mean brightness and contrast must agree across videos.
     contrast = [
-        np.mean([render(CLASSES.index(name), np.random.default_rng(n))[0].std() for n in range(12)])
+        np.mean([render_alike(name, np.random.default_rng(n))[0].std() for n in range(12)])
         for name in ("across_slow", "orbit_fast")
     ]
     assert contrast[0] == pytest.approx(contrast[1], rel=0.1)

@@ -172,6 +172,24 @@ def test_motion_focused_draws_are_as_frequent_as_asked() -> None:
     assert max(view.frames[0] for views in never for view in views) > 160
 
 
+def test_crops_lie_anywhere_when_they_need_not_cover_what_moves() -> None:
+    maps = np.zeros((200, 7, 7), np.uint8)
+    maps[:, 1:3, 3:5] = 255
+    covers = {}
+    for motion_crops in (True, False):
+        config = CutConfig(16, 2, 0.7, (0.2, 0.3), CONFIG.aspect, motion_crops)
+        views = [
+            draw_tubelets(
+                np.random.default_rng(seed), config, frame_maps=maps, clip_scores=np.ones(169), height=256, width=340
+            )[1]
+            for seed in range(20)
+        ]
+        region = motion_region(maps.mean(axis=0), 256, 340)
+        covers[motion_crops] = np.mean([covered_share(view.box, region) for four in views for view in four])
+    assert covers[True] > 0.85
+    assert covers[False] < 0.6
+
+
 def tubelets(rng, num_frames, scores=None, motion_probability=0.7):  # type: ignore[no-untyped-def]
     config = CutConfig(16, 2, motion_probability, CONFIG.area, CONFIG.aspect)
     maps = np.random.default_rng(0).integers(0, 255, (num_frames, 7, 7), dtype=np.uint8)
