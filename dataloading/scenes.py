@@ -25,7 +25,7 @@ DEMO_STRIPE = 8.0  # pixels from one black stripe to the next
 DEMO_PAN = 1.5  # pixels a frame at most; a steady camera's share of the flow, which motion boundaries cancel
 
 DISTRACTING_FRAMES = 128
-DISTRACTING_SIZE = 80
+DISTRACTING_SIZE = 64
 DISTRACTING_STRIPE = 5.0
 DISTRACTING_PAN = 0.1
 MOVING_FRAMES = 32  # of each half; the disc rests before and after
@@ -82,7 +82,7 @@ def render_alike(name: str, rng: np.random.Generator) -> NDArray[np.uint8]:
 
 
 def render_distracting(name: str, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Draw one video of a class: uint8 (128, 80, 80, 3).
+    """Draw one video of a class: uint8 (128, 64, 64, 3).
 
     A small disc, grey and striped like all others', moves during 32 frames of each half, over a texture with shapes in
     it whose places and colours are this video's own, and which hardly move.

@@ -1,4 +1,4 @@
-"""`mcl bench`: flow, build, loader, negatives and step."""
+"""`mcl bench`: flow, build, loader, negatives, step, checkpoint and method."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch import method_benchmark
 from mcl_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     _add_negatives(actions)
     _add_step(actions)
     _add_checkpoint(actions)
+    method_benchmark.register(actions)
 
 
 def _add_loader(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
