@@ -209,7 +209,10 @@ def _graph(size: tuple[int, int] | None, output_type: Any, on_gpu: bool, hardwar
     """What DALI is to do: decode a part of each still and, given a size, cut windows out of it and resize them."""
     encoded = fn.external_source(name="stills", dtype=types.UINT8, ndim=1)
     start, shape = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "shape"))
-    decoder = {"device": "mixed", "hw_decoder_load": hardware_share} if on_gpu else {"device": "cpu"}
+    decoder: dict[str, Any] = {"device": "cpu"}
+    if on_gpu:
+        # Chroma is interpolated as libjpeg does on a CPU; nvJPEG alone would repeat its pixels.
+        decoder = {"device": "mixed", "hw_decoder_load": hardware_share, "jpeg_fancy_upsampling": True}
     span = fn.decoders.image_slice(
         encoded, start=start, shape=shape, axis_names="HW", output_type=output_type, **decoder
     )

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
+from launch.build_shards import num_cores
 from mcl_dist.errors import ConfigError, UserError
 
 CONFIG = Path(__file__).with_name("method.yaml")  # inside the package, so that an installed wheel has it
@@ -49,7 +50,7 @@ class SceneNumbers:
 NUMBERS = {
     # Grey and of one contrast: colour operations would cost time and change nothing.
     "alike": SceneNumbers(("data.augment.jitter_probability=0", "data.augment.grey_probability=0"), clips=9),
-    "distracting": SceneNumbers((), clips=17),  # starts 6 frames apart in 128
+    "distracting": SceneNumbers((), clips=9),
 }
 
 
@@ -183,7 +184,6 @@ def _check(study: Study) -> None:
 def _make_sets(study: Study) -> None:
     """Videos and shard sets, those that are not there yet."""
     from dataloading.synthetic import write_synthetic
-    from launch.build_shards import num_cores
 
     if all((study.shards(split) / "manifest.json").exists() for split in PER_CLASS):
         return
@@ -237,7 +237,9 @@ def _mcl(study: Study, log: str, *words: str) -> str:
     Raises:
         UserError: it failed.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // study.jobs))}
+    threads = str(max(1, num_cores() // study.jobs))
+    # Threads that wait by spinning would keep the cores from the other jobs.
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
     if study.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     path = study.folder / f"{log}.txt"

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from launch.method_benchmark import BASELINE, CONFIG, VARIANTS, Outcome, table
+from launch.settings import PretrainConfig
+from mcl_dist.config import load_config
+
+
+def test_variants_differ_in_what_they_know_of_motion_and_in_nothing_else() -> None:
+    configs = {name: load_config(PretrainConfig, CONFIG, changes) for name, changes in VARIANTS.items()}
+
+    def motion(config: PretrainConfig) -> tuple[float, bool, float]:
+        return config.data.motion_probability, config.data.motion_crops, config.objective.alignment
+
+    assert motion(configs[BASELINE]) == (0.0, False, 0.0)
+    assert motion(configs["sampling"]) == (0.7, True, 0.0)
+    assert motion(configs["alignment"]) == (0.0, False, 1.0)
+    assert motion(configs["full"]) == (0.7, True, 1.0)
+    assert {config.objective.intra for config in configs.values()} == {1.0}
+
+
+def test_gains_are_over_the_baseline_of_the_same_seed() -> None:
+    outcomes = [
+        Outcome(BASELINE, 0, svm=0.10, knn=0.10),
+        Outcome(BASELINE, 1, svm=0.20, knn=0.10),
+        Outcome("full", 0, svm=0.30, knn=0.10),
+        Outcome("full", 1, svm=0.50, knn=0.05),
+    ]
+    lines = [" ".join(line.split()) for line in table(outcomes).splitlines()]
+    assert "full 40.0 (30.0, 50.0) +25.0 (+20.0 to +30.0)" in lines
+    assert "full 7.5 (10.0, 5.0) -2.5 (-5.0 to +0.0)" in lines
+    assert f"{BASELINE} 15.0 (10.0, 20.0)" in lines
+
+
+@pytest.mark.slow
+def test_a_comparison_trains_probes_and_keeps_its_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--train-per-class", "2", "--test-per-class", "1", "--seeds", "1", "--variants", "full"]
+    command = ["bench", "method", "--scene", "alike", "--dir", str(tmp_path), *sizes, "--json", "train.steps=2"]
+    assert main(command) == 0
+    (outcome,) = json.loads(capsys.readouterr().out)
+    assert outcome == json.loads((tmp_path / "results.json").read_text())[0]
+    assert 0 <= outcome["svm"] <= 1
+    assert (tmp_path / "runs" / "full-0" / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_a_variant_that_is_none_is_refused_with_those_that_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "method", "--dir", str(tmp_path), "--variants", "contrastive,motion"])
+    assert "'motion' is none of untrained, contrastive" in capsys.readouterr().err
