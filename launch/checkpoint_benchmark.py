@@ -1,23 +1,24 @@
-"""How long training stands still for a checkpoint: written while it waits, and written in the background."""
+"""How long training stands still for a checkpoint: written while it waits, and behind its steps."""
 
 from __future__ import annotations
 
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
 
 from launch.settings import PretrainConfig
-from mcl_dist.checkpoint import CheckpointConfig, Checkpoints
-from mcl_dist.engine import make_optimizer
-from mcl_dist.heads import Network
-from mcl_dist.learner import Learner
-from mcl_dist.momentum import MomentumEncoder
-from mcl_dist.negatives import Queue
+from launch.step_forms import Form, lone_trainer, noise
+from mcl_dist.checkpoint import Checkpoints
+from mcl_dist.clock import PhaseClock
+from mcl_dist.engine import pick_device
+from mcl_dist.events import CheckpointWritten, Event
 from mcl_dist.ranks import Ranks
+
+VIDEOS, CROP = 1, 112  # of a step: the shorter it is, the less of a copy it hides
 
 
 @dataclass(frozen=True)
@@ -27,25 +28,30 @@ class CheckpointResult:
     Attributes:
         bytes: of its files.
         synchronous_seconds: that training stands still when it waits until all is written and synced; median.
-        stall_seconds: that it stands still when a thread writes; median.
-        stall_ratio: of the two; the largest over rounds is `worst_stall_ratio`.
-        background_seconds: until a checkpoint in the background is complete while training goes on; median.
-        step_seconds: of a step with no checkpoint being written; median.
-        step_seconds_beside: of a step while one is; median.
+        stall_seconds: that it stands still when that is done behind its steps: while the checkpoint is begun, and
+            before the next step's update, until all is copied that this changes; median.
+        waited_seconds: of these, those before the update; median.
+        stall_ratio: of stall and synchronous; the median over rounds, the largest is `worst_stall_ratio`.
+        told_seconds: what a run's `CheckpointWritten` says of the stall; median.
+        background_seconds: until a checkpoint is complete while training goes on; median.
+        step_seconds: of a step, of one video of 112 pixels at the most, with no checkpoint being written; median.
+        step_seconds_beside: of a step while one is copied or written; median.
     """
 
     bytes: int
     synchronous_seconds: float
     stall_seconds: float
+    waited_seconds: float
     stall_ratio: float
     worst_stall_ratio: float
+    told_seconds: float
     background_seconds: float
     step_seconds: float
     step_seconds_beside: float
 
 
 def benchmark(config: PretrainConfig, folder: str | None, rounds: int, say: Callable[[str], None]) -> CheckpointResult:
-    """Save in both ways by turns, after a first save that counts for neither.
+    """Save in both ways by turns, between steps of `mcl pretrain`'s own, after a first save that counts for neither.
 
     Args:
         config: whose networks, queue and optimizer are saved.
@@ -62,73 +68,73 @@ def benchmark(config: PretrainConfig, folder: str | None, rounds: int, say: Call
 
 class _Bench:
     def __init__(self, config: PretrainConfig, folder: str) -> None:
-        torch.manual_seed(config.run.seed)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        network = Network(config.encoder, config.heads).to(device).train()
-        momentum = MomentumEncoder(network, Ranks(device), seed=0, autocast=False)
-        draws = torch.Generator().manual_seed(config.run.seed)
-        queue = Queue.random(config.objective.queue, config.heads.dim, draws, device)
-        self._learner = Learner(network, momentum, queue)
-        self._optimizer = make_optimizer(network, config.optimizer)
-        self._clips = torch.zeros(2, 3, config.data.frames, 32, 32, device=device)
+        config = replace(
+            config,
+            train=replace(config.train, global_batch=VIDEOS, accumulate=1),
+            data=replace(config.data, crop=min(CROP, config.data.crop)),
+        )
+        self._device = pick_device()
         settings = replace(config.checkpoint, keep=1, keep_every=None)
-        self._checkpoints = Checkpoints(folder, Ranks(device), CheckpointConfig(**asdict(settings)))
-        self._config = asdict(config)
-        self._device = device
-        self._saves = 0
+        self._checkpoints = Checkpoints(folder, Ranks(self._device), settings)
+        form = Form("trainer", bfloat16=config.train.precision == "bfloat16")
+        self._trainer = lone_trainer(config, form, self._device, self._checkpoints)
+        self._batch = noise(config, self._device).to(self._device)
+        self._written: list[CheckpointWritten] = []
+        self._trainer.listeners = [self._hear]
+        self._steps = 0
 
     def run(self, rounds: int, say: Callable[[str], None]) -> CheckpointResult:
         self._step()
-        self._save(wait=True)  # makes the host memory, as a run does at its start
-        alone = [self._step() for _ in range(rounds)]
-        waited, stalls, behind, beside = [], [], [], []
+        self._save_and_wait()  # makes the host memory, as a run does at its start
+        alone = [self._step()[0] for _ in range(rounds)]
+        synchronous, stalls, waits, behind, beside = [], [], [], [], []
         for number in range(1, rounds + 1):
-            waited.append(self._save(wait=True))
-            start = time.perf_counter()
-            stalls.append(self._save(wait=False))
+            synchronous.append(self._save_and_wait())
+            self._step()
+            start, saved = time.perf_counter(), self._steps
+            self._trainer.save_soon(saved)
+            begun = time.perf_counter() - start
+            seconds, waited = self._step()
+            beside.append(seconds)
             while self._checkpoints.is_writing:
-                beside.append(self._step())
+                beside.append(self._step()[0])
             behind.append(time.perf_counter() - start)
-            self._checkpoints.finish()
-            say(f"round {number}: {waited[-1]:.2f} s when waiting, {stalls[-1]:.3f} s in the background")
-        (*_, written) = self._checkpoints.news()
+            self._trainer.save_and_wait(saved)  # it is: this tells of it
+            stalls.append(begun + waited)
+            waits.append(waited)
+            say(
+                f"round {number}: {synchronous[-1]:.2f} s when waiting; behind the steps {begun * 1e3:.1f} ms to begin "
+                f"and {waited * 1e3:.1f} ms before the update"
+            )
+        ratios = [stall / wait for stall, wait in zip(stalls, synchronous, strict=True)]
         return CheckpointResult(
-            bytes=getattr(written, "bytes", 0),
-            synchronous_seconds=median(waited),
+            bytes=self._written[-1].bytes,
+            synchronous_seconds=median(synchronous),
             stall_seconds=median(stalls),
-            stall_ratio=median(stalls) / median(waited),
-            worst_stall_ratio=max(stall / wait for stall, wait in zip(stalls, waited, strict=True)),
+            waited_seconds=median(waits),
+            stall_ratio=median(ratios),
+            worst_stall_ratio=max(ratios),
+            told_seconds=median(written.stall_seconds for written in self._written[2::2]),
             background_seconds=median(behind),
             step_seconds=median(alone),
             step_seconds_beside=median(beside),
         )
 
-    def _save(self, *, wait: bool) -> float:
-        self._saves += 1
-        since = time.perf_counter()
-        self._checkpoints.begin(self._learner.share(self._saves, self._momentum(), self._config), since)
-        if wait:
-            self._checkpoints.finish()
-        return time.perf_counter() - since
-
-    def _momentum(self) -> dict[str, torch.Tensor]:
-        return {
-            f"{key}/{name}@0": self._optimizer.state[parameter][key].flatten()
-            for name, parameter in self._learner.network.named_parameters()
-            for key in self._optimizer.state[parameter]
-        }
-
-    def _step(self) -> float:
-        """Forward, backward, update of small clips; seconds. All parameters change, as in training."""
+    def _save_and_wait(self) -> float:
         start = time.perf_counter()
-        output = self._learner.network(self._clips.normal_())
-        (output.inter.vector.square().sum() + output.intra.vector.sum() + output.order.vector.sum()).backward()
-        for parameter in self._learner.network.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self._learner.momentum.update(self._learner.network.parameters(), 0.999)
+        self._trainer.save_and_wait(self._steps)
+        return time.perf_counter() - start
+
+    def _step(self) -> tuple[float, float]:
+        """Take a step, and wait for the device: its seconds, and those that it stood still for a checkpoint's copy."""
+        start, clock = time.perf_counter(), PhaseClock(self._device)
+        pending = self._trainer.take(self._steps, self._batch, clock, waited=0.0)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        pending.seconds = time.perf_counter() - start
+        self._steps += 1
+        return pending.seconds, clock.seconds()["checkpoint"]
+
+    def _hear(self, event: Event) -> None:
+        if isinstance(event, CheckpointWritten):
+            self._written.append(event)

@@ -13,8 +13,7 @@ from typing import TypeVar
 import torch
 
 from launch.settings import PretrainConfig
-from launch.step_forms import Form, GrowingStep, TrainerStep, forms
-from mcl_dist.batch import NUM_VIEWS, TubeletBatch
+from launch.step_forms import Form, GrowingStep, TrainerStep, forms, noise
 from mcl_dist.clock import PhaseClock
 from mcl_dist.engine import pick_device
 from mcl_dist.errors import UserError
@@ -104,7 +103,7 @@ def _measure(config: PretrainConfig, form: Form, steps: int) -> _Measured:
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, for all forms
     matmul_ms = _matmul_ms(device, torch.bfloat16 if form.bfloat16 else torch.float32)
     step = (TrainerStep if form.trainer else GrowingStep)(config, form, device)
-    batch = _noise(config, device)
+    batch = noise(config, device)
     step(batch, lambda _: None)
     loss = float(step.loss)
     for _ in range(WARM_UP - 1):
@@ -145,21 +144,6 @@ def _matmul_ms(device: torch.device, dtype: torch.dtype) -> float:
 
 def _total(seconds: dict[str, float]) -> float:
     return sum(seconds.values())
-
-
-def _noise(config: PretrainConfig, device: torch.device) -> TubeletBatch:
-    """A batch in host memory, pinned where a GPU copies from it."""
-    draws = torch.Generator().manual_seed(config.run.seed)
-    size, data = config.train.global_batch, config.data
-    shape = (size, NUM_VIEWS, data.frames, data.crop, data.crop, 3)
-    batch = TubeletBatch(
-        views=torch.randint(0, 256, shape, dtype=torch.uint8, generator=draws),
-        motion=torch.rand(size, *config.encoder.grid(data.frames, data.crop), generator=draws),
-        order=torch.randint(0, 2, (size,), generator=draws),
-        samples=torch.arange(size),
-        boxes=torch.zeros(size, NUM_VIEWS, 4),
-    )
-    return batch.pinned() if device.type == "cuda" else batch
 
 
 def _in_a_process(function: Callable[..., _Result], *arguments: object) -> _Result:

@@ -15,7 +15,7 @@ from launch import plain_step
 from launch.local_ranks import free_port
 from launch.settings import PretrainConfig
 from mcl_dist.alignment import align, alignment_map, similarity_gradient
-from mcl_dist.batch import FIRST_KEY, QUERY, TubeletBatch
+from mcl_dist.batch import FIRST_KEY, NUM_VIEWS, QUERY, TubeletBatch
 from mcl_dist.checkpoint import Checkpoints
 from mcl_dist.clock import PhaseClock
 from mcl_dist.encoder import normalise
@@ -142,39 +142,17 @@ class TrainerStep:
     """The step of `mcl pretrain` itself, alone on its rank, with marks where its parts end."""
 
     def __init__(self, config: PretrainConfig, form: Form, device: torch.device) -> None:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
-            os.environ[name] = value
-        os.environ["MASTER_PORT"] = str(free_port())
-        join_process_group(device)
         self._device = device
-        learner = _learner(config, form, device)
-        engine = Engine(
-            Objective(learner.network, temperature=config.objective.temperature, autocast=form.bfloat16),
-            config.optimizer,
-            batch_per_rank=config.train.global_batch,
-            accumulate=config.train.accumulate,
-        )
-        ranks = Ranks(device)
-        self._trainer = Trainer(
-            engine=engine,
-            learner=learner,
-            ranks=ranks,
-            schedule=Schedule(config.optimizer.learning_rate, 1000, 1000, warmup_epochs=0.0),
-            losses=replace(config.objective, order="none"),
-            checkpoints=Checkpoints(tempfile.gettempdir(), ranks),  # none is written
-            checkpoint_every=1000,
-            config={},
-            batches=iter(()),
-            settings=config.train,
-        )
+        checkpoints = Checkpoints(tempfile.gettempdir(), Ranks(device))  # none is written
+        trainer = self._trainer = lone_trainer(config, form, device, checkpoints)
         self._mark: Mark = lambda _: None
         for owner, method, phase in (
-            (learner.momentum, "encode", "keys"),
-            (engine, "forward", "forward"),
-            (engine, "backward", "backward"),
-            (engine, "step", "optimizer"),
-            (learner.momentum, "update", "momentum"),
-            (learner.queue, "enqueue", "queue"),
+            (trainer.learner.momentum, "encode", "keys"),
+            (trainer.engine, "forward", "forward"),
+            (trainer.engine, "backward", "backward"),
+            (trainer.engine, "step", "optimizer"),
+            (trainer.learner.momentum, "update", "momentum"),
+            (trainer.learner.queue, "enqueue", "queue"),
         ):
             self._time(owner, method, phase)
         self._step = 0
@@ -204,6 +182,48 @@ class TrainerStep:
             return result
 
         setattr(owner, method, marking)
+
+
+def lone_trainer(config: PretrainConfig, form: Form, device: torch.device, checkpoints: Checkpoints) -> Trainer:
+    """A trainer alone in its process group, whose `take` is given batches by hand."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ[name] = value
+    os.environ["MASTER_PORT"] = str(free_port())
+    join_process_group(device)
+    learner = _learner(config, form, device)
+    engine = Engine(
+        Objective(learner.network, temperature=config.objective.temperature, autocast=form.bfloat16),
+        config.optimizer,
+        batch_per_rank=config.train.global_batch,
+        accumulate=config.train.accumulate,
+    )
+    return Trainer(
+        engine=engine,
+        learner=learner,
+        ranks=Ranks(device),
+        schedule=Schedule(config.optimizer.learning_rate, 1000, 1000, warmup_epochs=0.0),
+        losses=replace(config.objective, order="none"),
+        checkpoints=checkpoints,
+        checkpoint_every=1000,
+        config=asdict(config),
+        batches=iter(()),
+        settings=config.train,
+    )
+
+
+def noise(config: PretrainConfig, device: torch.device) -> TubeletBatch:
+    """A global batch in host memory, pinned where a GPU copies from it."""
+    draws = torch.Generator().manual_seed(config.run.seed)
+    size, data = config.train.global_batch, config.data
+    shape = (size, NUM_VIEWS, data.frames, data.crop, data.crop, 3)
+    batch = TubeletBatch(
+        views=torch.randint(0, 256, shape, dtype=torch.uint8, generator=draws),
+        motion=torch.rand(size, *config.encoder.grid(data.frames, data.crop), generator=draws),
+        order=torch.randint(0, 2, (size,), generator=draws),
+        samples=torch.arange(size),
+        boxes=torch.zeros(size, NUM_VIEWS, 4),
+    )
+    return batch.pinned() if device.type == "cuda" else batch
 
 
 def _learner(config: PretrainConfig, form: Form, device: torch.device) -> Learner:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ class Ledger:
             case Started(step):
                 self._start(step)
             case StepDone():
-                self._book_step(event.step, event.seconds, taken=event.taken)
+                self._book_step(event.step, event.seconds, event.phases, taken=event.taken)
                 if self._clock() - self._told >= TELL_SECONDS:
                     self._tell()
             case CheckpointWritten():
@@ -104,7 +104,7 @@ class Ledger:
             self._losses.append(Loss(-1, "starting", accounts[0]["lost_seconds"]["starting"]))
         reached = starts[0]["time"] if starts else now
         for line in _lines(self._folder / "metrics.jsonl"):
-            self._book_step(line["step"], line["seconds"], taken=line["taken"])
+            self._book_step(line["step"], line["seconds"], line.get("phases", {}), taken=line["taken"])
             if line["step"] == step:
                 reached = line["time"]
         for line in log:
@@ -136,7 +136,8 @@ class Ledger:
         cause = LAST_WORDS.get(told[-1]["event"], "outage") if told else "outage"
         return cause, "an end without a word" if cause == "outage" else f"the run before had {cause}", 0
 
-    def _book_step(self, step: int, seconds: float, *, taken: bool) -> None:
+    def _book_step(self, step: int, seconds: float, phases: Mapping[str, float], *, taken: bool) -> None:
+        seconds -= phases.get("checkpoint", 0.0)  # which the checkpoint itself tells as its stall
         if taken:
             self._productive += seconds
         else:

@@ -182,6 +182,11 @@ class Engine:
         self._update = Update((self._loss_is_finite & torch.isfinite(squares)).float(), squares.sqrt())
         optimizer.found_inf = 1 - self._update.taken  # type: ignore[attr-defined]  # what fused optimizers heed
 
+    @property
+    def shards_parameters(self) -> bool:
+        """Whether parameters are whole within `gathered` alone."""
+        return self._stage == 3
+
     @contextmanager
     def gathered(self, *, changing: bool = False) -> Iterator[None]:
         """Within, the network's parameters are whole; all ranks must enter together.
@@ -195,7 +200,7 @@ class Engine:
         with GatheredParameters(
             list(self.objective.network.parameters()),
             modifier_rank=0 if changing else None,
-            enabled=self._stage == 3,
+            enabled=self.shards_parameters,
         ):
             yield
         if changing and self._stage:

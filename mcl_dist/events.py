@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-PHASES = ("wait", "keys", "forward", "backward", "update", "other")  # of a step
+PHASES = ("wait", "keys", "forward", "backward", "checkpoint", "update", "other")  # of a step
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class StepDone:
         data_wait_ratio: share of `seconds` spent waiting for data, mean over ranks.
         gradient_norm: of all parameters together.
         taken: whether it changed anything; a step without a finite loss and gradient does not.
-        phases: seconds that this rank spent by phase, those of `PHASES`; on a GPU by its own clock.
+        phases: seconds that this rank spent by phase, those of `PHASES`; on a GPU by its own clock. In `checkpoint` the
+            step stood still for the copy of a checkpoint.
         momentum: of the key encoder in this step.
         queue_fill: share of the queue that holds keys of this run.
         queue_age: steps since the oldest of them was written.
@@ -124,7 +125,9 @@ class CheckpointWritten:
         step: steps done when it was taken.
         url: its folder.
         seconds: from its beginning until it was complete.
-        stall_seconds: of these, those in which training stood still.
+        stall_seconds: of these, those in which training stood still: while it was begun, and before the next update
+            until all that this changes was copied. What a run waits for at its end, with nothing left to do, is not
+            in it.
         bytes: of all its files.
     """
 

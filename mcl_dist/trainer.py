@@ -182,7 +182,7 @@ class Trainer:
             if self._spike:
                 is_due |= self._answer(self._spike)
             if is_due:
-                self._save_soon(step + 1)
+                self.save_soon(step + 1)
             self._hear()
             if self._is_stopping and not is_last:
                 self.save_and_wait(step + 1)
@@ -200,6 +200,8 @@ class Trainer:
         reports = self._backward(step, batch, keys, clock)
         report = self._mean(reports, waited)
         clock.mark("other")
+        self.checkpoints.await_copy()  # of what the update changes
+        clock.mark("checkpoint")
         update = self.engine.step(report["loss"], self.schedule.learning_rate(step))
         with self.engine.gathered():
             parameters = self.learner.network.parameters()
@@ -327,28 +329,30 @@ class Trainer:
         """
         self.heartbeat.enters(SAVING)
         self._settle()
+        self._conclude(self.checkpoints.wait)  # for the one being written, which may be this one
         if self.checkpoints.newest_step != step:
-            self._save(step)
+            self._save(step, time.perf_counter())
         self._conclude(self.checkpoints.finish)
 
-    def _save_soon(self, step: int) -> None:
+    def save_soon(self, step: int) -> None:
         """Begin a checkpoint, or owe it while the store holds up the one before: training does not wait for stores."""
         self.heartbeat.enters(SAVING)
+        self._settle()
+        since = time.perf_counter()
         if not self.checkpoints.is_held_up():
-            self._save(step)
+            self._save(step, since)
         elif not self._owes_checkpoint:
             self._owes_checkpoint = True
             line = f"step {step}: the store holds up the checkpoint before; the next one is begun as soon as that ends"
             tell(self.listeners, Notice(line))
 
-    def _save(self, step: int) -> None:
-        """Begin a checkpoint, which a thread goes on to write."""
+    def _save(self, step: int, since: float) -> None:
+        """Begin a checkpoint, which a thread goes on to copy and to write; training stands still from `since` on."""
         self.heartbeat.enters(SAVING)
-        since = time.perf_counter()
         self._conclude(self.checkpoints.wait)
         self._owes_checkpoint = False
         with self.engine.gathered():
-            self.checkpoints.begin(self._share(step), since)
+            self.checkpoints.begin(self._share(step), since, network_lasts=not self.engine.shards_parameters)
 
     def _conclude(self, wait: Callable[[], None]) -> None:
         """Wait for the checkpoint that is being written, and tell what became of it."""

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: taken while training stands still for a moment, written while it goes on."""
+"""The checkpoints of one run: taken and written while training goes on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from mcl_dist.checkpoint.content import Share, Snapshot
 from mcl_dist.checkpoint.council import Council
-from mcl_dist.checkpoint.format import STATE, step_folder, step_of
+from mcl_dist.checkpoint.format import NETWORK, STATE, statistics_file, step_folder, step_of
 from mcl_dist.checkpoint.host_copy import HostCopy
 from mcl_dist.checkpoint.read import Check, newest, read_snapshot
 from mcl_dist.checkpoint.sealed import TornError
@@ -74,6 +74,7 @@ class Checkpoints:
         )
         self._copy = HostCopy(ranks.device)
         self._thread: threading.Thread | None = None
+        self._stall = 0.0  # seconds that beginning the newest one took
         self._failures_before = 0  # of requests to the store, until the checkpoint that is being written
         self._failed: CheckpointFailed | None = None
         self.newest_step: int | None = None
@@ -82,25 +83,34 @@ class Checkpoints:
         """Make the host memory that such a share takes, so that the first checkpoint need not."""
         self._copy.take(share.files(self._ranks.rank, self._ranks.count))
 
-    def begin(self, share: Share, since: float) -> None:
-        """Copy the share, and start writing it.
+    def begin(self, share: Share, since: float, *, network_lasts: bool = True) -> None:
+        """Copy what the next forward changes, and start copying the rest and writing all of it.
 
         Args:
-            share: this rank's.
+            share: this rank's. Of its tensors only the statistics may change before `await_copy` has returned.
             since: time of `time.perf_counter` from which on training stands still for it.
+            network_lasts: whether the network's parameters stay where they are until then; they are copied at once
+                otherwise.
 
         Raises:
             UserError: as `wait`, for the one before.
         """
         self.wait()
-        self._copy.take(share.files(self._ranks.rank, self._ranks.count))
+        files = share.files(self._ranks.rank, self._ranks.count)
+        at_once = {statistics_file(self._ranks.rank)} | (set() if network_lasts else {NETWORK})
+        self._copy.take(files, later=files.keys() - at_once)
         state = share.state(self._ranks.count) if self._ranks.is_first else None
         self._failures_before = self._num_failures
-        stall = time.perf_counter() - since
+        self._stall = time.perf_counter() - since
         self._thread = threading.Thread(
-            target=self._write, args=(share.step, state, since, stall), name="checkpoint", daemon=True
+            target=self._write, args=(share.step, state, since), name="checkpoint", daemon=True
         )
         self._thread.start()
+        self._stall = time.perf_counter() - since  # with what it took to start a thread, while that is at work
+
+    def await_copy(self) -> None:
+        """Wait until nothing of the newest checkpoint is left to be copied: to be called before tensors change."""
+        self._copy.wait()
 
     def wait(self) -> None:
         """Wait for the checkpoint that is being written.
@@ -211,13 +221,13 @@ class Checkpoints:
         self._writer.refused = {step_of(error.url) for error in complete}
         return step, [CheckpointRefused(error.url, error.reason) for error in damaged]
 
-    def _write(self, step: int, state: bytes | None, since: float, stall: float) -> None:
+    def _write(self, step: int, state: bytes | None, since: float) -> None:
         """What the thread does; tells how it went."""
-        own_thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, own_thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, own_thread)))
         own = {} if state is None else {STATE: state}
         url = self.step_url(step)
         try:
+            self._council.together(self._copy.fill)  # training may wait for it: it yields to nobody
+            _yield_to_training()
             num_bytes = self._writer.write(step, lambda: own | self._copy.files())
         except UserError as error:
             in_a_row = 1 + (self._failed.in_a_row if self._failed else 0)
@@ -225,7 +235,13 @@ class Checkpoints:
             self._news.append(self._failed)
             return
         self._failed, self.newest_step = None, step
+        stall = self._stall + self._copy.seconds_waited()
         self._news.append(CheckpointWritten(step, url, time.perf_counter() - since, stall, num_bytes))
 
     def _notice(self, line: str) -> None:
         self._news.append(Notice(line))
+
+
+def _yield_to_training() -> None:
+    own_thread = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, own_thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, own_thread)))
