@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from mcl_dist.ranks import Ranks, limit_waiting
 from mcl_dist.schedule import Schedule
 from mcl_dist.stopping import StopRequest
 from mcl_dist.storage import Folder
-from mcl_dist.trainer import Trainer
+from mcl_dist.trainer import Evaluate, Trainer
 from mcl_dist.weights import initialise
 
 
@@ -56,7 +56,10 @@ def assembled(
             _fill_queue(learner, config, ranks, device)
         if config.train.compile:
             learner.compile()
-        with _loading(config, ranks, device, start, listeners) as loader:
+        with (
+            _scoring(config, ranks, listeners) as evaluate,
+            _loading(config, ranks, device, start, listeners) as loader,
+        ):
             objective = Objective(
                 learner.network,
                 temperature=config.objective.temperature,
@@ -96,6 +99,8 @@ def assembled(
                 stop=stop,
                 heartbeat=heartbeat,
                 operations=operations_per_video(config.encoder, config.heads, config.data.frames, config.data.crop),
+                evaluate=evaluate,
+                evaluate_every=config.evaluate.every,
             )
 
 
@@ -144,6 +149,18 @@ def _loading(
         yield loader
     finally:
         loader.close()
+
+
+@contextmanager
+def _scoring(config: PretrainConfig, ranks: Ranks, listeners: Sequence[Listener]) -> Iterator[Evaluate]:
+    """What scores encoders on held-out videos, where that was asked for."""
+    if config.evaluate.every is None:
+        yield lambda *_: None
+        return
+    from launch.held_out import HeldOut  # and with it what only probes need
+
+    with closing(HeldOut(config, ranks, lambda event: tell(listeners, event))) as held_out:
+        yield held_out
 
 
 def _batches(loader: TubeletLoader, ranks: Ranks) -> Iterator[TubeletBatch]:

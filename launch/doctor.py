@@ -120,7 +120,7 @@ class Examination:
         request |= {"ports": [], "address": ""}
         is_first = name == self._names[0]
         if (config := self._config) is not None:
-            request["sets"] = [part.url for part in config.data.all_sets]
+            request["sets"] = [*(part.url for part in config.data.all_sets), *config.evaluate.sets]
             folder = config.checkpoint.folder or f"{config.run.dir}/checkpoints"
             request["folders"] = {"run": config.run.dir, "checkpoints": folder}
             if config.data.cache:

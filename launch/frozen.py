@@ -139,7 +139,7 @@ def _features(
         num_crops=config.clips.crops,
         positions=share_of(len(shard_set), ranks),
         batch_videos=1,
-        threads=_threads(),
+        threads=decoding_threads(),
     )
     told = watched(batches, len(batches), f"{what} of {len(shard_set)} videos") if ranks.is_first else batches
     with _told_by(ranks):
@@ -162,7 +162,7 @@ def _told_by(ranks: Ranks) -> Iterator[None]:
 def _recalibration_clips(train: ShardSet, geometry: ClipGeometry, ranks: Ranks) -> Iterator[torch.Tensor]:
     """Batches of one clip each of as many videos; a set's order is random, so its first ones are a fair share."""
     batches = ProbeClips(
-        train, geometry, device=ranks.device, num_clips=1, batch_videos=RECALIBRATION_VIDEOS, threads=_threads()
+        train, geometry, device=ranks.device, num_clips=1, batch_videos=RECALIBRATION_VIDEOS, threads=decoding_threads()
     )
     for batch in islice(batches, RECALIBRATION_BATCHES):
         yield batch.clips[:, 0]
@@ -176,6 +176,6 @@ def _answers(train: Features, test: Features, num_classes: int, config: FrozenCo
     return retrieval_answers(train, test)
 
 
-def _threads() -> int:
+def decoding_threads() -> int:
     """Decoding threads of this rank: its share of the machine."""
     return max(1, num_cores() // int(os.environ.get("LOCAL_SIZE", "1")))

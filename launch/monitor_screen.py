@@ -13,6 +13,8 @@ from rich.text import Text
 
 from launch.readable import UNKNOWN, counted, duration, number, printable, ratio, size
 from launch.sparkline import sparkline
+from mcl_dist.listeners import MEASURES
+from monitoring.curves import Columns
 from monitoring.view import Rank, View
 
 WIDE = 120  # columns from which there are two side by side
@@ -23,6 +25,7 @@ STATE_STYLES = {
     "running": "bold green",
     "finished": "bold green",
     "starting": "bold cyan",
+    "evaluating": "bold cyan",
     "waiting": "bold cyan",
     "stopping": "bold yellow",
     "stopped": "bold yellow",
@@ -76,7 +79,7 @@ def screen_lines(view: View, width: int, height: int | None, trouble: str = "") 
 
 def _title(view: View, width: int) -> Text:
     state = Text(view["state"], style=STATE_STYLES[view["state"]])
-    if view["state"] in ("stopped", "stopping") and view["why"]:
+    if view["state"] in ("stopped", "stopping", "evaluating") and view["why"]:
         state.append(f": {printable(view['why'])}", style="not bold")
     if view["updated"] is not None:
         state.append(f"  last step {_ago(view['updated'], view['now'])}", style="not bold dim")
@@ -122,6 +125,8 @@ def _facts(view: View, width: int) -> Lines:
     facts = _phases(view["phases"], width)
     if view["loader"]:
         facts += _fact("data", _fed(view["loader"]), width)
+    if view["evaluations"]["step"]:
+        facts += _fact("kNN", _scored(view["evaluations"]), width)
     return facts + _fact("checkpoint", _saved(view), width) + _fact("steps", health, width)
 
 
@@ -137,6 +142,13 @@ def _saved(view: View) -> list[str]:
         )
         words = [f"step {newest['step']:,}", *(text for value, text in known if value is not None)]
     return words + ([f"{failed:,} failed"] if failed else [])
+
+
+def _scored(evaluations: Columns) -> list[str]:
+    """What the encoder last came to on held-out videos."""
+    newest = {name: column[-1] for name, column in evaluations["values"].items()}
+    words = [f"{name} {ratio(newest.get(key))}" for key, name in MEASURES.items()]
+    return [*words, f"step {evaluations['step'][-1]:,}", f"took {duration(newest.get('seconds'))}"]
 
 
 def _fed(loader: Mapping[str, Any]) -> list[str]:

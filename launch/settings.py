@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from dataloading.data_config import DataConfig, check_clips
 from launch.hangs import SuperviseConfig
+from launch.held_out_config import EvaluateConfig
 from mcl_dist.checkpoint import CheckpointConfig
 from mcl_dist.config import number
 from mcl_dist.encoder import EncoderConfig
@@ -44,6 +45,7 @@ class PretrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     supervise: SuperviseConfig = field(default_factory=SuperviseConfig)
     monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
 
@@ -52,11 +54,12 @@ def check(config: PretrainConfig, num_ranks: int) -> None:
     """What no section can check alone.
 
     Raises:
-        ConfigError: when ranks do not divide the batch, the optimizer cannot be sharded as asked, or clips do not fit
-            the encoder.
+        ConfigError: when ranks do not divide the batch, the optimizer cannot be sharded as asked, clips do not fit the
+            encoder, or an evaluation lacks a set.
     """
     config.optimizer.check()
     config.monitoring.check()
+    config.evaluate.check(config.data.train)
     if config.train.compile and config.optimizer.zero_stage == 3:
         raise ConfigError("train.compile: found true, must be false with optimizer.zero_stage=3: it hooks every layer")
     if config.train.compile and config.objective.alignment_layer is not None:

@@ -17,6 +17,7 @@ from typing import Any
 from mcl_dist.events import (
     Accounts,
     CheckpointWritten,
+    Evaluated,
     Event,
     Failed,
     Finished,
@@ -90,6 +91,8 @@ class Ledger:
                     self._tell()
             case CheckpointWritten():
                 self._losses.append(Loss(event.step, "checkpoint", event.stall_seconds))
+            case Evaluated():
+                self._losses.append(Loss(event.step, "evaluation", event.seconds))
             case Stopping() | Finished() | Failed():
                 self._tell()
 
@@ -128,6 +131,8 @@ class Ledger:
                 self._restarts[line["cause"]] += 1
             case "CheckpointWritten":
                 self._losses.append(Loss(line["step"], "checkpoint", line.get("stall_seconds", line["seconds"])))
+            case "Evaluated":
+                self._losses.append(Loss(line["step"], "evaluation", line["seconds"]))
 
     def _cause(self, log: list[dict[str, Any]]) -> tuple[str, str, int]:
         if self._birth.cause:

@@ -157,6 +157,33 @@ class CheckpointRefused:
 
 
 @dataclass(frozen=True)
+class Evaluating:
+    """Training stands still after `step` steps while held-out videos score it: `done` of a rank's `videos` of a set.
+
+    Told at the beginning of each set and then now and again, as a sign of life.
+    """
+
+    step: int
+    done: int
+    videos: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What held-out videos say of the query encoder.
+
+    Attributes:
+        step: steps done.
+        scores: accuracies of nearest neighbours, fractions by name: `top1`, `top5`, `mean_class`.
+        seconds: for which training stood still.
+    """
+
+    step: int
+    scores: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Notice:
     """Something a person should know."""
 
@@ -198,7 +225,8 @@ class Accounts:
         goodput: productive share of the wall time.
         wall_seconds: since the first start.
         productive_seconds: of steps that count: taken, and not repeated since.
-        lost_seconds: the rest, by what it went into: `starting`, `checkpoint`, `skipped`, a restart's cause, `other`.
+        lost_seconds: the rest, by what it went into: `starting`, `checkpoint`, `evaluation`, `skipped`, a restart's
+            cause, `other`.
         restarts: how many, by cause.
     """
 
@@ -233,6 +261,8 @@ Event = (
     | CheckpointWritten
     | CheckpointFailed
     | CheckpointRefused
+    | Evaluating
+    | Evaluated
     | Notice
     | Stopping
     | Restarted

@@ -10,10 +10,12 @@ import torch
 
 from mcl_dist.checkpoint import Progress, Share, Snapshot, Tensors, restore
 from mcl_dist.checkpoint.read import misfit
+from mcl_dist.encoder import Encoder
 from mcl_dist.errors import UserError
 from mcl_dist.heads import Network
 from mcl_dist.momentum import MomentumEncoder
 from mcl_dist.negatives import Queue
+from mcl_dist.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,25 @@ class Learner:
         """Let torch.compile have both encoders, when they are first called."""
         self.network.encoder.compile()
         self.momentum.network.encoder.compile()
+
+    @torch.no_grad()
+    def frozen_encoder(self, ranks: Ranks) -> Encoder:
+        """The query encoder as it comes out of a checkpoint of this moment: a copy, in evaluation mode.
+
+        Its BatchNorm statistics are the mean over ranks, which all must ask together, with the parameters whole. No
+        generator moves.
+        """
+        source = self.network.encoder
+        with torch.device("meta"):  # without values, so that none are drawn
+            copy = Encoder(source.config)
+        copy.to_empty(device=next(source.parameters()).device)
+        state = source.state_dict()
+        floats = {name: value for name, value in source.named_buffers() if value.is_floating_point()}
+        means = ranks.gather(_flat(list(floats.values()))[None]).mean(dim=0)
+        pieces = torch.split(means, [value.numel() for value in floats.values()])
+        state |= {name: piece.view_as(value) for (name, value), piece in zip(floats.items(), pieces, strict=True)}
+        copy.load_state_dict(state)
+        return copy.requires_grad_(False).eval()
 
     def statistics(self) -> Statistics:
         """BatchNorm statistics of both sides as they are now."""

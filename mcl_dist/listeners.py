@@ -14,6 +14,7 @@ from mcl_dist.events import (
     CheckpointFailed,
     CheckpointRefused,
     CheckpointWritten,
+    Evaluated,
     Event,
     Finished,
     LoaderReport,
@@ -29,6 +30,7 @@ from mcl_dist.lines import event_line, step_line
 
 LINE_SECONDS = 5.0  # between progress lines where nobody watches
 NAMED = 4  # samples on a line of the terminal; the log has them all
+MEASURES = {"top1": "top-1", "top5": "top-5", "mean_class": "mean of classes"}
 SMOOTHING = 0.95  # of the step time that the ETA rests on
 
 
@@ -68,7 +70,7 @@ class Console:
                 self._say(f"bad samples replaced by others: {reasons}; bad_samples.jsonl lists them")
             case Notice(text):
                 self._say(text)
-            case Restarted() | Stopping() | Finished():
+            case Restarted() | Stopping() | Finished() | Evaluated():
                 self._say(_of_life(event))
 
     def _progress(self, done: StepDone) -> None:
@@ -97,10 +99,13 @@ class Console:
             print(f"{start}{line}", file=self._stream, end="\n" if stays else "", flush=True)
 
 
-def _of_life(event: Restarted | Stopping | Finished) -> str:
+def _of_life(event: Restarted | Stopping | Finished | Evaluated) -> str:
     match event:
         case Restarted(lost_seconds=seconds, reason=reason):
             return f"this run goes on after {reason}; that took back or cost {_clock(seconds)}"
+        case Evaluated(step, scores, seconds):
+            told = "  ".join(f"{name} {scores[key]:.1%}" for key, name in MEASURES.items())
+            return f"step {step}: kNN of held-out videos  {told}  in {seconds:.1f} s"
         case Stopping(step, reason):
             return f"stopping after step {step}, which is saved: {reason}"
         case Finished(step, peak_bytes):

@@ -15,6 +15,7 @@ Failure = Literal["server_error", "reset", "stall", "short_body", "wrong_digest"
 
 FIRST_WAIT, LONGEST_WAIT = 0.05, 10.0  # seconds; doubled from one to the other, and drawn from the upper half
 SLOWEST = 2**20  # bytes a second that a request may count on beyond its time limit
+CHANCE = random.Random()  # not the generator that the whole process shares: requests are made whenever they are
 BUSY = (408, 429)  # HTTP's "too slow" and "too many requests", which pass like the 500s
 # Kinds of errors by their names, over all libraries of stores: none has to be installed to be known.
 STALLS = frozenset(("TimeoutError", "FSTimeoutError", "ReadTimeoutError", "ConnectTimeoutError"))
@@ -42,7 +43,7 @@ def asked(filesystem: Any, method: str, *arguments: Any, seconds: float, **how: 
 def waits() -> Iterator[float]:
     """Seconds to wait before the second try, the third and so on: longer and longer, and not for all alike."""
     for tries in count(1):
-        yield min(FIRST_WAIT * 2**tries, LONGEST_WAIT) * random.uniform(0.5, 1)
+        yield min(FIRST_WAIT * 2**tries, LONGEST_WAIT) * CHANCE.uniform(0.5, 1)
 
 
 def failure(error: BaseException | None) -> Failure | None:

@@ -14,12 +14,12 @@ from mcl_dist.batch import QUERY, TubeletBatch
 from mcl_dist.checkpoint import Checkpoints, Progress, Share
 from mcl_dist.clock import PhaseClock
 from mcl_dist.config import choice, number
-from mcl_dist.encoder import normalise
+from mcl_dist.encoder import Encoder, normalise
 from mcl_dist.engine import Engine
 from mcl_dist.errors import ConfigError, UserError
-from mcl_dist.events import Finished, Listener, LossSpike, Notice, StepDone, StepSkipped, Stopping, tell
+from mcl_dist.events import Evaluated, Finished, Listener, LossSpike, Notice, StepDone, StepSkipped, Stopping, tell
 from mcl_dist.guard import SpikeDetector, Suspects
-from mcl_dist.heartbeat import SAVING, STEPPING, Heartbeat
+from mcl_dist.heartbeat import EVALUATING, SAVING, STEPPING, Heartbeat
 from mcl_dist.learner import Learner
 from mcl_dist.momentum import NUM_KEYS, Keys
 from mcl_dist.objective import ObjectiveConfig
@@ -28,6 +28,7 @@ from mcl_dist.readback import Readback
 from mcl_dist.schedule import Schedule
 from mcl_dist.stopping import StopRequest
 
+Evaluate = Callable[[Encoder, int], dict[str, float] | None]
 LEAVING_SECONDS = 60.0  # for a checkpoint that is being written when something ends the run
 
 
@@ -115,6 +116,9 @@ class Trainer:
         operations: floating-point operations that a video needs, for those who listen; 0 where nobody has counted.
         stop: whether this rank was asked to stop before the end.
         heartbeat: told what this rank is at.
+        evaluate: scores an encoder after so many steps, all ranks together; the first has the scores, where there are
+            any. It leaves all that training goes by as it is.
+        evaluate_every: steps from one evaluation to the next; None: there is none.
     """
 
     engine: Engine
@@ -134,6 +138,8 @@ class Trainer:
     operations: int = 0
     stop: StopRequest = field(default_factory=StopRequest)
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    evaluate: Evaluate = lambda *_: None
+    evaluate_every: int | None = None
 
     def __post_init__(self) -> None:
         self._pending: Pending | None = None
@@ -184,6 +190,8 @@ class Trainer:
             if is_due:
                 self.save_soon(step + 1)
             self._hear()
+            if self.evaluate_every and (is_last or (step + 1) % self.evaluate_every == 0) and not self._is_stopping:
+                self._evaluate(step + 1)
             if self._is_stopping and not is_last:
                 self.save_and_wait(step + 1)
                 tell(self.listeners, Stopping(step + 1, self.ranks.first_word(self.stop.reason or "")))
@@ -333,6 +341,17 @@ class Trainer:
         if self.checkpoints.newest_step != step:
             self._save(step, time.perf_counter())
         self._conclude(self.checkpoints.finish)
+
+    def _evaluate(self, step: int) -> None:
+        """Score the query encoder as it is after `step` steps, and tell."""
+        self._settle()
+        self.heartbeat.enters(EVALUATING)
+        since = time.perf_counter()
+        with self.engine.gathered():
+            encoder = self.learner.frozen_encoder(self.ranks)
+        scores = self.evaluate(encoder, step)
+        if scores is not None:
+            tell(self.listeners, Evaluated(step, scores, time.perf_counter() - since))
 
     def save_soon(self, step: int) -> None:
         """Begin a checkpoint, or owe it while the store holds up the one before: training does not wait for stores."""

@@ -22,11 +22,12 @@ PHASE_SECONDS = (0.005, 0.01, 0.02, *STEP_SECONDS)
 LOADER_STAGES = ("draw and read", "decode", "decode flow", "augment", "target")
 BAD_SAMPLES = ("checksum", "header", "size", "missing", "maps", "decode")
 RETRIES: tuple[str, ...] = get_args(Failure)
-LOSSES = ("starting", "checkpoint", "skipped", *CAUSES)
+LOSSES = ("starting", "checkpoint", "evaluation", "skipped", *CAUSES)
 REFUSALS = (
     "missing", "outside", "duplicate", "unreadable", "no video stream", "truncated", "turned", "too small", "too large",
     "too short",
 )  # fmt: skip
+MEASURES = ("top1", "top5", "mean_class")
 OTHER = "other"
 
 
@@ -83,6 +84,10 @@ TRAINING = (
            "their weighted sum.", "term", ("total", "inter", "intra", "alignment", "order")),
     _gauge("mcl_similarity", "run", "", "Mean cosine to positives, to negatives, and of the alignment.", "term",
            ("positive", "negative", "alignment")),
+    _gauge("mcl_knn_accuracy_ratio", "run", "ratio", "What the encoder last scored on held-out videos by their nearest "
+           "neighbours; absent without `evaluate.every`.", "measure", MEASURES),
+    _gauge("mcl_evaluation_step", "run", "steps", "Steps done when it was scored."),
+    _gauge("mcl_evaluation_seconds", "run", "seconds", "Time for which training stood still for it."),
     _gauge("mcl_gradient_norm", "run", "", "Norm of the gradient of the last step taken."),
     _gauge("mcl_learning_rate", "run", "", "Learning rate of the last step."),
     _gauge("mcl_momentum", "run", "ratio", "Momentum of the key encoder in the last step."),
@@ -130,8 +135,8 @@ LOADER = (
 )  # fmt: skip
 
 RELIABILITY = (
-    _gauge("mcl_heartbeat_age_seconds", "rank", "seconds", "Time since this rank's last step, or its start; it grows "
-           "while the rank hangs."),
+    _gauge("mcl_heartbeat_age_seconds", "rank", "seconds", "Time since this rank's last step, or its start, or its "
+           "last sign of life in an evaluation; it grows while the rank hangs."),
     _gauge("mcl_checkpoint_step", "run", "steps", "Step of the newest complete checkpoint."),
     _gauge("mcl_checkpoint_age_seconds", "run", "seconds", "Time since it was completed, or since the start where none "
            "has been."),

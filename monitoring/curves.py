@@ -55,7 +55,7 @@ class Curves:
     def append(self, step: int, time: float | None, values: Mapping[str, Any]) -> None:
         """Add a step; steps after it, which a run that went back has left behind, are forgotten."""
         if self._recent and step <= self._recent[-1].step:
-            self._rewind(step)
+            self.rewind(step)
         sums = {name: (float(value), 1) for name, value in values.items() if _is_finite(value)}
         self._recent.append(_Point(step, time, 1, sums))
         newest = _Point(step, time, 1, dict(sums))
@@ -66,6 +66,12 @@ class Curves:
         if len(self._points) > MOST_POINTS:
             self._halve()
 
+    def rewind(self, step: int) -> None:
+        """Forget this step and those after it."""
+        self._recent = deque((point for point in self._recent if point.step < step), maxlen=NUM_RECENT)
+        while self._points and self._points[-1].step >= step:
+            self._points.pop()
+
     def whole(self) -> Columns:
         """All steps, in at most `MOST_POINTS` points."""
         return _columns(self._points)
@@ -73,11 +79,6 @@ class Curves:
     def recent(self) -> Columns:
         """The newest steps, each a point."""
         return _columns(self._recent)
-
-    def _rewind(self, step: int) -> None:
-        self._recent = deque((point for point in self._recent if point.step < step), maxlen=NUM_RECENT)
-        while self._points and self._points[-1].step >= step:
-            self._points.pop()
 
     def _halve(self) -> None:
         pairs = zip(self._points[::2], self._points[1::2], strict=False)

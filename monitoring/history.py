@@ -13,7 +13,15 @@ from monitoring.view import VERSION, Checkpoint, Message, Rank, View, quiet_limi
 
 NUM_MESSAGES = 50
 GONE_SECONDS = 5.0  # without news before a lock that nobody holds says that the run is gone
-STATES = {"Started": "starting", "Stopping": "stopping", "Finished": "finished", "Failed": "failed"}
+STATES = {
+    "Started": "starting",
+    "Evaluating": "evaluating",
+    "Evaluated": "running",
+    "Stopping": "stopping",
+    "Finished": "finished",
+    "Failed": "failed",
+}
+UNTIL_A_STEP = ("waiting", "starting", "evaluating")
 PHASE = "phase:"  # in front of a phase's name among a step's figures
 NO_FIGURES = ("time", "step", "epoch", "taken", "phases")
 COUNTED = {
@@ -36,6 +44,7 @@ class History:
     def __init__(self, run: str, source: str) -> None:
         self._run, self._source = run, source
         self._curves = Curves()
+        self._evaluations = Curves()
         self._messages: deque[Message] = deque(maxlen=NUM_MESSAGES)
         self._counts = dict.fromkeys(COUNTS, 0)
         self._state, self._why = "waiting", "nothing has been told yet"
@@ -57,7 +66,7 @@ class History:
         self._step, self._epoch, self._updated = line["step"], line["epoch"], line.get("time")
         self._latest = figures
         self._curves.append(line["step"], line.get("time"), figures)
-        if self._state in ("waiting", "starting"):
+        if self._state in UNTIL_A_STEP:
             self._state, self._why = "running", ""
         if line.get("taken", True):
             self._counts["skipped_in_a_row"] = 0
@@ -92,6 +101,7 @@ class History:
             phases=_means(recent["values"]),
             whole=whole,
             recent=recent,
+            evaluations=self._evaluations.whole(),
             counts=dict(self._counts),
             checkpoint=self._checkpoint,
             loader=_fed(self._reports),
@@ -110,7 +120,8 @@ class History:
         heard = [moment for moment in (self._started, self._updated) if moment is not None]
         quiet = now - max(heard) if heard else 0.0
         if alive is False and quiet > GONE_SECONDS:
-            return "stopped", self._why or "its process is gone without a word"
+            said = self._why if self._state == "stopping" else ""
+            return "stopped", said or "its process is gone without a word"
         if self._state == "running" and quiet > quiet_limit(step_seconds):
             return "stalled", f"no step for {quiet:.0f} s"
         return self._state, self._why
@@ -126,8 +137,14 @@ class History:
             case "Started":
                 self._started, self._step, self._total_steps = line["time"], line["step"], line["total_steps"]
                 self._reports.clear()
+                self._evaluations.rewind(line["step"] + 1)
             case "CheckpointWritten":
                 self._checkpoint = _checkpoint(line)
+            case "Evaluating":
+                self._why = f"{line['done']:,} of {line['videos']:,} videos of a set, on the first rank"
+            case "Evaluated":
+                figures = {**line["scores"], "seconds": line["seconds"]}
+                self._evaluations.append(line["step"], line["time"], figures)
             case "Restarted":
                 self._restarts[line["cause"]] = self._restarts.get(line["cause"], 0) + 1
             case "Accounts":

@@ -9,6 +9,8 @@ from mcl_dist.events import (
     CheckpointFailed,
     CheckpointRefused,
     CheckpointWritten,
+    Evaluated,
+    Evaluating,
     Event,
     LoaderReport,
     LossSpike,
@@ -57,17 +59,17 @@ class TrainingMetrics:
             case StepDone():
                 self._pulse.beat(event.step)
                 self._step(event)
-            case StepSkipped():
-                board.add("mcl_steps_skipped_total")
-                board.set("mcl_steps_skipped_in_a_row", event.in_a_row)
-            case LossSpike():
-                board.add("mcl_loss_spikes_total", 1, "warned" if event.rolled_back_to is None else "rolled_back")
+            case StepSkipped() | LossSpike():
+                self._mishap(event)
             case LoaderReport():
                 self._loader(event)
             case CheckpointWritten():
                 self._checkpoint(event)
             case CheckpointFailed() | CheckpointRefused():
                 self._no_checkpoint(event)
+            case Evaluating() | Evaluated():
+                self._pulse.beat(event.step)
+                self._evaluation(event)
             case Stopping():
                 board.set("mcl_stopping", 1)
             case Accounts():
@@ -114,6 +116,21 @@ class TrainingMetrics:
         else:
             self._board.add("mcl_checkpoints_failed_total")
             self._board.set("mcl_checkpoints_failed_in_a_row", event.in_a_row)
+
+    def _mishap(self, event: StepSkipped | LossSpike) -> None:
+        if isinstance(event, StepSkipped):
+            self._board.add("mcl_steps_skipped_total")
+            self._board.set("mcl_steps_skipped_in_a_row", event.in_a_row)
+        else:
+            answer = "warned" if event.rolled_back_to is None else "rolled_back"
+            self._board.add("mcl_loss_spikes_total", 1, answer)
+
+    def _evaluation(self, found: Evaluating | Evaluated) -> None:
+        if isinstance(found, Evaluating):
+            return
+        self._board.update("mcl_knn_accuracy_ratio", found.scores)
+        self._board.set("mcl_evaluation_step", found.step)
+        self._board.set("mcl_evaluation_seconds", found.seconds)
 
     def _accounts(self, accounts: Accounts) -> None:
         board = self._board

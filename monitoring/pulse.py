@@ -1,4 +1,4 @@
-"""Whether a process still gets on: when its last step was, and what `/healthz` says of it."""
+"""Whether a process still gets on: when its last step or sign of life was, and what `/healthz` says of it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Pulse:
         self.step = 0
 
     def beat(self, step: int) -> None:
-        """A step is done."""
+        """A step is done, or what stands between two of them, an evaluation, gets on."""
         self._last = time.monotonic()
         self.step = step
 
     @property
     def age(self) -> float:
-        """Seconds since the last step, or the start."""
+        """Seconds since the last beat, or the start."""
         return time.monotonic() - self._last
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:  # noqa: ARG002

@@ -6,7 +6,7 @@ from typing import Any, TypedDict
 
 from monitoring.curves import Columns
 
-VERSION = 1
+VERSION = 2
 QUIET_STEPS = 10  # a step that takes this many times the usual one, and a minute, is none: the run stalls
 QUIET_SECONDS = 60.0
 STARVED_RATIO = 0.2  # of a step spent waiting for data
@@ -55,12 +55,13 @@ class View(TypedDict):
         version: of this form.
         source: where these figures come from.
         now, started, updated: Unix seconds: of this view, of the newest start, of the newest step.
-        state: `waiting` (nothing yet), `starting`, `running`, `stalled`, `stopping`, `stopped`, `finished`, `failed`;
-            `why` says more where there is more to say.
+        state: `waiting` (nothing yet), `starting`, `running`, `evaluating`, `stalled`, `stopping`, `stopped`,
+            `finished`, `failed`; `why` says more where there is more to say.
         seconds_left: at the pace of the newest steps.
         latest: figures of the newest step; those of a step that was skipped may be none.
         phases: mean seconds of the newest steps, by phase.
         whole, recent: the figures by step.
+        evaluations: accuracies on held-out videos by step: `top1`, `top5`, `mean_class`, and the `seconds` it took.
         counts: `skipped`, `skipped_in_a_row`, `spikes`, `starts`, `checkpoints_failed`, `checkpoints_failed_in_a_row`.
         loader: what has fed the ranks that are known: `expected`, `delivered`, `replaced`, `unaccounted`, `queue`,
             `bad_samples` and `retries` by reason, `cache_hits`, `cache_misses`, `bytes_read`.
@@ -84,6 +85,7 @@ class View(TypedDict):
     phases: dict[str, float]
     whole: Columns
     recent: Columns
+    evaluations: Columns
     counts: dict[str, int]
     checkpoint: Checkpoint | None
     loader: dict[str, Any] | None

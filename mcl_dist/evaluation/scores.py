@@ -115,9 +115,14 @@ def score(answers: Answers, names: Sequence[str], config: BootstrapConfig) -> Sc
     everyone = np.arange(len(answers.labels))
     rng = np.random.default_rng(config.seed)
     drawn = [_measures(answers, rng.integers(len(everyone), size=len(everyone))) for _ in range(config.samples)]
-    measures = _measures(answers, everyone)
-    replicates = {name: np.array([each[name] for each in drawn]) for name in measures}
-    return Scores(measures, len(everyone), classes, confusion, replicates)
+    found = measures(answers)
+    replicates = {name: np.array([each[name] for each in drawn]) for name in found}
+    return Scores(found, len(everyone), classes, confusion, replicates)
+
+
+def measures(answers: Answers) -> dict[str, float]:
+    """Fractions by name, as `Scores.measures`."""
+    return _measures(answers, np.arange(len(answers.labels)))
 
 
 def interval(replicates: np.ndarray) -> list[float]:

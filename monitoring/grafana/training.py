@@ -115,6 +115,13 @@ LEARNING = [
         {"{{run}} {{term}}": "mcl_similarity{@run}"},
     ),
     Panel(
+        "Nearest neighbours",
+        "Accuracy on held-out videos by their nearest neighbours. Empty without `evaluate.every`.",
+        "percentunit",
+        {"{{run}} {{measure}}": "mcl_knn_accuracy_ratio{@run}"},
+        top=1,
+    ),
+    Panel(
         "Gradient norm",
         "Of the last step that was taken, over all parameters.",
         "none",

@@ -33,8 +33,23 @@ function charts(view) {
     chart("Step phases", "seconds", step, named("phase:")),
     chart("Waiting for data", "% of a step", step, one("data_wait_ratio", "waiting", 100)),
     chart("Gradient norm", "2-norm", step, one("gradient_norm", "norm")),
+    ...accuracies(view.evaluations),
     chart("Learning rate", "per step", step, one("learning_rate", "rate")),
     chart("Similarities", "cosine", step, named("similarity")));
+}
+
+// Only where a run is evaluated on its way; whichever span is chosen, all there are.
+function accuracies({step, values}) {
+  if (!step.length) return [];
+  const curves = Object.keys(values).filter((name) => name !== "seconds")
+    .map((name) => ({name: name.replace("_", " "), values: values[name].map((value) => value === null ? null : 100 * value)}));
+  return [chart("kNN of held-out videos", "% right", step, curves)];
+}
+
+function scored({step, values}) {
+  const last = step.length - 1;
+  return last < 0 ? [] : [["kNN top-1", `${percent(values.top1[last])} at step ${step[last].toLocaleString("en")}, ` +
+    `took ${duration(values.seconds[last])}`]];
 }
 
 function facts(view) {
@@ -43,6 +58,7 @@ function facts(view) {
     ["step time", duration(view.latest.seconds)],
     ["checkpoint", checkpoint ? `step ${checkpoint.step.toLocaleString("en")}, ` +
       `${duration(view.now - checkpoint.time)} ago, took ${duration(checkpoint.seconds)}` : "none yet"],
+    ...scored(view.evaluations),
     ["checkpoints failed", counts.checkpoints_failed],
     ["steps skipped", counts.skipped], ["loss leaps", counts.spikes], ["starts", counts.starts],
     ["restarts", counted(view.restarts)], ["goodput", percent(view.goodput)]];

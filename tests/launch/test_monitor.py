@@ -17,8 +17,9 @@ from launch.cli import main
 from launch.readable import counted, duration, number, printable, ratio, size
 from launch.sparkline import sparkline
 from mcl_dist.errors import EXIT_FAILURE, EXIT_USAGE
-from mcl_dist.events import CheckpointWritten, Event, Notice, Started, StepDone
+from mcl_dist.events import CheckpointWritten, Evaluated, Event, Notice, Started, StepDone
 from mcl_dist.listeners import EventLog, MetricsFile
+from monitoring.view import VERSION
 
 SECONDS = 10
 
@@ -43,6 +44,7 @@ def run(tmp_path: Path) -> Path:
         Started(0, 100, None),
         *[done(step) for step in range(1, 41)],
         CheckpointWritten(40, "there", 1.5, 0.1, 412),
+        Evaluated(40, {"top1": 0.5, "top5": 0.75, "mean_class": 0.25}, 12.0),
     )
     return folder
 
@@ -55,7 +57,13 @@ def test_a_run_is_printed_as_plain_text_where_nobody_watches(run: Path, capsys: 
     assert max(map(len, lines)) <= 80
     assert lines[0].startswith("first")
     assert "step 40 of 100" in lines[1]
-    for label, value in (("total loss", "0.225"), ("inter", "0.200"), ("videos/s", "16.0"), ("waiting", "12%")):
+    for label, value in (
+        ("kNN", "top-1 50%"),
+        ("total loss", "0.225"),
+        ("inter", "0.200"),
+        ("videos/s", "16.0"),
+        ("waiting", "12%"),
+    ):
         assert any(line.split("  ")[0] == label and value in line for line in lines), label
     assert "step 40" in next(line for line in lines if line.startswith("checkpoint"))
 
@@ -63,7 +71,7 @@ def test_a_run_is_printed_as_plain_text_where_nobody_watches(run: Path, capsys: 
 def test_json_is_what_is_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["monitor", str(run), "--json"]) == 0
     view = json.loads(capsys.readouterr().out)
-    assert (view["version"], view["run"], view["state"], view["step"]) == (1, "first", "running", 40)
+    assert (view["version"], view["run"], view["state"], view["step"]) == (VERSION, "first", "running", 40)
 
 
 def test_a_text_of_others_is_nothing_but_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

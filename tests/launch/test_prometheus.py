@@ -84,6 +84,7 @@ def watched(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
     prometheus = Prometheus(folder / "prometheus", port)
     settings = [f"monitoring.port={free_port()}", f"monitoring.targets={prometheus.targets}/run.json"]
     settings += ["monitoring.peak_tflops=1", "train.steps=99999", "checkpoint.every=4"]
+    settings += ["evaluate.every=4", f"evaluate.test={synthetic_shards}", "evaluate.clips=1"]
     try:
         runtime = str(run.with_suffix(".runtime"))
         training = start(*words(synthetic_shards, run, *settings), "--ranks", "2", "--runtime", runtime)

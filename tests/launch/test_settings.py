@@ -16,3 +16,19 @@ def test_compiling_what_is_differentiated_twice_is_refused() -> None:
     }
     with pytest.raises(ConfigError, match=r"train\.compile: found true, must be false with objective\.alignment_layer"):
         check(build_config(PretrainConfig, tree), num_ranks=1)
+
+
+@pytest.mark.parametrize(
+    ("data", "evaluate", "says"),
+    [
+        ({"train": "none"}, {"every": 10}, r"evaluate\.test: missing"),
+        ({"train": "none"}, {"test": "none"}, r"evaluate\.every: missing"),
+        ({"sets": [{"url": "a"}, {"url": "b"}]}, {"every": 10, "test": "none"}, r"evaluate\.train: missing"),
+    ],
+)
+def test_an_evaluation_on_the_way_that_lacks_a_set_or_a_time_is_refused(
+    data: dict[str, object], evaluate: dict[str, object], says: str
+) -> None:
+    config = build_config(PretrainConfig, {"run": {"dir": "none"}, "data": data, "evaluate": evaluate})
+    with pytest.raises(ConfigError, match=says):
+        check(config, num_ranks=1)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mcl_dist.events import CheckpointWritten, Finished, LossSpike, Started, StepDone, StepSkipped
+from mcl_dist.events import CheckpointWritten, Evaluated, Finished, LossSpike, Started, StepDone, StepSkipped
 from mcl_dist.listeners import Console, EventLog, MetricsFile
 
 
@@ -110,6 +110,14 @@ def test_a_leap_of_the_loss_is_told_with_what_was_done_about_it() -> None:
     console(LossSpike(40, 9.5, 3.25, 20))
     leapt = "the loss leapt to 9.500, usual are up to 3.250"
     assert stream.getvalue() == f"step 30: {leapt}\nstep 40: {leapt}; went back to the checkpoint of step 20\n"
+
+
+def test_an_evaluation_is_told_with_what_it_cost() -> None:
+    stream = io.StringIO()
+    Console(stream)(Evaluated(40, {"top1": 0.5, "top5": 0.875, "mean_class": 0.25}, 12.34))
+    assert stream.getvalue() == (
+        "step 40: kNN of held-out videos  top-1 50.0%  top-5 87.5%  mean of classes 25.0%  in 12.3 s\n"
+    )
 
 
 def test_the_event_log_keeps_everything_but_steps(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import pytest
 
 from mcl_dist.events import (
     CheckpointWritten,
+    Evaluated,
+    Evaluating,
     Event,
     Failed,
     Finished,
@@ -134,6 +136,9 @@ def test_phases_are_means_of_the_newest_steps() -> None:
         (DONE, 90.0, True, "stalled"),
         (replace(DONE, seconds=20.0), 90.0, True, "running"),
         (Started(0, 100, None), 90.0, True, "starting"),
+        (Evaluating(1, 3, 9), 90.0, True, "evaluating"),
+        (Evaluating(1, 3, 9), 90.0, False, "stopped"),
+        (Evaluated(1, {"top1": 0.5}, 9.0), 1.0, True, "running"),
         (Finished(100, 1), 90.0, False, "finished"),
         (Failed("the disk is full"), 90.0, False, "failed"),
     ],
@@ -145,6 +150,14 @@ def test_the_state_of_a_run_is_told_from_its_last_word(
     history = heard(Started(0, 100, None), last)
     monkeypatch.setattr(time, "time", lambda: now + quiet_seconds)
     assert history.view(alive=alive)["state"] == state
+
+
+def test_evaluations_are_a_curve_of_their_own_that_forgets_what_will_be_repeated() -> None:
+    scores = [Evaluated(step, {"top1": step / 100, "top5": 1.0}, 2.5) for step in (20, 40)]
+    history = heard(Started(0, 100, None), *scores)
+    assert history.view()["evaluations"]["values"] == {"top1": [0.2, 0.4], "top5": [1.0, 1.0], "seconds": [2.5, 2.5]}
+    history.take_event(event_line(Started(30, 100, "there")))
+    assert history.view()["evaluations"]["step"] == [20]
 
 
 def test_messages_are_bounded() -> None:

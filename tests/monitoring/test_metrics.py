@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,8 @@ from mcl_dist.events import (
     CheckpointFailed,
     CheckpointRefused,
     CheckpointWritten,
+    Evaluated,
+    Evaluating,
     LoaderReport,
     LossSpike,
     StepDone,
@@ -45,6 +48,20 @@ def listening(*scopes: Scope, peak_flops: float | None = None) -> tuple[Training
     registry, board = CollectorRegistry(), Board(scopes or ("run", "rank", "node"))
     registry.register(board)
     return TrainingMetrics(board, Pulse(600.0), peak_flops), registry
+
+
+def test_an_evaluation_shows_its_scores_and_is_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics, registry = listening()
+    now = time.monotonic() + 100
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    metrics(Evaluating(3, 20, 60))
+    assert registry.get_sample_value("mcl_heartbeat_age_seconds") == 0
+    assert registry.get_sample_value("mcl_evaluation_step") is None
+    metrics(Evaluated(3, {"top1": 0.5, "top5": 0.75, "mean_class": 0.25}, 12.0))
+    found = {name: registry.get_sample_value("mcl_knn_accuracy_ratio", {"measure": name}) for name in ("top1", "top5")}
+    assert found == {"top1": 0.5, "top5": 0.75}
+    assert registry.get_sample_value("mcl_evaluation_step") == 3
+    assert registry.get_sample_value("mcl_evaluation_seconds") == 12
 
 
 def test_a_step_shows_what_it_did_and_where_its_time_went() -> None:

@@ -15,7 +15,7 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 import cv2
 import pytest
 
-from mcl_dist.events import CheckpointWritten, Event, Finished, Notice, Started, StepDone, StepSkipped
+from mcl_dist.events import CheckpointWritten, Evaluated, Event, Finished, Notice, Started, StepDone, StepSkipped
 from mcl_dist.listeners import EventLog, MetricsFile
 from monitoring.run_folder import RunFolder
 from monitoring.web.app import Page
@@ -109,13 +109,16 @@ def test_a_browser_draws_the_curves_with_their_gaps_and_runs_none_of_the_names(
     folder, url = served
     steps = [done(step, float("nan") if step in (10, 12) else 5.0 / step) for step in range(1, 21)]
     skipped = StepSkipped(10, [HOSTILE], "the loss is not finite", 1)
-    write(folder, Started(0, 60, None), *steps, skipped, CheckpointWritten(20, "there", 1.5, 0.1, 412), Notice(HOSTILE))
+    written = (CheckpointWritten(20, "there", 1.5, 0.1, 412), Evaluated(20, {"top1": 0.375, "top5": 0.75}, 9.0))
+    write(folder, Started(0, 60, None), *steps, skipped, *written, Notice(HOSTILE))
     dom = browse(url, tmp_path / "profile", "--dump-dom")
     assert "<title>run: running</title>" in dom
     assert "step 20 of 60" in dom
     for title in ("Losses (nats)", "Throughput (videos/s)", "Learning rate (per step)", "Gradient norm (2-norm)"):
         assert title in dom
     assert "total 0.25" in dom
+    assert "kNN of held-out videos (% right)" in dom
+    assert "37.5 % at step 20, took 9 s" in dom
     curve = re.search(r'<path class="curve s0" d="([^"]*)"', dom)
     assert curve
     assert curve[1].count("M") == 3  # before, between and after the two gaps

@@ -1,0 +1,99 @@
+"""kNN accuracy on held-out videos, asked for now and then while a run goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+
+import torch
+
+from dataloading.clips import ClipGeometry, ProbeClips
+from dataloading.stream import ShardSet
+from launch.frozen import check_split, decoding_threads
+from launch.settings import PretrainConfig
+from mcl_dist.encoder import Encoder
+from mcl_dist.errors import UserError
+from mcl_dist.evaluation.features import Features, extract_features, gather_features, share_of
+from mcl_dist.evaluation.neighbours import knn_answers
+from mcl_dist.evaluation.scores import measures
+from mcl_dist.events import Evaluating, Event, Notice
+from mcl_dist.ranks import Ranks
+
+TELL_SECONDS = 20.0  # between signs of life of a rank that makes features
+
+
+class HeldOut:
+    """Scores encoders on the same clips of the same videos, over all ranks; nothing of a run depends on it.
+
+    Args:
+        config: of the run.
+        ranks: who share the work.
+        listen: hears how far this rank is, and why there may be no scores.
+
+    Raises:
+        UserError: a set cannot be read, has no labels, or other classes than the other.
+        ConfigError: a set does not store the frames that the stride asks for.
+    """
+
+    def __init__(self, config: PretrainConfig, ranks: Ranks, listen: Callable[[Event], None]) -> None:
+        self._config, self._ranks, self._listen = config.evaluate, ranks, listen
+        urls = (config.evaluate.train or str(config.data.train), str(config.evaluate.test))
+        with ExitStack() as opened:
+            self._sets = [opened.enter_context(closing(ShardSet(url, config.data.cache, config.data))) for url in urls]
+            train, test = self._sets
+            check_split(urls[0], train, urls[1], test)
+            geometry = ClipGeometry(config.data.frames, config.data.stride, config.data.crop)
+            self._clips = [self._own_clips(shard_set, geometry) for shard_set in self._sets]
+            self._opened = opened.pop_all()
+
+    def close(self) -> None:
+        """Let go of the sets."""
+        self._opened.close()
+
+    def __call__(self, encoder: Encoder, step: int) -> dict[str, float] | None:
+        """Accuracies after `step` steps, on the first rank; all ranks must ask together.
+
+        None on the others, and everywhere where a rank cannot read its videos: training needs none of them, so it is
+        told and goes on.
+        """
+        own, trouble = [], ""
+        try:
+            own = [extract_features(encoder, self._told(clips, step)) for clips in self._clips]
+        except UserError as error:
+            trouble = str(error)
+        if trouble := self._ranks.first_word(trouble):
+            self._listen(Notice(f"step {step}: not evaluated: {trouble}"))
+            return None
+        train, test = (
+            gather_features(features, self._num_videos(shard_set), self._ranks)
+            for features, shard_set in zip(own, self._sets, strict=True)
+        )
+        return self._scores(train, test) if self._ranks.is_first else None
+
+    def _scores(self, train: Features, test: Features) -> dict[str, float]:
+        num_classes = len(self._sets[0].manifest.classes)
+        return measures(knn_answers(train, test, num_classes, self._config))
+
+    def _told(self, clips: ProbeClips, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self._listen(Evaluating(step, 0, len(clips)))
+        told = time.monotonic()
+        for done, batch in enumerate(clips):
+            if time.monotonic() - told >= TELL_SECONDS:
+                told = time.monotonic()
+                self._listen(Evaluating(step, done, len(clips)))
+            yield batch.clips, batch.labels
+
+    def _own_clips(self, shard_set: ShardSet, geometry: ClipGeometry) -> ProbeClips:
+        return ProbeClips(
+            shard_set,
+            geometry,
+            device=self._ranks.device,
+            num_clips=self._config.clips,
+            positions=share_of(self._num_videos(shard_set), self._ranks),
+            batch_videos=1,
+            threads=decoding_threads(),
+        )
+
+    def _num_videos(self, shard_set: ShardSet) -> int:
+        return min(len(shard_set), self._config.videos or len(shard_set))
