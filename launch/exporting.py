@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from launch.settings import PretrainConfig
 from mcl_dist.errors import RankError, UserError
 from mcl_dist.ranks import Ranks
+from mcl_dist.storage import Folder
 from monitoring.board import Board
 from monitoring.catalogue import Scope
 from monitoring.exporter import Exporter, MonitoringConfig, reached_at
@@ -77,8 +78,10 @@ def _scopes(ranks: Ranks, local_rank: int) -> list[Scope]:
 
 
 def _volumes(config: PretrainConfig) -> dict[str, Path]:
-    volumes = {"run": Path(config.run.dir)}
-    return volumes | ({"cache": Path(config.data.cache)} if config.data.cache else {})
+    """Folders on disks of this machine that may fill up."""
+    folders = {"run": config.run.dir, "cache": config.data.cache, "checkpoint": config.checkpoint.folder}
+    local = {volume: Folder(folder) for volume, folder in folders.items() if folder is not None}
+    return {volume: Path(folder.path("")) for volume, folder in local.items() if folder.is_local}
 
 
 def _peak(settings: MonitoringConfig, device: torch.device, precision: str, num_ranks: int) -> float | None:

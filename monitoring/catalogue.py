@@ -28,6 +28,7 @@ REFUSALS = (
     "too short",
 )  # fmt: skip
 MEASURES = ("top1", "top5", "mean_class")
+VOLUMES = ("run", "cache", "checkpoint")
 OTHER = "other"
 
 
@@ -167,8 +168,8 @@ MACHINE = (
     _gauge("mcl_gpu_power_watts", "rank", "watts", "Power that the GPU draws."),
     _gauge("mcl_host_memory_size_bytes", "node", "bytes", "Memory of the machine."),
     _gauge("mcl_host_memory_available_bytes", "node", "bytes", "Memory that new processes could have."),
-    _gauge("mcl_disk_size_bytes", "node", "bytes", "Size of a disk.", "volume", ("run", "cache")),
-    _gauge("mcl_disk_free_bytes", "node", "bytes", "What is free of it.", "volume", ("run", "cache")),
+    _gauge("mcl_disk_size_bytes", "node", "bytes", "Size of a disk.", "volume", VOLUMES),
+    _gauge("mcl_disk_free_bytes", "node", "bytes", "What is free of it.", "volume", VOLUMES),
 )  # fmt: skip
 
 BUILD = (

@@ -199,7 +199,7 @@ def _link() -> dict[str, Any]:
 # On more than one dashboard.
 DISK_FREE = Panel(
     "Disk free",
-    "Share of the disks of run folder and cache that is free.",
+    "Share of the disks of run folder, cache and checkpoints that is free.",
     "percentunit",
     {"{{run}} {{node}} {{volume}}": "node:mcl_disk_free:ratio{@run}"},
     limit=0.05,

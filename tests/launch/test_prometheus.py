@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from launch.local_ranks import free_port
-from mcl_dist.heartbeat import read_beats
 from tests.launch.test_pretrain import kill_everything, start, words
 from tests.monitoring.queries import BOARDS, INTERVAL, operands, panel_queries, rules
 from tests.monitoring.real_prometheus import SCRAPE_SECONDS, Prometheus, faster, until
@@ -86,8 +83,7 @@ def watched(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
     settings += ["monitoring.peak_tflops=1", "train.steps=99999", "checkpoint.every=4"]
     settings += ["evaluate.every=4", f"evaluate.test={synthetic_shards}", "evaluate.clips=1"]
     try:
-        runtime = str(run.with_suffix(".runtime"))
-        training = start(*words(synthetic_shards, run, *settings), "--ranks", "2", "--runtime", runtime)
+        training = start(*words(synthetic_shards, run, *settings), "--ranks", "2")
         try:
             # It looks for new targets every five seconds, for which a small build would hardly last.
             assert until(lambda: bool(prometheus.series('up{job="mcl-build"}')), SECONDS)
@@ -167,17 +163,3 @@ def test_what_prometheus_has_seen_is_what_the_run_wrote_down(watched: Watched) -
         assert {at: values[at] for at in steps} == pytest.approx(
             {at: lines[int(step) - 1][name] for at, step in steps.items()}
         ), name
-
-
-def test_a_stopped_rank_is_an_alert_until_it_goes_on(watched: Watched) -> None:
-    alert = ("MclRankGone", "1")
-    assert alert not in watched.prometheus.firing()
-    (rank,) = (beat for beat in read_beats(watched.run.with_suffix(".runtime") / "attempt-1") if beat.rank == 1)
-    os.kill(rank.pid, signal.SIGSTOP)
-    try:
-        assert until(lambda: alert in watched.prometheus.firing(), 40)
-    finally:
-        os.kill(rank.pid, signal.SIGCONT)
-    assert until(lambda: alert not in watched.prometheus.firing(), 20)
-    done = len(watched.lines)
-    assert until(lambda: len(watched.lines) > done, 20)
