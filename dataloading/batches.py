@@ -1,4 +1,4 @@
-"""From read and drawn videos to a batch of tubelets: decode, cut, augment, target."""
+"""From read and drawn videos to a batch: decode, cut, augment, target."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 from dataloading.augment import augment
 from dataloading.bad_sample import BadSampleError
-from dataloading.data_config import DataConfig
+from dataloading.data_config import DataConfig, LabelledConfig
 from dataloading.draw import EncodedVideo
 from dataloading.motion import motion_target
 from dataloading.pipeline import StillDecoder
 from dataloading.stages import StageClock
-from mcl_dist.batch import NUM_VIEWS, QUERY, TubeletBatch
+from mcl_dist.batch import NUM_VIEWS, QUERY, Batch, LabelledBatch, TubeletBatch
 from mcl_dist.errors import UserError
 
 StandIn = Callable[[EncodedVideo, BadSampleError], tuple[EncodedVideo, list[BadSampleError]]]
@@ -26,11 +26,18 @@ STILLS_ON_CPU, STILLS_ON_GPU = 64, 256
 class BatchMaker:
     """Decodes and cuts batches on one device, where they stay.
 
+    Args:
+        config: of tubelets, or of labelled clips.
+        grid: of the tubelets' motion targets; None where there are none.
+        device: which.
+
     Attributes:
         stages: CPU seconds of each stage so far.
     """
 
-    def __init__(self, config: DataConfig, grid: tuple[int, int, int], device: torch.device) -> None:
+    def __init__(
+        self, config: DataConfig | LabelledConfig, grid: tuple[int, int, int] | None, device: torch.device
+    ) -> None:
         self._config = config
         self._grid = grid
         self._device = device
@@ -49,12 +56,13 @@ class BatchMaker:
         self._threads = ThreadPoolExecutor(config.threads, "augment") if config.threads > 1 else None
 
     def views_shape(self, num_videos: int) -> tuple[int, ...]:
-        """(B, 4, T, crop, crop, 3)"""
-        return (num_videos, NUM_VIEWS, self._config.frames, self._config.crop, self._config.crop, 3)
+        """(B, V, T, crop, crop, 3)"""
+        num_views = 1 if self._grid is None else NUM_VIEWS
+        return (num_videos, num_views, self._config.frames, self._config.crop, self._config.crop, 3)
 
     def batch(
         self, videos: list[EncodedVideo], stand_in: StandIn, views: torch.Tensor | None = None
-    ) -> tuple[TubeletBatch, list[EncodedVideo], list[BadSampleError]]:
+    ) -> tuple[Batch, list[EncodedVideo], list[BadSampleError]]:
         """The batch of these videos, into `views` where given, uint8 of `views_shape`.
 
         A video with a still that the decoder refuses, though it passed all checks, is replaced by what
@@ -72,14 +80,12 @@ class BatchMaker:
             looks = [look for video in videos for look in video.looks]
             each = map if self._threads is None else self._threads.map
             list(each(augment, views.flatten(0, 1), looks))
-        batch = TubeletBatch(
-            views=views,
-            motion=self._targets(flow, videos),
-            order=torch.tensor([video.order for video in videos], device=self._device),
-            samples=torch.tensor([video.sample for video in videos], device=self._device),
-            boxes=torch.from_numpy(np.stack([video.boxes for video in videos])).to(self._device),
-        )
-        return batch, videos, bad
+        labels = torch.tensor([video.label for video in videos], device=self._device)
+        samples = torch.tensor([video.sample for video in videos], device=self._device)
+        boxes = torch.from_numpy(np.stack([video.boxes for video in videos])).to(self._device)
+        if self._grid is None:
+            return LabelledBatch(views, samples, boxes, labels), videos, bad
+        return TubeletBatch(views, samples, boxes, self._targets(flow, videos, self._grid), labels), videos, bad
 
     def close(self) -> None:
         """End the threads and the decoders."""
@@ -95,7 +101,7 @@ class BatchMaker:
             return error
 
     def _decode(self, views: torch.Tensor, videos: list[EncodedVideo]) -> torch.Tensor:
-        """Fill the views before their augmentation; returns the query's flow, uint8 (B, T, 2, crop, crop)."""
+        """Fill the views before their augmentation; returns the query's flow, uint8 (B, T, 2, crop, crop), if any."""
         with self.stages("decode"):
             firsts = np.cumsum([0] + [len(video.frames) for video in videos])
             still_of = [first + video.frame_of for first, video in zip(firsts, videos, strict=False)]
@@ -105,6 +111,8 @@ class BatchMaker:
                 np.concatenate([video.windows for video in videos]),
                 np.concatenate(still_of),
             )
+        if self._grid is None:
+            return torch.empty(0)
         with self.stages("decode flow"):
             stills = [still for video in videos for still in video.flow]
             frames = self._config.frames
@@ -121,10 +129,10 @@ class BatchMaker:
             bad += [found, *more]
         return video
 
-    def _targets(self, flow: torch.Tensor, videos: list[EncodedVideo]) -> torch.Tensor:
+    def _targets(self, flow: torch.Tensor, videos: list[EncodedVideo], grid: tuple[int, int, int]) -> torch.Tensor:
         """float32 (B, T', H', W'). Magnitudes do not tell left from right: a mirrored clip's target is mirrored."""
         with self.stages("target"):
-            targets = motion_target(flow.movedim(2, -1), self._grid)
+            targets = motion_target(flow.movedim(2, -1), grid)
             for target, video in zip(targets, videos, strict=True):
                 if video.looks[QUERY].mirror:
                     target.copy_(target.flip(-1))

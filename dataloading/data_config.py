@@ -19,18 +19,11 @@ class SetConfig:
     weight: float = number(1.0, minimum=1e-6)
 
 
-@dataclass(frozen=True)
-class DataConfig(FetchConfig):
-    """What is trained on and how it is cut; how it is fetched, see `FetchConfig`.
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig(FetchConfig):
+    """Who does the work, in which order; how sets are fetched, see `FetchConfig`.
 
     Attributes:
-        train: URL of the shard set.
-        sets: several sets with their weights, instead of `train`.
-        frames, stride, crop: of a clip, in frames, source frames (whether the set stores them all or not) and
-            pixels.
-        min_windows: videos under so many windows (frames x stride) are left out.
-        motion_probability: chance that a video's starts are motion-focused.
-        motion_crops: crops cover what moves; else they lie anywhere.
         lanes: into which the samples are cut, and of which every rank reads its own; they divide the global
             batch, the ranks divide them. None: one lane for each video of the global batch.
         shuffle_window: videos of a lane that an epoch shuffles among themselves.
@@ -41,6 +34,30 @@ class DataConfig(FetchConfig):
         prefetch: batches made ahead, besides the one that each worker is at.
         hardware_share: of a GPU's decoding that its hardware decoder takes, where it has one.
         cache: local folder for the shards of a set that is elsewhere, shared by the processes of a machine.
+    """
+
+    lanes: int | None = number(None, minimum=1)
+    shuffle_window: int = number(256, minimum=1)
+    max_bad_fraction: float = number(0.01, minimum=0, maximum=1)
+    workers: int = number(0, minimum=0)
+    threads: int = number(1, minimum=1)
+    prefetch: int = number(2, minimum=1)
+    hardware_share: float = number(0.65, minimum=0, maximum=1)
+    cache: str | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig(LoaderConfig):
+    """What is pre-trained on and how it is cut.
+
+    Attributes:
+        train: URL of the shard set.
+        sets: several sets with their weights, instead of `train`.
+        frames, stride, crop: of a clip, in frames, source frames (whether the set stores them all or not) and
+            pixels.
+        min_windows: videos under so many windows (frames x stride) are left out.
+        motion_probability: chance that a video's starts are motion-focused.
+        motion_crops: crops cover what moves; else they lie anywhere.
         augment: ranges of crops and what is done to the pixels.
     """
 
@@ -52,14 +69,6 @@ class DataConfig(FetchConfig):
     min_windows: int = number(1, minimum=1)
     motion_probability: float = number(0.7, minimum=0, maximum=1)
     motion_crops: bool = True
-    lanes: int | None = number(None, minimum=1)
-    shuffle_window: int = number(256, minimum=1)
-    max_bad_fraction: float = number(0.01, minimum=0, maximum=1)
-    workers: int = number(0, minimum=0)
-    threads: int = number(1, minimum=1)
-    prefetch: int = number(2, minimum=1)
-    hardware_share: float = number(0.65, minimum=0, maximum=1)
-    cache: str | None = None
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
@@ -85,6 +94,53 @@ class DataConfig(FetchConfig):
         return self.sets or (SetConfig(str(self.train)),)
 
 
+@dataclass(frozen=True)
+class PlainAugmentConfig(AugmentConfig):
+    """Random crop and mirror alone, as the reference trains its linear layer; other changes are to be asked for."""
+
+    jitter_probability: float = number(0.0, minimum=0, maximum=1)
+    grey_probability: float = number(0.0, minimum=0, maximum=1)
+    blur_probability: float = number(0.0, minimum=0, maximum=1)
+
+
+@dataclass(frozen=True)
+class SupervisedConfig(LoaderConfig):
+    """How a classifier is fed; `augment` says how its training clips differ from their videos."""
+
+    augment: PlainAugmentConfig = field(default_factory=PlainAugmentConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledConfig(SupervisedConfig):
+    """What a classifier is trained on: of each video one clip from anywhere (METHOD.md, section 6).
+
+    Attributes:
+        train: URL of the shard set.
+        frames, stride, crop: of a clip, as in `DataConfig`.
+    """
+
+    train: str
+    frames: int
+    stride: int
+    crop: int
+
+    def cut(self, stored_stride: int) -> CutConfig:
+        """As `DataConfig.cut`, blind to motion."""
+        return CutConfig(
+            frames=self.frames,
+            stride=stored_stride,
+            motion_probability=0.0,
+            area=self.augment.area,
+            aspect=self.augment.aspect,
+            motion_crops=False,
+        )
+
+    @property
+    def all_sets(self) -> tuple[SetConfig, ...]:
+        """The one set."""
+        return (SetConfig(self.train),)
+
+
 def check_clips(config: DataConfig, grid: tuple[int, int, int]) -> None:
     """Whether clips of this shape can be cut, and have targets on the (T', H', W') grid of the encoder.
 
@@ -96,6 +152,15 @@ def check_clips(config: DataConfig, grid: tuple[int, int, int]) -> None:
         raise ConfigError(f"data.frames: found {config.frames}, must be a multiple of {time}, the encoder's")
     if config.crop % rows or config.crop % columns:
         raise ConfigError(f"data.crop: found {config.crop}, must be a multiple of {rows}, the encoder's")
+    check_blur(config)
+
+
+def check_blur(config: DataConfig | LabelledConfig) -> None:
+    """Whether the blur fits into a view.
+
+    Raises:
+        ConfigError: it is wider.
+    """
     sigma = config.augment.blur_sigma[1]
     if blur_radius(sigma) >= config.crop:
         raise ConfigError(f"data.augment.blur_sigma: found {sigma}, too wide for data.crop of {config.crop}")

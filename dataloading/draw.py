@@ -12,12 +12,12 @@ import numpy as np
 
 from dataloading.augment import Augmentation, draw_augmentation
 from dataloading.bad_sample import BadSampleError
-from dataloading.data_config import DataConfig, SetConfig
+from dataloading.data_config import DataConfig, LabelledConfig, SetConfig
 from dataloading.mixture import MixedSet, Mixture, Turn
 from dataloading.plan import lanes_of_rank, sample_generator
 from dataloading.stream import ShardSet, StoredVideo
-from dataloading.tubelets import Box, CutConfig, Tubelet, draw_tubelets
-from mcl_dist.batch import NUM_VIEWS, QUERY
+from dataloading.tubelets import Box, CutConfig, Tubelet, draw_clip, draw_tubelets
+from mcl_dist.batch import QUERY
 from mcl_dist.errors import UserError
 
 # Steps whose samples storage is told of in advance.
@@ -28,17 +28,17 @@ READERS = 8
 
 @dataclass(frozen=True)
 class EncodedVideo:
-    """One video of a batch and all that chance decides of it, with the stills that its four views need.
+    """One video of a batch and all that chance decides of it, with the stills that its views need.
 
     Attributes:
         turn: whose slot it fills; `attempt` counts the bad samples before it in that slot.
         sample: its number among the samples of all sets.
         where: URL of the shard and key, for messages.
-        order: label of the clips' order.
-        looks: of the four views.
+        label: of the clips' order, or the video's class.
+        looks: of the V views.
         frames: encoded stills, uint8 (bytes,), each once.
-        frame_of, windows: of each of the 4 T frames of the views, the still and what is cut of it (4,).
-        flow: encoded stills of the query's flow, T of them.
+        frame_of, windows: of each of the V T frames of the views, the still and what is cut of it (4,).
+        flow: encoded stills of the query's flow, T of them; none where there is no target to make.
         flow_windows: (2, 4), where the two components' parts lie in each.
     """
 
@@ -46,7 +46,7 @@ class EncodedVideo:
     attempt: int
     sample: int
     where: str
-    order: int
+    label: int
     looks: tuple[Augmentation, ...]
     frames: list[np.ndarray]
     frame_of: np.ndarray
@@ -56,8 +56,8 @@ class EncodedVideo:
 
     @property
     def boxes(self) -> np.ndarray:
-        """float32 (4, 4): top, left, height, width of what each view shows, all its frames alike."""
-        return self.windows.reshape(NUM_VIEWS, -1, 4)[:, 0].astype(np.float32)
+        """float32 (V, 4): top, left, height, width of what each view shows, all its frames alike."""
+        return self.windows.reshape(len(self.looks), -1, 4)[:, 0].astype(np.float32)
 
     def undecodable(self, what: str) -> BadSampleError:
         """The error that says so of this video."""
@@ -76,7 +76,7 @@ class _OpenSet:
 
 
 class VideoSource:
-    """One rank's videos of any step.
+    """One rank's videos of any step, drawn as tubelets or, with a `LabelledConfig`, as one clip with its class.
 
     Attributes:
         steps_per_epoch: global batches in an epoch.
@@ -90,7 +90,9 @@ class VideoSource:
             that the stride asks for.
     """
 
-    def __init__(self, config: DataConfig, *, seed: int, global_batch: int, rank: int, num_ranks: int) -> None:
+    def __init__(
+        self, config: DataConfig | LabelledConfig, *, seed: int, global_batch: int, rank: int, num_ranks: int
+    ) -> None:
         lanes = config.lanes or global_batch
         self._config = config
         self._seed = seed
@@ -148,10 +150,12 @@ class VideoSource:
 
     def _opened(self, given: SetConfig) -> _OpenSet:
         config = self._config
+        is_labelled = isinstance(config, LabelledConfig)
         stored = ShardSet(given.url, config.cache, config)
-        cut = config.cut(stored.stored_stride(config.stride))
-        usable = np.flatnonzero(stored.num_frames >= config.min_windows * cut.window)
-        return _OpenSet(stored, cut, usable, given.url)
+        cut = config.cut(stored.stored_stride(config.stride, key="clips.stride" if is_labelled else "data.stride"))
+        # A classifier sees short videos, too: they are repeated.
+        least = 1 if isinstance(config, LabelledConfig) else config.min_windows * cut.window
+        return _OpenSet(stored, cut, np.flatnonzero(stored.num_frames >= least), given.url)
 
     def _turns_of(self, step: int) -> list[tuple[Turn, int]]:
         """The turns of a step, each with its position in its set."""
@@ -185,19 +189,12 @@ class VideoSource:
 
     def _read(self, turn: Turn, attempt: int) -> EncodedVideo:
         """Read what the draws look at, draw, and read the stills that they ask for."""
-        source = self._sets[turn.number]
-        video = source.stored.read(self._mixture.position(turn))
-        _check_window(video, source)
+        source, position = self._sets[turn.number], self._mixture.position(turn)
+        video = source.stored.read(position)
         sample = self._mixture.sample_id(turn)
         rng = sample_generator(self._seed, turn.epoch, sample, attempt)
-        order, tubelets = draw_tubelets(
-            rng,
-            source.cut,
-            frame_maps=video.frame_maps,
-            clip_scores=video.clip_scores,
-            height=video.height,
-            width=video.width,
-        )
+        is_labelled = isinstance(self._config, LabelledConfig)
+        label, tubelets = _labelled(rng, source, video, position) if is_labelled else _ordered(rng, source, video)
         looks = tuple(draw_augmentation(rng, self._config.augment) for _ in tubelets)
         # Query and first key share their frames, and clips may overlap.
         wanted = np.concatenate([tubelet.frames for tubelet in tubelets])
@@ -208,14 +205,35 @@ class VideoSource:
             attempt=attempt,
             sample=sample,
             where=video.where,
-            order=order,
+            label=label,
             looks=looks,
             frames=video.frames(needed),
             frame_of=frame_of,
             windows=np.repeat(np.array([tubelet.box for tubelet in tubelets], np.float64), self._config.frames, axis=0),
-            flow=video.flow(query.frames),
+            flow=[] if is_labelled else video.flow(query.frames),
             flow_windows=flow_windows(query.box, video),
         )
+
+
+def _ordered(rng: np.random.Generator, source: _OpenSet, video: StoredVideo) -> tuple[int, tuple[Tubelet, ...]]:
+    """The order label and the four views of a video; `UserError` when its clip scores are of other windows."""
+    _check_window(video, source)
+    return draw_tubelets(
+        rng,
+        source.cut,
+        frame_maps=video.frame_maps,
+        clip_scores=video.clip_scores,
+        height=video.height,
+        width=video.width,
+    )
+
+
+def _labelled(
+    rng: np.random.Generator, source: _OpenSet, video: StoredVideo, position: int
+) -> tuple[int, tuple[Tubelet, ...]]:
+    """The class and the one view of the video at a position of its set."""
+    clip = draw_clip(rng, source.cut, num_frames=video.num_frames, height=video.height, width=video.width)
+    return int(source.stored.labels[position]), (clip,)
 
 
 def flow_windows(box: Box, video: StoredVideo) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""From shard sets to batches of tubelets: plan, read, draw, decode, augment, target, here or in workers."""
+"""From shard sets to batches: plan, read, draw, decode, augment, target, here or in workers."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
 from dataloading.bad_list import BadList
 from dataloading.batches import BatchMaker
 from dataloading.crew import Crew
-from dataloading.data_config import DataConfig, check_clips
+from dataloading.data_config import DataConfig, LabelledConfig, check_blur, check_clips
 from dataloading.draw import added, too_many_bad
 from dataloading.prefetch import Prefetcher
 from dataloading.side_stream import arrived, beside_training
 from dataloading.steps import BatchWorker, MadeStep, ReadStep, ReadWorker, Share, Spent, StepReader, decode_step
-from mcl_dist.batch import TubeletBatch
+from mcl_dist.batch import Batch, LabelledBatch, TubeletBatch
 from mcl_dist.events import LoaderReport
 
 REPORT_SECONDS = 20.0  # a rate over a minute, the shortest that dashboards look at, always sees two
 
+Delivered = TypeVar("Delivered", bound=Batch)
 
-class TubeletLoader:
+
+class Loader(Generic[Delivered]):
     """One rank's batches from `start_step` on, to the end of `epochs` epochs or without end; made ahead.
 
     What the global batch of a step holds depends on (seed, step, global_batch, data.lanes) and the sets alone.
@@ -46,20 +48,23 @@ class TubeletLoader:
 
     def __init__(
         self,
-        config: DataConfig,
+        config: DataConfig | LabelledConfig,
         *,
         seed: int,
         global_batch: int,
         rank: int,
         num_ranks: int,
-        grid: tuple[int, int, int],
+        grid: tuple[int, int, int] | None,
         device: torch.device,
         start_step: int = 0,
         epochs: int | None = None,
         bad_samples: Path | None = None,
         listen: Callable[[LoaderReport], None] | None = None,
     ) -> None:
-        check_clips(config, grid)
+        if isinstance(config, LabelledConfig):
+            check_blur(config)
+        elif grid is not None:
+            check_clips(config, grid)
         self._config = config
         share = Share(seed, global_batch, rank, num_ranks, grid)
         self._source = share.source(config)
@@ -76,9 +81,9 @@ class TubeletLoader:
         self._crew: Crew | None = None
         self._maker: BatchMaker | None = None
         steps = itertools.count(start_step) if self.num_steps is None else range(start_step, self.num_steps)
-        self._ahead = Prefetcher(self._chain(share, steps, device), depth=config.prefetch, name="tubelet-loader")
+        self._ahead = Prefetcher(self._chain(share, steps, device), depth=config.prefetch, name="loader")
 
-    def __iter__(self) -> Iterator[TubeletBatch]:
+    def __iter__(self) -> Iterator[Delivered]:
         ahead = iter(self._ahead)
         while True:
             start = time.perf_counter()
@@ -89,7 +94,7 @@ class TubeletLoader:
             self._take_in(arrived(made))
             if time.monotonic() - self._last_told > REPORT_SECONDS:
                 self._tell()
-            yield made.batch
+            yield cast(Delivered, made.batch)
 
     def report(self) -> LoaderReport:
         """What has been done so far, workers included."""
@@ -110,7 +115,7 @@ class TubeletLoader:
         )
 
     def name_of(self, position: int) -> str:
-        """What messages call the video at a position of `TubeletBatch.samples`."""
+        """What messages call the video at a position of `Batch.samples`."""
         return self._source.name_of(position)
 
     def close(self) -> None:
@@ -152,3 +157,11 @@ class TubeletLoader:
         self._last_told = time.monotonic()
         if self._listen is not None:
             self._listen(self.report())
+
+
+class TubeletLoader(Loader[TubeletBatch]):
+    """Tubelets to pre-train on: of a `DataConfig`, with motion targets on a grid."""
+
+
+class LabelledLoader(Loader[LabelledBatch]):
+    """Clips with their classes, to train a classifier on: of a `LabelledConfig`, with `grid=None`."""

@@ -27,7 +27,7 @@ def pack(videos: list[EncodedVideo], room: Room) -> list[dict[str, Any]]:
             "attempt": video.attempt,
             "sample": video.sample,
             "where": video.where,
-            "order": video.order,
+            "label": video.label,
             "looks": [asdict(look) for look in video.looks],
             "num_stills": (len(video.frames), len(video.flow)),
         }
@@ -44,7 +44,7 @@ def unpack(rest: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> list[En
             attempt=one["attempt"],
             sample=one["sample"],
             where=one["where"],
-            order=one["order"],
+            label=one["label"],
             looks=tuple(_look(look) for look in one["looks"]),
             frames=[next(stills) for _ in range(one["num_stills"][0])],
             flow=[next(stills) for _ in range(one["num_stills"][1])],

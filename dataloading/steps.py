@@ -13,12 +13,12 @@ import torch
 from dataloading.bad_list import described
 from dataloading.batches import BatchMaker
 from dataloading.crew import Done, DoStep
-from dataloading.data_config import DataConfig
+from dataloading.data_config import DataConfig, LabelledConfig
 from dataloading.draw import EncodedVideo, VideoSource
 from dataloading.parcel import pack, unpack
 from dataloading.room import Room
 from dataloading.stages import StageClock
-from mcl_dist.batch import TubeletBatch
+from mcl_dist.batch import Batch, LabelledBatch, TubeletBatch
 
 HERE = -1  # stands for this process where workers have their numbers
 # What processes have taken so far, by their number: counts, and trees of counts.
@@ -27,15 +27,15 @@ Spent = dict[int, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of which run: what with the step decides what a batch holds."""
+    """Which part of which run: what with the step decides what a batch holds; `grid` as of `BatchMaker`."""
 
     seed: int
     global_batch: int
     rank: int
     num_ranks: int
-    grid: tuple[int, int, int]
+    grid: tuple[int, int, int] | None
 
-    def source(self, config: DataConfig) -> VideoSource:
+    def source(self, config: DataConfig | LabelledConfig) -> VideoSource:
         """The videos of this rank."""
         return VideoSource(
             config, seed=self.seed, global_batch=self.global_batch, rank=self.rank, num_ranks=self.num_ranks
@@ -61,7 +61,7 @@ class MadeStep:
     """
 
     step: int
-    batch: TubeletBatch
+    batch: Batch
     replaced: int
     bad: list[dict[str, Any]]
     spent: Spent
@@ -101,7 +101,7 @@ def decode_step(
 class ReadWorker:
     """Starts a worker that reads and draws, for a process with a GPU to decode."""
 
-    config: DataConfig
+    config: DataConfig | LabelledConfig
     share: Share
 
     def __call__(self) -> DoStep:
@@ -132,7 +132,7 @@ class ReadWorker:
 class BatchWorker:
     """Starts a worker that makes whole batches on the CPU."""
 
-    config: DataConfig
+    config: DataConfig | LabelledConfig
     share: Share
 
     def __call__(self) -> DoStep:
@@ -147,8 +147,9 @@ class BatchWorker:
                 return torch.from_numpy(room.array("views", maker.views_shape(num_videos), "uint8"))
 
             made = decode_step(reader(step), maker, source, views)
-            for name in ("motion", "order", "samples", "boxes"):
-                room.put(name, getattr(made.batch, name).numpy())
+            for name, tensor in vars(made.batch).items():
+                if name != "views":
+                    room.put(name, tensor.numpy())
             return {"step": step, "replaced": made.replaced, "bad": made.bad, "spent": _of_worker(made.spent, started)}
 
         return do_step
@@ -157,7 +158,8 @@ class BatchWorker:
     def received(done: Done) -> MadeStep:
         """What the worker has made; its memory is the worker's again when the batch is gone."""
         said = done.report
-        batch = TubeletBatch(**{name: torch.from_numpy(values) for name, values in done.arrays.items()})
+        kind = LabelledBatch if "labels" in done.arrays else TubeletBatch
+        batch = kind(**{name: torch.from_numpy(values) for name, values in done.arrays.items()})
         return MadeStep(said["step"], batch, said["replaced"], said["bad"], {done.worker: said["spent"]})
 
 

@@ -109,6 +109,18 @@ def draw_tubelets(
     return order, views
 
 
+def draw_clip(rng: np.random.Generator, config: CutConfig, *, num_frames: int, height: int, width: int) -> Tubelet:
+    """One clip from anywhere in a video, cropped anywhere, for a classifier (METHOD.md, section 6).
+
+    A video shorter than a clip's window is stretched to at least as long: each frame stands several times.
+    """
+    repeats = -(-config.window // num_frames)
+    start = int(rng.integers(num_frames * repeats - config.window, endpoint=True))
+    frames: np.ndarray = (start + config.stride * np.arange(config.frames)) // repeats
+    anywhere = MotionRegion(0.0, height, 0.0, width, 0.0)
+    return Tubelet(frames, draw_crop(rng, anywhere, height=height, width=width, area=config.area, aspect=config.aspect))
+
+
 def draw_motion_starts(
     rng: np.random.Generator, clip_scores: np.ndarray, *, num_frames: int, window: int, order: int
 ) -> np.ndarray:

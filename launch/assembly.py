@@ -6,20 +6,19 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dataloading.loader import TubeletLoader
+from dataloading.loader import Delivered, Loader, TubeletLoader
 from launch.exporting import exporting
 from launch.settings import PretrainConfig
 from mcl_dist.accounts import Birth, Ledger
-from mcl_dist.batch import TubeletBatch
 from mcl_dist.checkpoint import Checkpoints, DamagedError, Progress, Snapshot
 from mcl_dist.config import dump_config
-from mcl_dist.engine import Engine
+from mcl_dist.engine import Engine, OptimizerConfig
 from mcl_dist.errors import RankError, UserError
 from mcl_dist.events import Failed, Listener, Notice, Started, tell
 from mcl_dist.heads import Network
@@ -30,25 +29,27 @@ from mcl_dist.momentum import NUM_KEYS, MomentumEncoder
 from mcl_dist.negatives import Queue
 from mcl_dist.objective import Objective
 from mcl_dist.operations import operations_per_video
+from mcl_dist.pretrainer import Evaluate, Pretrainer
 from mcl_dist.ranks import Ranks, limit_waiting
 from mcl_dist.schedule import Schedule
 from mcl_dist.stopping import StopRequest
 from mcl_dist.storage import Folder
-from mcl_dist.trainer import Evaluate, Trainer
+from mcl_dist.trainer import Learning, TrainConfig
 from mcl_dist.weights import initialise
 
 
 @contextmanager
 def assembled(
     config: PretrainConfig, ranks: Ranks, device: torch.device, stop: StopRequest, heartbeat: Heartbeat, birth: Birth
-) -> Iterator[Trainer]:
+) -> Iterator[Pretrainer]:
     """The run's parts, put together and brought to where the newest checkpoint left off."""
     autocast = config.train.precision == "bfloat16"
     learner = _learner(config, ranks, device, autocast=autocast)
     folder = config.checkpoint.folder or f"{config.run.dir}/checkpoints"
     checkpoints = Checkpoints(folder, ranks, config.checkpoint)
-    with _listening(config, ranks, device, birth) as listeners:
-        snapshot = _resume(learner, checkpoints, config, listeners)
+    exported = nullcontext() if config.monitoring.port is None else exporting(config, ranks, device)
+    with listening(Path(config.run.dir), ranks, birth, Console(), exported) as listeners:
+        snapshot = resume(learner, checkpoints, dataclasses.asdict(config), listeners, course=COURSE)
         start = snapshot.step if snapshot else 0
         if ranks.is_first:
             Folder(config.run.dir).write("config.yaml", dump_config(config).encode())
@@ -75,13 +76,11 @@ def assembled(
             limit_waiting(config.supervise.collective_seconds)
             if snapshot:
                 engine.load_optimizer_state(snapshot.optimizer, start)
-            schedule = _schedule(config, loader.steps_per_epoch)
-            if snapshot and snapshot.schedule != dataclasses.asdict(schedule):
-                tell(listeners, Notice(_other_schedule(snapshot.schedule, dataclasses.asdict(schedule))))
+            schedule = schedule_of(config.train, config.optimizer, loader.steps_per_epoch)
             if loader.num_left_out:
                 tell(listeners, Notice(f"{loader.num_left_out} videos are too short for a clip, left out"))
-            tell(listeners, Started(start, schedule.total_steps, checkpoints.step_url(start) if snapshot else None))
-            yield Trainer(
+            tell_start(listeners, snapshot, schedule, checkpoints)
+            yield Pretrainer(
                 engine=engine,
                 learner=learner,
                 ranks=ranks,
@@ -90,7 +89,7 @@ def assembled(
                 checkpoints=checkpoints,
                 checkpoint_every=config.checkpoint.every,
                 config=dataclasses.asdict(config),
-                batches=_batches(loader, ranks),
+                batches=batches_of(loader, ranks),
                 settings=config.train,
                 listeners=listeners,
                 start=start,
@@ -104,10 +103,20 @@ def assembled(
             )
 
 
-def _schedule(config: PretrainConfig, steps_per_epoch: int) -> Schedule:
-    total = config.train.steps or config.train.epochs * steps_per_epoch
-    rate = config.optimizer.base_rate(config.train.global_batch)
-    return Schedule(rate, steps_per_epoch, total, config.optimizer.warmup_epochs)
+def schedule_of(train: TrainConfig, optimizer: OptimizerConfig, steps_per_epoch: int) -> Schedule:
+    """The length of a run, and its rates, by step."""
+    total = train.steps or train.epochs * steps_per_epoch
+    return Schedule(optimizer.base_rate(train.global_batch), steps_per_epoch, total, optimizer.warmup_epochs)
+
+
+def tell_start(
+    listeners: Sequence[Listener], snapshot: Snapshot | None, schedule: Schedule, checkpoints: Checkpoints
+) -> None:
+    """Tell where the run starts, and whether it goes on by another schedule than before."""
+    start, now = snapshot.step if snapshot else 0, dataclasses.asdict(schedule)
+    if snapshot and snapshot.schedule != now:
+        tell(listeners, Notice(_other_schedule(snapshot.schedule, now)))
+    tell(listeners, Started(start, schedule.total_steps, checkpoints.step_url(start) if snapshot else None))
 
 
 def _learner(config: PretrainConfig, ranks: Ranks, device: torch.device, *, autocast: bool) -> Learner:
@@ -142,7 +151,7 @@ def _loading(
         grid=config.encoder.grid(config.data.frames, config.data.crop),
         device=device,
         start_step=start,
-        bad_samples=Path(config.run.dir) / _of_rank("bad_samples", ranks),
+        bad_samples=Path(config.run.dir) / of_rank("bad_samples", ranks),
         listen=lambda report: tell(listeners, report),
     )
     try:
@@ -163,7 +172,8 @@ def _scoring(config: PretrainConfig, ranks: Ranks, listeners: Sequence[Listener]
         yield held_out
 
 
-def _batches(loader: TubeletLoader, ranks: Ranks) -> Iterator[TubeletBatch]:
+def batches_of(loader: Loader[Delivered], ranks: Ranks) -> Iterator[Delivered]:
+    """What the loader delivers; its errors name the rank that met them."""
     try:
         yield from loader
     except UserError as error:
@@ -175,33 +185,49 @@ def _fill_queue(learner: Learner, config: PretrainConfig, ranks: Ranks, device: 
     """Enqueue keys of the first batches, as many as the queue takes; training then sees these batches again."""
     num_batches = math.ceil(config.objective.queue / (NUM_KEYS * config.train.global_batch))
     with _loading(config, ranks, device, start=0) as loader:
-        for step, batch in zip(range(num_batches), _batches(loader, ranks), strict=False):
+        for step, batch in zip(range(num_batches), batches_of(loader, ranks), strict=False):
             learner.queue.enqueue(learner.momentum.encode(batch.views, step).inter_all)
 
 
-def _resume(
-    learner: Learner, checkpoints: Checkpoints, config: PretrainConfig, listeners: Sequence[Listener]
+def resume(
+    learner: Learning,
+    checkpoints: Checkpoints,
+    config: dict[str, Any],
+    listeners: Sequence[Listener],
+    *,
+    course: Sequence[str],
 ) -> Snapshot | None:
-    """Bring the learner to the newest good checkpoint, if there is one."""
+    """Bring the learner to the newest good checkpoint, if there is one.
+
+    Args:
+        learner: as the run would start without one.
+        checkpoints: of the run.
+        config: of the run, as checkpoints have it.
+        listeners: are told of checkpoints that cannot be used.
+        course: keys of the configuration that a run may not change on its way.
+
+    Raises:
+        UserError: they are another run's.
+    """
     step, refused = checkpoints.latest(lambda snapshot, url: _check_itself(snapshot, url, learner, config))
     for event in refused:
         tell(listeners, event)
     if step is None:
         return None
     snapshot, url = checkpoints.load(step), checkpoints.step_url(step)
-    _check_same_run(snapshot.config, config, url)
+    _check_same_run(snapshot.config, config, url, course)
     learner.restore(snapshot, url)
     return snapshot
 
 
-def _check_itself(snapshot: Snapshot, url: str, learner: Learner, config: PretrainConfig) -> None:
+def _check_itself(snapshot: Snapshot, url: str, learner: Learning, config: dict[str, Any]) -> None:
     """Look whether a checkpoint holds what its own configuration says, where that is the run's.
 
     Raises:
         DamagedError: when it does not.
     """
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
-    if all(snapshot.config.get(section) == now[section] for section in ("encoder", "heads")):
+    now = json.loads(json.dumps(config))
+    if all(snapshot.config.get(section) == now.get(section) for section in ARCHITECTURE):
         difference = learner.misfit(snapshot)
         if difference is not None:
             raise DamagedError(url, f"it does not hold what its configuration says ({difference})")
@@ -212,13 +238,13 @@ def _other_schedule(stored: dict[str, Any], now: dict[str, Any]) -> str:
     return f"this run's schedule is not the checkpoint's: {changes}"
 
 
+ARCHITECTURE = ("encoder", "heads", "classes")  # sections that say of which shapes the tensors are
 # What decides which samples a step holds and what shapes go through it: a run that changed these is another run.
 COURSE = ("run.seed", "train.global_batch", "data.lanes", "data.frames", "data.stride", "data.crop", "objective.queue")
 
 
-def _check_same_run(stored: dict[str, Any], config: PretrainConfig, url: str) -> None:
-    now = dataclasses.asdict(config)
-    for path in COURSE:
+def _check_same_run(stored: dict[str, Any], now: dict[str, Any], url: str, course: Sequence[str]) -> None:
+    for path in course:
         section, key = path.split(".")
         made_with = stored.get(section, {}).get(key)
         if made_with != now[section][key]:
@@ -229,13 +255,13 @@ def _check_same_run(stored: dict[str, Any], config: PretrainConfig, url: str) ->
 
 
 @contextmanager
-def _listening(config: PretrainConfig, ranks: Ranks, device: torch.device, birth: Birth) -> Iterator[list[Listener]]:
+def listening(
+    folder: Path, ranks: Ranks, birth: Birth, console: Console, exported: AbstractContextManager[Listener | None]
+) -> Iterator[list[Listener]]:
     """A log on every rank, and Prometheus where asked for; on the first also the terminal and the metrics' file."""
-    folder = Path(config.run.dir)
-    listeners: list[Listener] = [EventLog(folder / _of_rank("log", ranks))]
+    listeners: list[Listener] = [EventLog(folder / of_rank("log", ranks))]
     if ranks.is_first:
-        listeners += [Console(), MetricsFile(folder / "metrics.jsonl")]
-    exported = nullcontext() if config.monitoring.port is None else exporting(config, ranks, device)
+        listeners += [console, MetricsFile(folder / "metrics.jsonl")]
     try:
         with exported as metrics:
             everyone: list[Listener] = [*listeners, *([metrics] if metrics else [])]
@@ -247,6 +273,6 @@ def _listening(config: PretrainConfig, ranks: Ranks, device: torch.device, birth
         raise
 
 
-def _of_rank(name: str, ranks: Ranks) -> str:
+def of_rank(name: str, ranks: Ranks) -> str:
     """A file of lines that every rank has for itself: the first one's bears the name alone."""
     return f"{name}.jsonl" if ranks.is_first else f"{name}-{ranks.rank:05d}.jsonl"

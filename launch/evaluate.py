@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from launch.local_ranks import as_rank, launch_ranks
+from launch.local_ranks import Meeting, as_rank, launch_ranks, this_birth, watched_rank
 from launch.subject import RANDOM, load_pretrain_config, load_subject
 from mcl_dist.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launch.evaluate_settings import FrozenConfig
+    from launch.evaluate_settings import FrozenConfig, SupervisedEvaluation
     from launch.subject import Subject
     from mcl_dist.evaluation.scores import Scores
     from mcl_dist.ranks import Ranks
@@ -22,9 +24,17 @@ PROTOCOLS = {
     "svm": "linear SVM on the mean features of evenly spaced clips",
     "retrieval": "nearest training videos by the cosine of mean features",
     "knn": "votes of the nearest training videos",
+    "linear": "linear layer trained on features of random clips",
 }
+SUPERVISED = ("linear",)  # those that train for long: a run each, with a folder
 # Options that stand for a key of the configuration.
-SHORTHANDS = {"clips": "clips.count", "cost": "svm.cost", "cache": "data.cache", "recalibrate": "recalibrate"}
+SHORTHANDS = {
+    "clips": "clips.count",
+    "cost": "svm.cost",
+    "cache": "data.cache",
+    "recalibrate": "recalibrate",
+    "run_dir": "run.dir",
+}
 OF_PRETRAIN = "pretrain."
 LABELS = {"top1": "top-1", "top5": "top-5", "mean_class": "mean of classes"}
 MOST_LINES = 40  # of the table of classes on a terminal
@@ -33,6 +43,7 @@ EXAMPLE = """example:
   mcl evaluate knn --checkpoint runs/ucf101 --train … --test … --ranks 4 knn.neighbours=10
   mcl evaluate svm --checkpoint runs/ucf101 --train s1/train --test s1/test --train s2/train --test s2/test
   mcl evaluate svm --checkpoint random --pretrain configs/pretrain/ucf101.yaml --train … --test … pretrain.run.seed=1
+  mcl evaluate linear --checkpoint runs/k400 --train … --test … --ranks 4 --run-dir runs/k400-linear
 """
 
 
@@ -59,8 +70,8 @@ class Job:
     pretrain_overrides: Sequence[str] = ()
     as_json: bool = False
 
-    def settings(self) -> FrozenConfig:
-        """The checked configuration; errors as of `load_config`."""
+    def frozen(self) -> FrozenConfig:
+        """The checked configuration of a protocol on frozen features; errors as of `load_config`."""
         from launch.evaluate_settings import KnnEvaluation, RetrievalEvaluation, SvmEvaluation
         from mcl_dist.config import load_config
 
@@ -70,6 +81,15 @@ class Job:
             "retrieval": RetrievalEvaluation,
         }
         return load_config(schemas[self.protocol], self.config, self.overrides)
+
+    def supervised(self, num_ranks: int) -> SupervisedEvaluation:
+        """… of one that trains, on so many ranks."""
+        from launch.evaluate_settings import LinearEvaluation
+        from mcl_dist.config import load_config
+
+        config = load_config(LinearEvaluation, self.config, self.overrides)
+        config.check(num_ranks)
+        return config
 
     def subject(self) -> Subject:
         """What is evaluated; errors as of `load_subject`."""
@@ -89,18 +109,26 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         _add_arguments(each)
         if name == "svm":
             each.add_argument("--cost", type=positive_number, help="C of the SVM (default: 1)")
+        if name in SUPERVISED:
+            each.add_argument(
+                "--run-dir",
+                metavar="DIR",
+                help="run folder: log, metrics, checkpoints; with one that is there the run goes on (sets run.dir)",
+            )
         each.set_defaults(run=run, protocol=name)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate as the command line says, print the scores; returns the exit code."""
-    from mcl_dist.ranks import Ranks
-
     job = _job(arguments)
-    job.settings()  # what is wrong with it is told before ranks are started
+    if job.protocol in SUPERVISED:
+        return _supervise(job, arguments.ranks)
+    job.frozen()  # what is wrong with it is told before ranks are started
     if arguments.ranks > 1:
         return launch_ranks(__file__, [json.dumps(asdict(job))], arguments.ranks)
     import torch
+
+    from mcl_dist.ranks import Ranks
 
     evaluate(job, Ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     return 0
@@ -110,14 +138,14 @@ def evaluate(job: Job, ranks: Ranks) -> None:
     """All splits of a job, and on the first rank what comes of them, printed."""
     from launch.frozen import evaluate_frozen
 
-    settings = job.settings()
+    settings = job.frozen()
     splits = []
     for train, test in zip(job.train, job.test, strict=True):
         scores = evaluate_frozen(job.subject(), train, test, settings, ranks)
         if scores is not None:
             splits.append(scores)
     if ranks.is_first:
-        print(json.dumps(_report(job, splits)) if job.as_json else _text(splits))
+        _tell(job, splits)
 
 
 def main(words: Sequence[str] | None = None) -> NoReturn:
@@ -126,7 +154,8 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("job", help="JSON")
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     arguments = parser.parse_args(words)
-    as_rank(lambda: _evaluate_as_rank(Job(**json.loads(arguments.job))))
+    job = Job(**json.loads(arguments.job))
+    as_rank(_supervised_work(job) if job.protocol in SUPERVISED else lambda: _evaluate_as_rank(job))
 
 
 def _evaluate_as_rank(job: Job) -> None:
@@ -141,6 +170,60 @@ def _evaluate_as_rank(job: Job) -> None:
     ranks = Ranks(device)
     evaluate(job, ranks)
     ranks.barrier()
+
+
+def _supervise(job: Job, num_ranks: int) -> int:
+    """Supervise the ranks of a protocol that trains; returns the exit code."""
+    from launch.supervise import Supervisor
+
+    config = job.supervised(num_ranks)
+    if job.pretrain is not None:
+        load_pretrain_config(job.pretrain, job.pretrain_overrides)  # its mistakes, too, are told before ranks start
+    with TemporaryDirectory(prefix="mcl-") as runtime:
+        end = Supervisor(
+            script=__file__,
+            words=[json.dumps(asdict(job))],
+            meeting=Meeting(num_ranks),
+            limits=config.supervise,
+            runtime=Path(runtime),
+            log=Path(config.run.dir) / "log.jsonl",
+        ).run()
+    return end.exit_code
+
+
+def _supervised_work(job: Job) -> Callable[[], bool]:
+    """One rank's part in a protocol that trains, all splits; False where it was asked to stop."""
+    stop, heartbeat = watched_rank()
+
+    def work() -> bool:
+        birth = this_birth()
+        from launch.orphans import stop_with_launcher
+        from launch.supervised import Rank, evaluate_supervised
+        from mcl_dist.engine import join_process_group, pick_device
+        from mcl_dist.ranks import Ranks
+
+        stop_with_launcher(stop)
+        device = pick_device()
+        join_process_group(device)
+        ranks = Ranks(device)
+        config = job.supervised(ranks.count)
+        splits = []
+        for number, (train, test) in enumerate(zip(job.train, job.test, strict=True), start=1):
+            folder = config.run.dir if len(job.train) == 1 else f"{config.run.dir}/split-{number}"
+            of_split = replace(config, run=replace(config.run, dir=folder))
+            outcome = evaluate_supervised(job.subject(), train, test, of_split, Rank(ranks, stop, heartbeat, birth))
+            if not outcome.is_done:
+                return False
+            splits += [outcome.scores] if outcome.scores else []
+        if ranks.is_first:
+            _tell(job, splits)
+        return True
+
+    return work
+
+
+def _tell(job: Job, splits: Sequence[Scores]) -> None:
+    print(json.dumps(_report(job, splits)) if job.as_json else _text(splits))
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

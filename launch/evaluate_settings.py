@@ -5,11 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dataloading.clips import ClipsConfig
+from dataloading.data_config import SupervisedConfig
 from dataloading.fetch import FetchConfig
+from launch.hangs import SuperviseConfig
+from launch.settings import RunConfig
+from mcl_dist.checkpoint import CheckpointConfig
+from mcl_dist.config import number
+from mcl_dist.encoder import STEM_STRIDE
+from mcl_dist.engine import OptimizerConfig
+from mcl_dist.errors import ConfigError
 from mcl_dist.evaluation.feature_cache import FeaturesConfig
 from mcl_dist.evaluation.neighbours import KnnConfig
 from mcl_dist.evaluation.scores import BootstrapConfig
 from mcl_dist.evaluation.svm import SvmConfig
+from mcl_dist.trainer import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -51,3 +60,65 @@ class KnnEvaluation(FrozenConfig):
 @dataclass(frozen=True)
 class RetrievalEvaluation(FrozenConfig):
     """`mcl evaluate retrieval`."""
+
+
+@dataclass(frozen=True)
+class LongClips(ClipsConfig):
+    """Clips of the protocols that train: longer than those of the pre-training."""
+
+    frames: int | None = number(32, minimum=STEM_STRIDE[0])
+    stride: int | None = number(2, minimum=1)
+
+
+@dataclass(frozen=True)
+class SupervisedEvaluation:
+    """What the protocols have that train a classifier. Their run is one as pre-training's, with a folder of its own."""
+
+    run: RunConfig
+    clips: LongClips = field(default_factory=LongClips)
+    data: SupervisedConfig = field(default_factory=SupervisedConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    supervise: SuperviseConfig = field(default_factory=SuperviseConfig)
+    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
+
+    def check(self, num_ranks: int) -> None:
+        """What no section can check alone.
+
+        Raises:
+            ConfigError: when ranks do not divide the batch, or parameters or optimizer cannot be sharded as asked.
+        """
+        self.optimizer.check()
+        self.train.batch_per_rank(num_ranks)
+        if self.optimizer.zero_stage == 3:
+            raise ConfigError(
+                "optimizer.zero_stage: found 3, must be at most 2 here: each rank tests videos of its own, with all "
+                "parameters"
+            )
+
+
+@dataclass(frozen=True)
+class LinearOptimizer(OptimizerConfig):
+    """The linear layer's rate, for features of unit length, without decay and warm-up."""
+
+    learning_rate: float = number(16.0, minimum=0)
+    weight_decay: float = number(0.0, minimum=0)
+    warmup_epochs: float = number(0.0, minimum=0)
+
+
+@dataclass(frozen=True)
+class LinearTraining(TrainConfig):
+    """Batch and length of the linear layer's training."""
+
+    global_batch: int = number(128, minimum=1)
+    epochs: int = number(100, minimum=1)
+
+
+@dataclass(frozen=True)
+class LinearEvaluation(SupervisedEvaluation):
+    """`mcl evaluate linear`; `recalibrate` as of `FrozenConfig`."""
+
+    recalibrate: bool | None = None
+    optimizer: LinearOptimizer = field(default_factory=LinearOptimizer)
+    train: LinearTraining = field(default_factory=LinearTraining)

@@ -61,7 +61,7 @@ def evaluate_frozen(
         encoder = subject.encoder.to(ranks.device)
         geometry = subject.shown(config.clips)
         if subject.is_untrained if config.recalibrate is None else config.recalibrate:
-            recalibrate(encoder, _recalibration_clips(train, geometry, ranks))
+            recalibrate(encoder, recalibration_clips(train, geometry, ranks))
         features = [
             _features(encoder, shard_set, geometry, config, ranks, what)
             for shard_set, what in ((train, "training features"), (test, "test features"))
@@ -139,10 +139,10 @@ def _features(
         num_crops=config.clips.crops,
         positions=share_of(len(shard_set), ranks),
         batch_videos=1,
-        threads=decoding_threads(),
+        threads=num_threads(),
     )
     told = watched(batches, len(batches), f"{what} of {len(shard_set)} videos") if ranks.is_first else batches
-    with _told_by(ranks):
+    with told_by(ranks):
         own = extract_features(encoder, ((batch.clips, batch.labels) for batch in told))
     features = gather_features(own, len(shard_set), ranks)
     if ranks.is_first and (line := cache.write(made_of, features)):
@@ -151,7 +151,7 @@ def _features(
 
 
 @contextmanager
-def _told_by(ranks: Ranks) -> Iterator[None]:
+def told_by(ranks: Ranks) -> Iterator[None]:
     """What is met in here one rank alone has met: no other reads what it reads."""
     try:
         yield
@@ -159,10 +159,10 @@ def _told_by(ranks: Ranks) -> Iterator[None]:
         raise RankError(f"rank {ranks.rank}: {error}" if ranks.count > 1 else str(error)) from error
 
 
-def _recalibration_clips(train: ShardSet, geometry: ClipGeometry, ranks: Ranks) -> Iterator[torch.Tensor]:
+def recalibration_clips(train: ShardSet, geometry: ClipGeometry, ranks: Ranks) -> Iterator[torch.Tensor]:
     """Batches of one clip each of as many videos; a set's order is random, so its first ones are a fair share."""
     batches = ProbeClips(
-        train, geometry, device=ranks.device, num_clips=1, batch_videos=RECALIBRATION_VIDEOS, threads=decoding_threads()
+        train, geometry, device=ranks.device, num_clips=1, batch_videos=RECALIBRATION_VIDEOS, threads=num_threads()
     )
     for batch in islice(batches, RECALIBRATION_BATCHES):
         yield batch.clips[:, 0]
@@ -176,6 +176,6 @@ def _answers(train: Features, test: Features, num_classes: int, config: FrozenCo
     return retrieval_answers(train, test)
 
 
-def decoding_threads() -> int:
+def num_threads() -> int:
     """Decoding threads of this rank: its share of the machine."""
     return max(1, num_cores() // int(os.environ.get("LOCAL_SIZE", "1")))

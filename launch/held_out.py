@@ -10,7 +10,7 @@ import torch
 
 from dataloading.clips import ClipGeometry, ProbeClips
 from dataloading.stream import ShardSet
-from launch.frozen import check_split, decoding_threads
+from launch.frozen import check_split, num_threads
 from launch.settings import PretrainConfig
 from mcl_dist.encoder import Encoder
 from mcl_dist.errors import UserError
@@ -92,7 +92,7 @@ class HeldOut:
             num_clips=self._config.clips,
             positions=share_of(self._num_videos(shard_set), self._ranks),
             batch_videos=1,
-            threads=decoding_threads(),
+            threads=num_threads(),
         )
 
     def _num_videos(self, shard_set: ShardSet) -> int:

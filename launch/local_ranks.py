@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +17,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from launch.ends import CRASHED, DONE, LOST, STOPPED, USER, End
+from mcl_dist.accounts import Birth
 from mcl_dist.errors import EXIT_FAILURE, EXIT_STOPPED, RankError, UserError
+from mcl_dist.heartbeat import Heartbeat
+from mcl_dist.stopping import StopRequest
 
 RUNTIME = "MCL_RUNTIME"  # names the folder of the node's supervisor, in the environment of its ranks
 RESTARTED = "MCL_RESTARTED"  # says as JSON why this attempt had to be made
@@ -68,6 +72,29 @@ def launch_ranks(script: str, words: Sequence[str], num_ranks: int) -> int:
     """Run a script once a rank, with these words on its command line; returns the launcher's exit code."""
     command = launcher_command(script, words, Meeting(num_ranks))
     return subprocess.run(command, env=launcher_environment(), check=False).returncode
+
+
+def watched_rank() -> tuple[StopRequest, Heartbeat]:
+    """What asks this rank to stop, and its sign of life, from now on; to be called before anything that takes long."""
+    stop = StopRequest()
+    stop.heed_signals()
+    folder = os.environ.get(RUNTIME)
+    heartbeat = Heartbeat(Path(folder) if folder else None, int(os.environ.get("RANK", "0")))
+    heartbeat.start()
+    return stop, heartbeat
+
+
+def heed_stop_file(folder: Path, stop: StopRequest, heartbeat: Heartbeat) -> Path:
+    """Take a file in the run's folder for a request, on a machine's first rank; returns which, to be removed then."""
+    file = folder / STOP_FILE
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        heartbeat.at_every_beat(lambda: stop.ask("a stop file") if file.exists() else None)
+    return file
+
+
+def this_birth() -> Birth:
+    """When this start of the run began, which is now, and what a supervisor says of why."""
+    return Birth(time.time(), **json.loads(os.environ.get(RESTARTED, "{}")))
 
 
 def as_rank(work: Callable[[], bool | None]) -> NoReturn:

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict
@@ -14,9 +13,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from launch import cluster
-from launch.local_ranks import RESTARTED, RUNTIME, STOP_FILE, as_rank
+from launch.local_ranks import as_rank, heed_stop_file, this_birth, watched_rank
 from launch.nodes import add_node_arguments, meeting_of
-from mcl_dist.accounts import Birth
 from mcl_dist.heartbeat import Heartbeat
 from mcl_dist.stopping import StopRequest
 
@@ -95,17 +93,13 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     _add_arguments(parser)
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
     arguments = parser.parse_args(words)
-    stop = StopRequest()
-    stop.heed_signals()  # before anything that takes long
-    folder = os.environ.get(RUNTIME)
-    heartbeat = Heartbeat(Path(folder) if folder else None, int(os.environ.get("RANK", "0")))
-    heartbeat.start()
+    stop, heartbeat = watched_rank()
     as_rank(lambda: pretrain(arguments.config, arguments.overrides, stop, heartbeat))
 
 
 def pretrain(config_path: str, overrides: Sequence[str], stop: StopRequest, heartbeat: Heartbeat) -> bool:
     """Run this rank's part of the training from the newest checkpoint to the end; False if it was asked to stop."""
-    birth = Birth(time.time(), **json.loads(os.environ.get(RESTARTED, "{}")))
+    birth = this_birth()
     from launch.assembly import assembled
     from launch.orphans import stop_with_launcher
     from launch.run_lock import only_run
@@ -116,9 +110,7 @@ def pretrain(config_path: str, overrides: Sequence[str], stop: StopRequest, hear
 
     stop_with_launcher(stop)
     config = load_config(PretrainConfig, config_path, overrides)
-    stop_file = Path(config.run.dir) / STOP_FILE
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        heartbeat.at_every_beat(lambda: stop.ask("a stop file") if stop_file.exists() else None)
+    stop_file = heed_stop_file(Path(config.run.dir), stop, heartbeat)
     device = pick_device()
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
     join_process_group(device)

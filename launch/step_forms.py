@@ -26,9 +26,9 @@ from mcl_dist.losses import inter_loss, intra_loss, order_loss, own_similarities
 from mcl_dist.momentum import NUM_KEYS, MomentumEncoder
 from mcl_dist.negatives import Queue
 from mcl_dist.objective import Objective
+from mcl_dist.pretrainer import Pretrainer
 from mcl_dist.ranks import Ranks
 from mcl_dist.schedule import Schedule
-from mcl_dist.trainer import Trainer
 
 Mark = Callable[[str], None]  # called with a phase's name when it ends
 
@@ -184,7 +184,7 @@ class TrainerStep:
         setattr(owner, method, marking)
 
 
-def lone_trainer(config: PretrainConfig, form: Form, device: torch.device, checkpoints: Checkpoints) -> Trainer:
+def lone_trainer(config: PretrainConfig, form: Form, device: torch.device, checkpoints: Checkpoints) -> Pretrainer:
     """A trainer alone in its process group, whose `take` is given batches by hand."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ[name] = value
@@ -197,7 +197,7 @@ def lone_trainer(config: PretrainConfig, form: Form, device: torch.device, check
         batch_per_rank=config.train.global_batch,
         accumulate=config.train.accumulate,
     )
-    return Trainer(
+    return Pretrainer(
         engine=engine,
         learner=learner,
         ranks=Ranks(device),

@@ -1,4 +1,4 @@
-"""DeepSpeed around the objective: process group, optimizer, ZeRO, and optimizer state in and out.
+"""DeepSpeed around what is to be learnt: process group, optimizer, ZeRO, and optimizer state in and out.
 
 The optimizer's state travels by parameter name and in full, so that any number of ranks can load it.
 """
@@ -19,7 +19,7 @@ from torch import distributed, nn
 from mcl_dist.config import choice, number
 from mcl_dist.errors import ConfigError
 from mcl_dist.lars import LARS
-from mcl_dist.objective import Objective
+from mcl_dist.loss_module import LossModule
 
 STATE_KEYS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq"), "lars": ("momentum_buffer",)}
 ADAMW_BETAS = (0.9, 0.999)
@@ -101,15 +101,17 @@ class Update(NamedTuple):
 
 
 class Engine:
-    """Forward, backward and step of the objective under DeepSpeed.
+    """Forward, backward and step of an objective under DeepSpeed.
 
     Args:
+        objective: whose network's parameters are stepped.
+        config: how.
         batch_per_rank: videos that a rank's step takes.
         accumulate: parts that they come in, each with a forward and a backward of its own.
     """
 
     def __init__(
-        self, objective: Objective, config: OptimizerConfig, *, batch_per_rank: int, accumulate: int = 1
+        self, objective: LossModule, config: OptimizerConfig, *, batch_per_rank: int, accumulate: int = 1
     ) -> None:
         config.check()
         self.objective = objective

@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from mcl_dist.batch import TubeletBatch
+from mcl_dist.batch import Batch
 from mcl_dist.ranks import Ranks
 
 NOT_FINITE = (
@@ -35,8 +35,8 @@ class Suspects:
         losses: of the rank's forward passes, (parts,).
     """
 
-    def __init__(self, batch: TubeletBatch, losses: torch.Tensor) -> None:
-        inputs = _broken(batch.views) | _broken(batch.motion)
+    def __init__(self, batch: Batch, losses: torch.Tensor) -> None:
+        inputs = torch.stack([_broken(tensor) for tensor in vars(batch).values()]).any(dim=0)
         loss = (~torch.isfinite(losses)).any().expand_as(inputs)
         self._rows = torch.stack([batch.samples.to(inputs.device), inputs.long(), loss.long()], dim=1)
 

@@ -38,12 +38,12 @@ class Learner:
         sides = {"query": self.network, "key": self.momentum.network}
         return Share(
             step=step,
-            network=_detached(self.network.named_parameters()),
-            momentum=_detached(self.momentum.network.named_parameters()),
+            network=detached(self.network.named_parameters()),
+            momentum=detached(self.momentum.network.named_parameters()),
             optimizer=optimizer,
             queue=self.queue.share(),
             queue_position=self.queue.position,
-            statistics=_detached(
+            statistics=detached(
                 (f"{side}.{name}", buffer) for side, module in sides.items() for name, buffer in module.named_buffers()
             ),
             progress=progress or Progress(),
@@ -122,5 +122,6 @@ def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def _detached(named: Iterable[tuple[str, torch.Tensor]]) -> Tensors:
+def detached(named: Iterable[tuple[str, torch.Tensor]]) -> Tensors:
+    """Named tensors without their history, not copied."""
     return {name: value.detach() for name, value in named}

@@ -9,12 +9,12 @@ from difflib import get_close_matches
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from mcl_dist.alignment import align, alignment_map, automatic_gradient, similarity_gradient
 from mcl_dist.config import choice, number
 from mcl_dist.errors import ConfigError
 from mcl_dist.heads import Network
+from mcl_dist.loss_module import LossModule
 from mcl_dist.losses import inter_loss, intra_loss, order_loss, own_similarities
 from mcl_dist.momentum import Keys
 from mcl_dist.negatives import Queue
@@ -58,13 +58,15 @@ class LossWeights(NamedTuple):
     order: float
 
 
-class Objective(nn.Module):
+class Objective(LossModule):
     """The query network with its losses; keys and queue come from outside and are constants.
 
     Attributes:
-        report: detached scalars of the last forward, without the weights: a loss per term, the mean similarity to
-            positives and to negatives, and the alignment's spatio-temporal similarity.
+        report: without the weights: a loss per term, the mean similarity to positives and to negatives, and the
+            alignment's spatio-temporal similarity.
     """
+
+    network: Network
 
     def __init__(
         self, network: Network, *, temperature: float, autocast: bool = False, alignment_layer: str | None = None
@@ -74,12 +76,10 @@ class Objective(nn.Module):
         Raises:
             ConfigError: when the encoder has no such layer, or its BatchNorm cannot be differentiated twice.
         """
-        super().__init__()
+        super().__init__(network)
         if alignment_layer is not None:
             _check_layer(network, alignment_layer)
         self._layer = alignment_layer
-        self.network = network
-        self.report: dict[str, torch.Tensor] = {}
         self._temperature = temperature
         self._autocast = autocast
 

@@ -1,35 +1,34 @@
-"""The pre-training loop, and what a run is made of."""
+"""The training loop, and what a run is made of."""
 
 from __future__ import annotations
 
 import resource
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from mcl_dist.batch import QUERY, TubeletBatch
-from mcl_dist.checkpoint import Checkpoints, Progress, Share
+from mcl_dist.batch import Batch
+from mcl_dist.checkpoint import Checkpoints, Progress, Share, Snapshot, Tensors
 from mcl_dist.clock import PhaseClock
 from mcl_dist.config import choice, number
-from mcl_dist.encoder import Encoder, normalise
 from mcl_dist.engine import Engine
 from mcl_dist.errors import ConfigError, UserError
-from mcl_dist.events import Evaluated, Finished, Listener, LossSpike, Notice, StepDone, StepSkipped, Stopping, tell
+from mcl_dist.events import Finished, Listener, LossSpike, Notice, StepDone, StepSkipped, Stopping, tell
 from mcl_dist.guard import SpikeDetector, Suspects
-from mcl_dist.heartbeat import EVALUATING, SAVING, STEPPING, Heartbeat
-from mcl_dist.learner import Learner
-from mcl_dist.momentum import NUM_KEYS, Keys
-from mcl_dist.objective import ObjectiveConfig
+from mcl_dist.heartbeat import SAVING, STEPPING, Heartbeat
+from mcl_dist.learner import Statistics
 from mcl_dist.ranks import Ranks
 from mcl_dist.readback import Readback
 from mcl_dist.schedule import Schedule
 from mcl_dist.stopping import StopRequest
 
-Evaluate = Callable[[Encoder, int], dict[str, float] | None]
 LEAVING_SECONDS = 60.0  # for a checkpoint that is being written when something ends the run
+
+Delivered = TypeVar("Delivered", bound=Batch)
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,24 @@ class TrainConfig:
         return self.global_batch // num_ranks
 
 
+class Learning(Protocol):
+    """What the steps of a run change, and its way into and out of checkpoints."""
+
+    def share(
+        self, step: int, optimizer: Tensors, config: dict[str, Any], progress: Progress, schedule: dict[str, Any]
+    ) -> Share:
+        """This rank's share of a checkpoint, nothing copied; `optimizer` is its share of the optimizer's state."""
+
+    def restore(self, snapshot: Snapshot, where: str) -> None:
+        """Take over a snapshot; `UserError`, with `where` as its name, when it is of another architecture."""
+
+    def misfit(self, snapshot: Snapshot) -> str | None:
+        """The first tensor of a snapshot that is of another architecture, in words; None when all fit."""
+
+    def statistics(self) -> Statistics:
+        """BatchNorm statistics as they are now."""
+
+
 @dataclass
 class Pending:
     """A step that the device may still be at; what became of it is read once the next one is under way.
@@ -86,24 +103,24 @@ class Pending:
         step: counted from 0.
         numbers: report, `gradient_norm`, `taken` and the seconds `waited`, means over ranks.
         suspects: to be asked if it was not taken.
-        queue_position: before its keys were written.
         videos: in the global batch.
         clock: of its phases.
+        queue_position: before its keys were written, where there is a queue.
         seconds: of wall time.
     """
 
     step: int
     numbers: Readback
     suspects: Suspects
-    queue_position: int
     videos: int
     clock: PhaseClock
+    queue_position: int = 0
     seconds: float = 0.0
 
 
-@dataclass
-class Trainer:
-    """A run, put together: parts that step, data that feeds them, and who hears of it.
+@dataclass(kw_only=True)
+class Trainer(ABC, Generic[Delivered]):
+    """A run, put together: parts that step, data that feeds them, and who hears of it. What a step does is `take`.
 
     The host never waits for the step that the device is at: it reads what became of a step when the next one is on its
     way. A step that is not finite is undone on the device itself.
@@ -112,24 +129,20 @@ class Trainer:
         batches: endless, starting with the batch of step `start`.
         start: steps done before.
         progress: what was remembered of them.
-        name_of: what people call a sample of `TubeletBatch.samples`.
+        name_of: what people call a sample of `Batch.samples`.
         operations: floating-point operations that a video needs, for those who listen; 0 where nobody has counted.
         stop: whether this rank was asked to stop before the end.
         heartbeat: told what this rank is at.
-        evaluate: scores an encoder after so many steps, all ranks together; the first has the scores, where there are
-            any. It leaves all that training goes by as it is.
-        evaluate_every: steps from one evaluation to the next; None: there is none.
     """
 
     engine: Engine
-    learner: Learner
+    learner: Learning
     ranks: Ranks
     schedule: Schedule
-    losses: ObjectiveConfig
     checkpoints: Checkpoints
     checkpoint_every: int
     config: dict[str, Any]
-    batches: Iterator[TubeletBatch]
+    batches: Iterator[Delivered]
     settings: TrainConfig = field(default_factory=TrainConfig)
     listeners: Sequence[Listener] = ()
     start: int = 0
@@ -138,15 +151,13 @@ class Trainer:
     operations: int = 0
     stop: StopRequest = field(default_factory=StopRequest)
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
-    evaluate: Evaluate = lambda *_: None
-    evaluate_every: int | None = None
 
     def __post_init__(self) -> None:
         self._pending: Pending | None = None
         self._is_stopping = False
         self._owes_checkpoint = False
         self._skipped_in_a_row = self.progress.skipped_in_a_row
-        self._num_taken = self.progress.num_taken  # steps whose keys have gone into the queue
+        self._num_taken = self.progress.num_taken  # steps that were finite
         self._spikes = SpikeDetector(self.settings.spike_window, self.settings.spike_factor)
         self._spikes.remember(self.progress.recent_losses, is_high=self.progress.loss_is_high)
         self._spike: LossSpike | None = None
@@ -190,8 +201,8 @@ class Trainer:
             if is_due:
                 self.save_soon(step + 1)
             self._hear()
-            if self.evaluate_every and (is_last or (step + 1) % self.evaluate_every == 0) and not self._is_stopping:
-                self._evaluate(step + 1)
+            if not self._is_stopping:
+                self._look(step + 1, is_last=is_last)
             if self._is_stopping and not is_last:
                 self.save_and_wait(step + 1)
                 tell(self.listeners, Stopping(step + 1, self.ranks.first_word(self.stop.reason or "")))
@@ -199,53 +210,20 @@ class Trainer:
         self.save_and_wait(total)
         return True
 
-    def take(self, step: int, batch: TubeletBatch, clock: PhaseClock, waited: float) -> Pending:
-        """One step, all of it in the device's hands on return; `waited` are the seconds that its batch took to come."""
-        statistics = self.learner.statistics()
-        clock.mark("other")
-        keys = self.learner.momentum.encode(batch.views, step)
-        clock.mark("keys")
-        reports = self._backward(step, batch, keys, clock)
-        report = self._mean(reports, waited)
-        clock.mark("other")
-        self.checkpoints.await_copy()  # of what the update changes
-        clock.mark("checkpoint")
-        update = self.engine.step(report["loss"], self.schedule.learning_rate(step))
-        with self.engine.gathered():
-            parameters = self.learner.network.parameters()
-            self.learner.momentum.update(parameters, self.schedule.momentum(step, self.losses), update.taken)
-        statistics.put_back_unless(update.taken)
-        clock.mark("update")
-        self._settle()  # the step before: whether it was taken says where these keys go
-        clock.mark("other")
-        position = self.learner.queue.position
-        self.learner.queue.enqueue(keys.inter_all, update.taken)
-        clock.mark("update")
-        self._pending = Pending(
-            step=step,
-            numbers=Readback({**report, **update._asdict()}),
-            suspects=Suspects(batch, torch.stack([report["loss"] for report in reports])),
-            queue_position=position,
-            videos=len(batch.order) * self.ranks.count,
-            clock=clock,
-        )
-        return self._pending
+    @abstractmethod
+    def take(self, step: int, batch: Delivered, clock: PhaseClock, waited: float) -> Pending:
+        """One step, all of it in the device's hands on return; `waited` are the seconds that its batch took to come.
 
-    def _backward(self, step: int, batch: TubeletBatch, keys: Keys, clock: PhaseClock) -> list[dict[str, torch.Tensor]]:
-        """Forward and backward of every part of the batch; the objective's report of each."""
-        weights = self.schedule.loss_weights(step, self.losses)
-        reports = []
-        for part in torch.arange(len(batch.order)).chunk(self.settings.accumulate):
-            own = slice(int(part[0]), int(part[-1]) + 1)
-            clips = normalise(batch.views[own, QUERY])
-            loss = self.engine.forward(
-                clips, keys.of(own), self.learner.queue, batch.motion[own], batch.order[own], weights
-            )
-            clock.mark("forward")
-            self.engine.backward(loss)
-            clock.mark("backward")
-            reports.append(self.engine.objective.report)
-        return reports
+        Before it returns, it has what became of the step before found out, and remembers this one as pending.
+        """
+
+    def _look(self, step: int, *, is_last: bool) -> None:
+        """What is done after `step` steps that changes nothing training goes by."""
+
+    def _parts(self, num_videos: int) -> Iterator[slice]:
+        """Where the parts that a rank's videos of a step come in begin and end."""
+        for part in torch.arange(num_videos).chunk(self.settings.accumulate):
+            yield slice(int(part[0]), int(part[-1]) + 1)
 
     def _mean(self, reports: list[dict[str, torch.Tensor]], waited: float) -> dict[str, torch.Tensor]:
         """Means over parts and ranks of the objective's report, of the seconds waited, and of who was asked to stop."""
@@ -269,13 +247,16 @@ class Trainer:
         loss = report["loss"]
         tell(self.listeners, self._done(pending, report, taken=taken))
         if not taken:
-            self.learner.queue.position = pending.queue_position
+            self._take_back(pending)
             self._skip(pending)
             return
         self._skipped_in_a_row = 0
         limit = self._spikes.limit_passed(loss)
         if limit is not None and self.settings.on_spike != "ignore":
             self._spike = LossSpike(pending.step + 1, loss, limit, None)
+
+    def _take_back(self, pending: Pending) -> None:
+        """Undo what the host has done of a step that the device did not take."""
 
     def _skip(self, pending: Pending) -> None:
         self._skipped_in_a_row += 1
@@ -310,7 +291,6 @@ class Trainer:
 
     def _done(self, pending: Pending, report: dict[str, float], *, taken: bool) -> StepDone:
         waited, gradient_norm = report.pop("waited"), report.pop("gradient_norm")
-        written, size = self._num_taken * NUM_KEYS * pending.videos, self.learner.queue.size
         return StepDone(
             step=pending.step + 1,
             epoch=pending.step // self.schedule.steps_per_epoch,
@@ -323,9 +303,6 @@ class Trainer:
             gradient_norm=gradient_norm,
             taken=taken,
             phases=pending.clock.seconds(),
-            momentum=self.schedule.momentum(pending.step, self.losses),
-            queue_fill=1.0 if self.losses.fill_queue else min(1.0, written / size),
-            queue_age=min(written, size) / (NUM_KEYS * pending.videos),
             operations=float(self.operations * pending.videos),
         )
 
@@ -341,17 +318,6 @@ class Trainer:
         if self.checkpoints.newest_step != step:
             self._save(step, time.perf_counter())
         self._conclude(self.checkpoints.finish)
-
-    def _evaluate(self, step: int) -> None:
-        """Score the query encoder as it is after `step` steps, and tell."""
-        self._settle()
-        self.heartbeat.enters(EVALUATING)
-        since = time.perf_counter()
-        with self.engine.gathered():
-            encoder = self.learner.frozen_encoder(self.ranks)
-        scores = self.evaluate(encoder, step)
-        if scores is not None:
-            tell(self.listeners, Evaluated(step, scores, time.perf_counter() - since))
 
     def save_soon(self, step: int) -> None:
         """Begin a checkpoint, or owe it while the store holds up the one before: training does not wait for stores."""

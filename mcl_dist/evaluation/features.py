@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +33,6 @@ def share_of(num_videos: int, ranks: Ranks) -> range:
     return range(num_videos * ranks.rank // ranks.count, num_videos * (ranks.rank + 1) // ranks.count)
 
 
-@torch.no_grad()
 def extract_features(encoder: Encoder, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Features:
     """Encode every video's clips with the encoder in evaluation mode, and average.
 
@@ -41,15 +40,34 @@ def extract_features(encoder: Encoder, batches: Iterable[tuple[torch.Tensor, tor
 
     Args:
         encoder: left in evaluation mode.
-        batches: clips uint8 (V, clips of a video, T, H, W, 3) with labels (V,).
+        batches: as of `mean_over_clips`.
     """
     encoder.eval()
+
+    def pooled(clips: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = encoder(normalise(clips)).pooled
+        return features
+
+    return mean_over_clips(pooled, encoder.feature_dim, batches)
+
+
+@torch.no_grad()
+def mean_over_clips(
+    function: Callable[[torch.Tensor], torch.Tensor], width: int, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
+) -> Features:
+    """One vector a video, the mean of what a function gives for its clips.
+
+    Args:
+        function: bytes (clips, T, H, W, 3) to vectors (clips, width).
+        width: of the vectors.
+        batches: clips uint8 (V, clips of a video, T, H, W, 3) with labels (V,).
+    """
     vectors, labels = [], []
     for clips, labels_v in batches:
-        vectors += [_mean_feature(encoder, video) for video in clips]
+        vectors += [_mean(function, video) for video in clips]
         labels.append(labels_v.cpu().numpy())
     if not vectors:
-        return Features(np.empty((0, encoder.feature_dim), np.float32), np.empty(0, np.int64))
+        return Features(np.empty((0, width), np.float32), np.empty(0, np.int64))
     return Features(torch.stack(vectors).cpu().numpy(), np.concatenate(labels))
 
 
@@ -68,10 +86,10 @@ def gather_features(own: Features, num_videos: int, ranks: Ranks) -> Features:
     return Features(vectors[real].cpu().numpy(), labels[real].cpu().numpy())
 
 
-def _mean_feature(encoder: Encoder, clips: torch.Tensor) -> torch.Tensor:
+def _mean(function: Callable[[torch.Tensor], torch.Tensor], clips: torch.Tensor) -> torch.Tensor:
     """(C,) of one video's clips (clips, T, H, W, 3)."""
     parts = torch.split(clips, CLIPS_AT_ONCE)
-    return torch.cat([encoder(normalise(part)).pooled for part in parts]).mean(dim=0).float()
+    return torch.cat([function(part) for part in parts]).mean(dim=0).float()
 
 
 @torch.no_grad()

@@ -18,9 +18,10 @@ from mcl_dist.learner import Learner
 from mcl_dist.momentum import MomentumEncoder
 from mcl_dist.negatives import Queue
 from mcl_dist.objective import Objective, ObjectiveConfig
+from mcl_dist.pretrainer import Pretrainer
 from mcl_dist.ranks import Ranks
 from mcl_dist.schedule import Schedule
-from mcl_dist.trainer import TrainConfig, Trainer
+from mcl_dist.trainer import TrainConfig
 
 GLOBAL_BATCH, STEPS = 4, 6
 QUIET = TrainConfig(on_spike="ignore")
@@ -37,7 +38,9 @@ def noise(ranks: Ranks, start: int) -> Iterator[TubeletBatch]:
         size = GLOBAL_BATCH // ranks.count
         own = slice(ranks.rank * size, (ranks.rank + 1) * size)
         samples, boxes = torch.arange(GLOBAL_BATCH), torch.zeros(GLOBAL_BATCH, 4, 4)
-        yield TubeletBatch(views[own], motion[own], order[own], samples[own], boxes[own])
+        yield TubeletBatch(
+            views=views[own], motion=motion[own], order=order[own], samples=samples[own], boxes=boxes[own]
+        )
 
 
 def put_together(
@@ -45,11 +48,11 @@ def put_together(
     ranks: Ranks,
     optimizer: OptimizerConfig,
     batches: Callable[[int], Iterator[TubeletBatch]],
-    trainer: type[Trainer] = Trainer,
+    trainer: type[Pretrainer] = Pretrainer,
     settings: TrainConfig = QUIET,
     steps: int = STEPS,
     batch_norm: str = "shuffled",
-) -> Trainer:
+) -> Pretrainer:
     """A run that starts from the newest checkpoint in the folder, if there is one."""
     engine_module.PERSISTENT_NUMEL = 0  # stage 3 shards all, however small
     torch.manual_seed(0)

@@ -21,9 +21,9 @@ from mcl_dist.checkpoint import write as write_module
 from mcl_dist.checkpoint.format import NETWORK, STATE, step_folder, steps_in
 from mcl_dist.engine import OptimizerConfig
 from mcl_dist.events import CheckpointFailed, CheckpointWritten, Event, Notice, StepDone
+from mcl_dist.pretrainer import Pretrainer
 from mcl_dist.ranks import Ranks
 from mcl_dist.storage import Folder
-from mcl_dist.trainer import Trainer
 from tests.distributed.runs import joined, noise, put_together
 from tests.s3 import S3Store, running_store
 
@@ -142,7 +142,7 @@ class Reader:
 
 def trained(
     url: str, ranks: Ranks, settings: CheckpointConfig, outages: Outages, is_done: Callable[[], bool]
-) -> Trainer:
+) -> Pretrainer:
     """Train from the newest checkpoint until the first rank says that it is done."""
 
     def batches(start: int) -> Iterator[TubeletBatch]:

@@ -26,9 +26,10 @@ from mcl_dist.engine import OptimizerConfig, join_process_group, pick_device
 from mcl_dist.errors import UserError
 from mcl_dist.events import Event, LossSpike, StepDone, StepSkipped
 from mcl_dist.heartbeat import Heartbeat
+from mcl_dist.pretrainer import Pretrainer
 from mcl_dist.ranks import Ranks
 from mcl_dist.stopping import StopRequest
-from mcl_dist.trainer import TrainConfig, Trainer
+from mcl_dist.trainer import TrainConfig
 from tests.distributed.runs import QUIET, STEPS, joined, noise, put_together
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -51,7 +52,7 @@ def poisoned(ranks: Ranks, start: int, steps: Collection[int], view: int) -> Ite
         yield replace(batch, views=views)
 
 
-class LeavingOut(Trainer):
+class LeavingOut(Pretrainer):
     """A run without some of its steps."""
 
     left_out: Collection[int] = ()

@@ -15,10 +15,10 @@ import torch
 from dataloading import loader
 from launch import assembly, pretrain
 from mcl_dist.batch import QUERY, TubeletBatch
-from mcl_dist.trainer import Trainer
+from mcl_dist.pretrainer import Pretrainer
 
 
-class Poisoned(Trainer):
+class Poisoned(Pretrainer):
     """Trains as ever, on what it is given."""
 
     def take(self, step: int, batch: TubeletBatch, *more: Any, **named: Any) -> Any:
@@ -30,5 +30,5 @@ class Poisoned(Trainer):
 
 if __name__ == "__main__":
     loader.REPORT_SECONDS = 0.0
-    assembly.Trainer = Poisoned  # type: ignore[misc]
+    assembly.Pretrainer = Poisoned  # type: ignore[misc]
     pretrain.main()

@@ -111,7 +111,9 @@ def test_every_module_stands_in_the_readmes_tree(tree: set[str]) -> None:
     assert not own - tree
 
 
-@pytest.mark.parametrize("words", ["", "demo", "pretrain", "evaluate svm", "shards build", "shards inspect", "monitor"])
+@pytest.mark.parametrize(
+    "words", ["", "demo", "pretrain", "evaluate linear", "shards build", "shards inspect", "monitor"]
+)
 def test_every_command_has_help_with_an_example(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main([*words.split(), "--help"])

@@ -13,11 +13,11 @@ from mcl_dist.ranks import Ranks
 def batch(*, motion: torch.Tensor | None = None) -> TubeletBatch:
     views = torch.zeros(3, 4, 4, 8, 8, 3, dtype=torch.uint8)
     return TubeletBatch(
-        views,
-        torch.zeros(3, 1, 2, 2) if motion is None else motion,
-        torch.zeros(3, dtype=torch.int64),
-        torch.tensor([5, 7, 9]),
-        torch.zeros(3, 4, 4),
+        views=views,
+        motion=torch.zeros(3, 1, 2, 2) if motion is None else motion,
+        order=torch.zeros(3, dtype=torch.int64),
+        samples=torch.tensor([5, 7, 9]),
+        boxes=torch.zeros(3, 4, 4),
     )
 
 

@@ -1,0 +1,148 @@
+"""Protocols that train, on gloo ranks through DeepSpeed, on a real set and an encoder of a few channels."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed
+from torch.nn.functional import cross_entropy
+
+from dataloading.stream import ShardSet
+from launch.evaluate_settings import LinearEvaluation, SupervisedEvaluation
+from launch.settings import PretrainConfig
+from launch.subject import RANDOM, Subject, load_subject
+from launch.supervised import Lesson, Rank, assembled, described_by, evaluate_supervised, pupil_of
+from mcl_dist.accounts import Birth
+from mcl_dist.batch import LabelledBatch
+from mcl_dist.checkpoint import read_snapshot
+from mcl_dist.config import build_config, load_config
+from mcl_dist.engine import join_process_group, pick_device
+from mcl_dist.errors import UserError
+from mcl_dist.heartbeat import Heartbeat
+from mcl_dist.ranks import Ranks
+from mcl_dist.stopping import StopRequest
+
+PRETRAINED = {
+    "run": {"dir": "unused", "seed": 5},
+    "data": {"train": "unused", "frames": 8, "stride": 4, "crop": 32},
+    "encoder": {"width": 4, "blocks": [1, 1]},
+    "heads": {"dim": 8},
+}
+SMALL = ("clips.frames=8", "clips.count=3", "train.global_batch=6", "data.threads=1", "checkpoint.keep=99")
+STEPS = 8
+
+
+def subject() -> Subject:
+    return load_subject(RANDOM, build_config(PretrainConfig, PRETRAINED))
+
+
+def settings(schema: type[SupervisedEvaluation], folder: Path, *more: str) -> SupervisedEvaluation:
+    return load_config(schema, None, [f"run.dir={folder}", f"train.steps={STEPS}", *SMALL, *more])
+
+
+def joined() -> Rank:
+    device = pick_device()
+    torch.set_num_threads(1)
+    join_process_group(device)
+    return Rank(Ranks(device), StopRequest(), Heartbeat(), Birth(0.0))
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def last(run: Path) -> Path:
+    return run / f"checkpoints/step-{STEPS:09d}"
+
+
+def linear(shards: str, folder: str) -> None:
+    rank = joined()
+    outcome = evaluate_supervised(subject(), shards, shards, settings(LinearEvaluation, Path(folder)), rank)
+    if outcome.scores:
+        Path(folder, "scores.json").write_text(json.dumps(outcome.scores.to_json()))
+
+
+def linear_beside_plain_torch(shards: str, folder: str) -> None:
+    """Train the layer, note what it saw, and train another one on that by PyTorch alone."""
+    rank = joined()
+    config = settings(LinearEvaluation, Path(folder))
+    with closing(ShardSet(shards)) as train:
+        lesson = Lesson(shards, train, train, subject().shown(config.clips), config)
+        described = described_by(subject(), lesson)
+        pupil = pupil_of(subject(), lesson, rank.ranks)
+        plain = pupil_of(subject(), lesson, rank.ranks).network
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        with assembled(pupil, lesson, described, rank) as trainer:
+            batches = trainer.batches
+
+            def noted() -> Iterator[LabelledBatch]:
+                for batch in batches:
+                    seen.append((pupil.prepare(batch.views[:, 0]), batch.labels))
+                    yield batch
+
+            trainer.batches = noted()
+            assert trainer.fit()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=16.0, momentum=0.9)
+    for step, ((features, labels), line) in enumerate(zip(seen[:STEPS], lines(Path(folder)), strict=True)):
+        optimizer.param_groups[0]["lr"] = 1e-6 + (16.0 - 1e-6) * (1 + math.cos(math.pi * step / STEPS)) / 2
+        loss = cross_entropy(plain.linear(features), labels)
+        assert abs(float(loss.detach()) - line["loss"]) <= 1e-5 * abs(line["loss"]), f"step {step}"
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    trained = read_snapshot(str(last(Path(folder)))).network
+    for name, parameter in plain.named_parameters():
+        assert (trained[name] - parameter).norm() <= 1e-5 * parameter.norm(), name
+
+
+@pytest.mark.slow
+def test_the_linear_layer_learns_as_by_plain_torch_on_the_same_features(
+    run_ranks: Callable[..., None], synthetic_shards: Path, tmp_path: Path
+) -> None:
+    run_ranks(__file__, "linear_beside_plain_torch", 1, synthetic_shards, tmp_path)
+
+
+@pytest.mark.slow
+def test_ranks_score_as_one_though_they_do_not_divide_the_test_videos(
+    run_ranks: Callable[..., None], synthetic_shards: Path, tmp_path: Path
+) -> None:
+    for count in (1, 3):
+        (tmp_path / str(count)).mkdir()
+        run_ranks(__file__, "linear", count, synthetic_shards, tmp_path / str(count))
+    alone, together = (json.loads((tmp_path / count / "scores.json").read_text()) for count in ("1", "3"))
+    assert alone == together
+    assert sum(map(sum, alone["confusion"])) == 16
+    ours, theirs = (read_snapshot(str(last(tmp_path / count))).network for count in ("1", "3"))
+    for name, value in ours.items():
+        assert (theirs[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"clips.stride": 3}, "clips.stride: found 3, must be a multiple of 2"), ({}, "nowhere/manifest.json: missing")],
+)
+def test_sets_that_cannot_be_used_are_told_before_anything_is_trained(
+    synthetic_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, int], message: str
+) -> None:
+    rank = Rank(Ranks(), StopRequest(), Heartbeat(), Birth(0.0))
+    if change:
+        monkeypatch.setattr(ShardSet, "_stored_frames", lambda _: 2)
+    config = settings(LinearEvaluation, tmp_path, *(f"{key}={value}" for key, value in change.items()))
+    test = str(synthetic_shards) if change else str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=message):
+        evaluate_supervised(subject(), str(synthetic_shards), test, config, rank)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
+    distributed.barrier()
+    os._exit(0)  # tearing gloo down aborts now and then
