@@ -74,8 +74,9 @@ def pick_device() -> torch.device:
         torch.cuda.set_device(device)
         return device
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    threads = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))
-    torch.set_num_threads(max(1, threads))
+    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))
+    # As many as OMP_NUM_THREADS asks for, where it does.
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), share)))
     return torch.device("cpu")
 
 
