@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -187,36 +188,43 @@ class Examination:
     ) -> dict[str, Reply]:
         def one(name: str) -> Reply:
             words = self._ssh.command(name, commands[name]) if self._hosts else ["sh", "-c", commands[name]]
-            return _reply(words, json.dumps(inputs.get(name, {})), seconds + ssh.CONNECT_SECONDS)
+            return _reply(words, json.dumps(inputs.get(name, {})), seconds)
 
         with ThreadPoolExecutor(max_workers=max(1, len(commands))) as pool:
             return dict(zip(commands, pool.map(one, commands), strict=True))
 
     def _unreached(self, name: str, reply: Reply) -> Row:
         remedy = next((remedy for sign, remedy in REMEDIES if sign in reply.problem), REMEDIES[-1][1])
-        return Row("reached", name, FAIL, reply.problem, remedy.format(name=name, path=Path.cwd()))
+        return Row(
+            "reached", name, FAIL, reply.problem, remedy.format(name=name, paths=f"{Path.cwd()}, {sys.executable}")
+        )
 
 
 REMEDIES = (
     ("Host key verification failed", "add its key to known_hosts: ssh-keyscan {name} (-p PORT), after checking it"),
     ("Permission denied", "authorise your key there (ssh-copy-id {name}), or name the right one with --ssh-key"),
     ("resolve", "give {name} an address in DNS, /etc/hosts or the ssh configuration"),
-    ("No such file", "have this folder and its Python there too, at the same path: {path}"),
-    ("not found", "have this folder and its Python there too, at the same path: {path}"),
+    ("No such file", "have this folder and this Python there too, at the same paths: {paths}"),
+    ("not found", "have this folder and this Python there too, at the same paths: {paths}"),
     ("no answer within", "see what holds it up: a store or a mounted file system that does not answer"),
     ("", "check that it is up and its sshd reachable: ssh {name} true; --ssh-port, --ssh-config if it needs them"),
 )
 
 
 def _reply(words: Sequence[str], sent: str, seconds: float) -> Reply:
-    asked = time.time()
+    """What a command answers that is killed there after so many seconds, and here when that does not come through."""
+    asked, silent = time.time(), f"no answer within {seconds:.0f} s"
+    limit = seconds + ssh.CONNECT_SECONDS
     try:
-        result = subprocess.run(words, input=sent, capture_output=True, text=True, check=False, timeout=seconds)
+        result = subprocess.run(words, input=sent, capture_output=True, text=True, check=False, timeout=limit)
     except subprocess.TimeoutExpired:
-        return Reply([], asked, time.time(), f"no answer within {seconds:.0f} s")
+        return Reply([], asked, time.time(), silent)
+    answered = time.time()
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     said = [line for line in result.stderr.splitlines() if line.strip()]
-    return Reply(lines, asked, time.time(), said[-1] if said else f"exit code {result.returncode}")
+    # Of a command that was killed there ssh says nothing, and has an exit code of its own.
+    last_word = silent if answered - asked >= seconds else f"exit code {result.returncode}"
+    return Reply(lines, asked, answered, said[-1] if said else last_word)
 
 
 def _ahead(facts: Mapping[str, Any], reply: Reply) -> tuple[float, float]:

@@ -67,7 +67,7 @@ def _versions() -> dict[str, str]:
 
 def _version(name: str) -> str:
     try:
-        return importlib.metadata.version(name)
+        return importlib.metadata.version(name) or "missing"  # none where an installation broke off
     except importlib.metadata.PackageNotFoundError:
         return "missing"
 

@@ -7,14 +7,17 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
 
+from launch.doctor import LOOK_SECONDS
 from launch.doctor_checks import ALL, FAIL, Row
+from launch.doctor_node import DALI
 from launch.hostfile import read_hostfile
 from mcl_dist.errors import ConfigError
-from tests.hosts import Rig, missing, running_hosts
+from tests.hosts import Host, Rig, missing, running_hosts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = str(REPOSITORY / "configs" / "pretrain" / "tiny.yaml")
@@ -23,8 +26,11 @@ SECONDS = 120
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
 
-def examine(rig: Rig, *words: str, hostfile: Path | None = None) -> tuple[int, list[Row]]:
-    command = [sys.executable, "-m", "mcl_dist", "doctor", "--hostfile", str(hostfile or rig.hostfile), "--json"]
+def examine(
+    rig: Rig, *words: str, hostfile: Path | None = None, look_seconds: int = LOOK_SECONDS
+) -> tuple[int, list[Row]]:
+    code = f"import sys; from launch import cli, doctor; doctor.LOOK_SECONDS = {look_seconds}; sys.exit(cli.main())"
+    command = [sys.executable, "-c", code, "doctor", "--hostfile", str(hostfile or rig.hostfile), "--json"]
     command += ["--ssh-config", str(rig.ssh_config), *words]
     process = rig.head.popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     output, errors = process.communicate(timeout=SECONDS)
@@ -70,13 +76,98 @@ def test_a_slow_link_is_measured_and_told(whole: Rig) -> None:
     assert "MB/s; check the links' speed" in failing(found, "all-reduce")[ALL]
 
 
+def test_a_node_without_this_folder_or_a_key_or_an_answer_is_told_with_what_to_do(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    work = tmp_path_factory.mktemp("unreached")
+    (work / "sitecustomize.py").write_text("import time; time.sleep(1e6)\n")
+    with running_hosts(work / "rig", count=4) as rig:
+        closed, other, bare, hanging = rig.hosts
+        closed.run(f"mount --bind /dev/null {rig.work}/user_key.pub")
+        known = rig.work / "known_hosts"
+        known.write_text(known.read_text().replace(_key_of(other), _key_of(bare)))
+        bare.run(f"mount -t tmpfs none {REPOSITORY}")
+        hanging.environment["PYTHONPATH"] = str(work)
+        hanging.kill()
+        hanging.boot()
+        code, rows = examine(rig, look_seconds=2)
+    assert code == 1
+    told = failing(rows, "reached")
+    for host, found, remedy in (
+        (closed, "Permission denied", "authorise your key there (ssh-copy-id node1)"),
+        (other, "Host key verification failed", "ssh-keyscan node2"),
+        (bare, "No such file or directory", sys.executable),
+        (hanging, "no answer within 2 s", "see what holds it up"),
+    ):
+        assert found in told[host.name]
+        assert remedy in told[host.name]
+
+
+def _key_of(host: Host) -> str:
+    return (host.folder / "host_key.pub").read_text().split()[1]
+
+
+# Takes what it is sent but from 10.77.0.1, whom it forbids to write; 10.77.0.2 reads other bytes than it wrote.
+STORE = """
+import http.server
+objects = {}
+class Store(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def answer(self, status, body=b""):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else body)
+    def do_PUT(self):
+        objects[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+        forbidden = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+        self.answer(403, forbidden) if self.client_address[0] == "10.77.0.1" else self.answer(200)
+    def do_GET(self):
+        self.answer(200, objects[self.path][::-1]) if self.path in objects else self.answer(404)
+    do_HEAD = do_GET
+    def do_POST(self):
+        self.answer(200, b"<DeleteResult></DeleteResult>")
+    do_DELETE = do_POST
+    def log_message(self, *_):
+        pass
+http.server.ThreadingHTTPServer(("10.77.0.254", 9000), Store).serve_forever()
+"""
+
+
+def test_a_store_that_cannot_be_written_from_a_node_and_a_node_that_does_not_take_part_are_told(
+    whole: Rig, synthetic_shards: Path
+) -> None:
+    access = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+    for host in whole.hosts:
+        host.environment |= {**access, "AWS_ENDPOINT_URL": "http://10.77.0.254:9000"}
+        host.kill()
+        host.boot()
+    whole[1].run(f"mount --bind /dev/null {REPOSITORY}/launch/doctor_link.py")
+    store = whole.head.popen([sys.executable, "-c", STORE])
+    try:
+        whole.head.run("until : >/dev/tcp/10.77.0.254/9000; do sleep 0.05; done 2>/dev/null")
+        settings = [f"data.train={synthetic_shards}", f"run.dir={whole.work}/run", "checkpoint.folder=s3://bucket/run"]
+        code, rows = examine(whole, "--config", CONFIG, *settings, "--timeout", "3")
+    finally:
+        store.kill()
+        store.wait()
+    assert code == 1
+    told = failing(rows, "checkpoints")
+    assert "s3://bucket/run" in told["node1"]
+    assert "permission denied" in told["node1"]
+    assert "make it writable for this user on this node" in told["node1"]
+    assert "reads back other bytes than were written" in told["node2"]
+    assert "no answer; open all ports" in failing(rows, "all-reduce")["node2"]
+
+
 CLOCK = "import time; true = time.time; time.time = lambda: true() + 90\n"
+LATE = CLOCK.replace("+", "-")
 IMAGINARY_GPU = "import torch; torch.cuda.device_count = lambda: 1; torch.cuda.get_device_name = lambda index: 'G1'\n"
 
 
 def _plant(rig: Rig, shards: Path, folder: Path) -> list[str]:
     """A fault of every kind; the command's words that they show in."""
-    first, second, third, fourth = rig.hosts
+    first, second, third, fourth, fifth = rig.hosts
     for name, text in (("clock", CLOCK), ("gpu", IMAGINARY_GPU)):
         (folder / name).mkdir()
         (folder / name / "sitecustomize.py").write_text(text)
@@ -85,12 +176,19 @@ def _plant(rig: Rig, shards: Path, folder: Path) -> list[str]:
     (other_torch / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.7.0\n")
     (folder / "foreign" / "monitoring").mkdir(parents=True)
     (folder / "foreign" / "monitoring" / "__init__.py").touch()
+    (folder / "foreign" / "sitecustomize.py").write_text(LATE)
     for host, name in ((first, "gpu"), (second, "clock"), (third, "foreign")):
         host.environment["PYTHONPATH"] = str(folder / name)
     for host in (first, second, third):
         host.kill()
         host.boot()
+    (third.folder / "hosts").write_text("127.0.0.1 localhost\n")
     fourth.run("kill $(pgrep -o sshd)")
+    fifth.run(f"mount -t tmpfs none {REPOSITORY}/mcl_dist")
+    decoder = next(found for name in DALI for found in Distribution.discover(name=name))
+    described = f"{decoder.name.replace('-', '_')}-{decoder.version}.dist-info"
+    for host in (first, second, third, fifth):
+        host.run(f"mount -t tmpfs none {decoder.locate_file(described)}")
 
     first.run("python3 -m http.server --bind 127.0.0.1 9400 >/dev/null 2>&1 </dev/null &")
     first.run("until : >/dev/tcp/127.0.0.1/9400; do sleep 0.05; done 2>/dev/null")
@@ -121,7 +219,7 @@ def _plant(rig: Rig, shards: Path, folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def examined(tmp_path_factory: pytest.TempPathFactory, synthetic_shards: Path) -> Iterator[tuple[Rig, int, list[Row]]]:
     work = tmp_path_factory.mktemp("faults")
-    with running_hosts(work / "rig", count=4) as rig:
+    with running_hosts(work / "rig", count=5) as rig:
         words = _plant(rig, synthetic_shards, work)
         hostfile = work / "hosts"
         hostfile.write_text(rig.hostfile.read_text() + "nowhere slots=1\n")
@@ -138,11 +236,15 @@ def test_planted_faults_fail_the_table(examined: tuple[Rig, int, list[Row]]) -> 
         ("reached", "node4", "Connection refused", "its sshd reachable"),
         ("reached", "nowhere", "Could not resolve hostname", "address in DNS"),
         ("packages", "node3", "`monitoring` is not ours: ", "PYTHONPATH"),
+        ("packages", "node5", "`mcl_dist` is not ours: nothing", "install mcl-dist into this Python"),
         ("torch", "node2", "2.7.0, but 2.", "constraints.txt"),
+        (DALI[0], ALL, "missing", "its extra cuda13 or cuda12"),
         ("code", "node2", "but", "install the same mcl-dist"),
         ("GPUs", "node2", "none for 1 ranks", "driver"),
         ("clock", "node2", "s ahead of this host's", "NTP"),
+        ("clock", "node3", "s behind this host's", "NTP"),
         ("name", "node2", "node2 is 127.0.1.1 to itself", "/etc/hosts"),
+        ("name", "node3", "node3 has no address", "/etc/hosts"),
         ("shared memory", "node2", "16.0 MiB free in /dev/shm", "--shm-size"),
         ("locked memory", "node2", "limit 0.1 MiB beside InfiniBand", "unlimited"),
         ("ports", "node1", "9400 taken", "another port"),
