@@ -96,6 +96,7 @@ def _add_loader(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     loader.add_argument("--world-size", type=int, default=1, help="ranks, played one after another (1)")
     loader.add_argument("--workers", type=int, help="worker processes of a rank (data.workers)")
     loader.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what decodes (cpu)")
+    loader.add_argument("--metrics-port", type=int, help="answer Prometheus on the loopback at this port meanwhile")
     loader.add_argument("--fingerprint", action="store_true", help="tell a digest of all global batches in order")
     loader.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     loader.set_defaults(run=run_loader)
@@ -188,6 +189,9 @@ def run_loader(args: argparse.Namespace) -> int:
     import torch
 
     from launch.loader_benchmark import benchmark_settings, measure_loader
+    from launch.short_lived import showing
+    from monitoring.board import Board
+    from monitoring.metrics import show_loader
 
     for name, value in (("--epochs", args.epochs), ("--world-size", args.world_size)):
         if value < 1:
@@ -195,13 +199,15 @@ def run_loader(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device: found cuda, but this machine has no CUDA device")
     overrides = args.overrides + ([] if args.workers is None else [f"data.workers={args.workers}"])
-    with tempfile.TemporaryDirectory(prefix="mcl-bench-") as cache:
+    board = Board(["rank"])
+    with tempfile.TemporaryDirectory(prefix="mcl-bench-") as cache, showing(board, args.metrics_port):
         report = measure_loader(
             benchmark_settings(args.data, args.config, overrides, cache),
             epochs=args.epochs,
             num_ranks=args.world_size,
             device=torch.device(args.device),
             fingerprint=args.fingerprint,
+            listen=None if args.metrics_port is None else lambda report: show_loader(board, report),
         )
     if args.json:
         print(json.dumps(report))

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, ProcessCollector
-
 from dataloading.build import GoingOn
 from dataloading.process import Outcome
 from dataloading.shards import RefusedVideo
+from launch.short_lived import showing
 from mcl_dist.patience import Patience
 from monitoring.board import Board
-from monitoring.exporter import Exporter, MonitoringConfig
 
 
 class BuildMetrics:
@@ -52,12 +50,7 @@ def build_metrics(port: int | None, planned: int, patience: Patience) -> Iterato
     Raises:
         UserError: the port is taken.
     """
-    board, registry = Board(["build"]), CollectorRegistry()
-    registry.register(board)
-    ProcessCollector(registry=registry)
-    exporter = None if port is None else Exporter(registry, MonitoringConfig(port=port))
-    try:
-        yield BuildMetrics(board, planned, patience)
-    finally:
-        if exporter is not None:
-            exporter.close()
+    board = Board(["build"])
+    metrics = BuildMetrics(board, planned, patience)
+    with showing(board, port):
+        yield metrics

@@ -7,7 +7,7 @@ import json
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from dataloading.steps import Share
 from launch.settings import PretrainConfig
 from mcl_dist.batch import TubeletBatch
 from mcl_dist.config import load_config
+from mcl_dist.events import LoaderReport
 
 LARGEST_BATCH = 32
 
@@ -70,9 +71,23 @@ def _usable(settings: PretrainConfig) -> int:
 
 
 def measure_loader(
-    settings: PretrainConfig, *, epochs: int, num_ranks: int, device: torch.device, fingerprint: bool
+    settings: PretrainConfig,
+    *,
+    epochs: int,
+    num_ranks: int,
+    device: torch.device,
+    fingerprint: bool,
+    listen: Callable[[LoaderReport], None] | None = None,
 ) -> dict[str, Any]:
     """Play whole epochs of all ranks, one rank after the other.
+
+    Args:
+        settings: of the run that is played.
+        epochs: passes over the set.
+        num_ranks: that are played.
+        device: what decodes.
+        fingerprint: whether to hash what comes.
+        listen: is told after every batch what its rank's loader has done.
 
     Returns:
         The report of `mcl bench loader --json`. Its `digest` is over the videos in the order of the global
@@ -85,7 +100,7 @@ def measure_loader(
     for rank in range(num_ranks):
         loader, start = _loader(settings, epochs, rank, num_ranks, device)
         try:
-            _play(loader, start, rank, played, fingerprint=fingerprint)
+            _play(loader, start, rank, played, fingerprint=fingerprint, listen=listen)
         finally:
             loader.close()
     stages = {stage: seconds / played.measured for stage, seconds in played.stages.items()}
@@ -127,7 +142,15 @@ def _loader(
     return loader, start
 
 
-def _play(loader: TubeletLoader, start: float, rank: int, played: _Played, *, fingerprint: bool) -> None:
+def _play(
+    loader: TubeletLoader,
+    start: float,
+    rank: int,
+    played: _Played,
+    *,
+    fingerprint: bool,
+    listen: Callable[[LoaderReport], None] | None,
+) -> None:
     """Take all of a rank's batches; where there are more than one, the clocks start after the first."""
     before, left_out = _Marks(start, time.process_time(), Counter()), 0
     videos = 0
@@ -135,6 +158,8 @@ def _play(loader: TubeletLoader, start: float, rank: int, played: _Played, *, fi
         if fingerprint:
             played.digests[step, rank] = b"".join(_digests(batch))
         videos += len(batch.samples)
+        if listen is not None:
+            listen(loader.report())
         if step == 0:
             played.first_batch_seconds = max(played.first_batch_seconds, time.perf_counter() - start)
         if step == 0 and loader.num_steps != 1:

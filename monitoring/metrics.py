@@ -62,7 +62,7 @@ class TrainingMetrics:
             case StepSkipped() | LossSpike():
                 self._mishap(event)
             case LoaderReport():
-                self._loader(event)
+                show_loader(self._board, event)
             case CheckpointWritten():
                 self._checkpoint(event)
             case CheckpointFailed() | CheckpointRefused():
@@ -140,8 +140,15 @@ class TrainingMetrics:
         board.update("mcl_lost_seconds_total", accounts.lost_seconds)
         board.update("mcl_restarts_total", accounts.restarts)
 
-    def _loader(self, report: LoaderReport) -> None:
-        board, storage = self._board, report.storage
+    def _ages(self) -> None:
+        self._board.set("mcl_heartbeat_age_seconds", self._pulse.age)
+        self._board.set("mcl_checkpoint_age_seconds", time.monotonic() - self._saved)
+
+
+def show_loader(board: Board, report: LoaderReport) -> None:
+    """Show what a loader has done since it began."""
+    storage = report.storage
+    with board.at_once():
         for name in ("expected", "delivered", "replaced"):
             board.set(f"mcl_loader_samples_{name}_total", getattr(report, name))
         board.set("mcl_loader_samples_unaccounted", report.expected - report.delivered - report.replaced)
@@ -155,7 +162,3 @@ class TrainingMetrics:
             board.set(f"mcl_storage_{name}_total", storage.get(name, 0))
         board.update("mcl_storage_retries_total", storage.get("retries", {}))
         board.update("mcl_storage_seconds_total", storage.get("seconds", {}))
-
-    def _ages(self) -> None:
-        self._board.set("mcl_heartbeat_age_seconds", self._pulse.age)
-        self._board.set("mcl_checkpoint_age_seconds", time.monotonic() - self._saved)

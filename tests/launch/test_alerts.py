@@ -64,7 +64,7 @@ def site(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     if subprocess.run([*mount, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this user may not mount a small disk in a namespace")
     shards = Path(shutil.copytree(synthetic_shards, folder / "served" / "shards"))
-    prometheus = Prometheus(folder / "prometheus", free_port())
+    prometheus = Prometheus(folder / "prometheus")
     with behind_http(shards, folder / "nginx") as (url, store), ExitStack() as ends:
         ends.callback(prometheus.close)
         settings = [f"monitoring.port={free_port()}", f"monitoring.targets={prometheus.targets}/run.json"]

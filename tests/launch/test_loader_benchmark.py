@@ -2,13 +2,20 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+import torch
 
 from launch.cli import main
+from launch.loader_benchmark import benchmark_settings, measure_loader
+from launch.local_ranks import free_port
+from launch.short_lived import showing
+from monitoring.board import Board
+from monitoring.metrics import show_loader
 
 SMALL = ["data.crop=56", "data.frames=4", "data.stride=8"]
 
@@ -56,3 +63,26 @@ def test_a_set_elsewhere_needs_no_cache_of_its_own(synthetic_shards: Path, bench
     fsspec.filesystem("memory").put(str(synthetic_shards), "/bench", recursive=True)
 
     assert bench("--fingerprint", "--data", "memory://bench")["digest"] == digest
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # a thread may be at a request when its server ends
+def test_prometheus_is_told_what_the_report_says(synthetic_shards: Path, tmp_path: Path) -> None:
+    board, port = Board(["rank"]), free_port()
+    with showing(board, port):
+        report = measure_loader(
+            benchmark_settings(str(synthetic_shards), None, SMALL, str(tmp_path)),
+            epochs=2,
+            num_ranks=1,
+            device=torch.device("cpu"),
+            fingerprint=False,
+            listen=lambda report: show_loader(board, report),
+        )
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+    seen = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    for name, value in {
+        "mcl_loader_samples_delivered_total": report["videos"],
+        "mcl_storage_bytes_read_total": report["bytes_read"],
+        "mcl_storage_bytes_decoded_total": report["bytes_decoded"],
+    }.items():
+        assert float(seen[name]) == value, name

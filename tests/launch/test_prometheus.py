@@ -1,4 +1,4 @@
-"""What a real Prometheus, set up by the files that we ship, makes of a run of two ranks and of a build."""
+"""What a real Prometheus, set up by the files that we ship, makes of a run of two ranks, a bench and a build."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def asked() -> Iterator[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Watched:
-    """A run in progress, a build, and who watches both."""
+    """A run in progress, a bench of the loader, a build, and who watches all of them."""
 
     prometheus: Prometheus
     run: Path
@@ -74,14 +74,22 @@ def started_build(videos: Path, destination: Path, port: int) -> subprocess.Pope
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 
+def started_bench(shards: Path, port: int) -> subprocess.Popen[bytes]:
+    """A bench of the loader that goes on for longer than anybody looks, and lets the others go first."""
+    command = [sys.executable, "-m", "launch.cli", "bench", "loader", "--data", str(shards)]
+    command += ["--epochs", "9999", "--metrics-port", str(port), "train.global_batch=4", "data.crop=48"]
+    return subprocess.Popen(["nice", "-n", "19", *command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
 @pytest.fixture(scope="module")
 def watched(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    folder, port = tmp_path_factory.mktemp("watched"), free_port()
+    folder, port, bench_port = tmp_path_factory.mktemp("watched"), free_port(), free_port()
     run = folder / "run"
-    prometheus = Prometheus(folder / "prometheus", port)
+    prometheus = Prometheus(folder / "prometheus", {9500: port, 9600: bench_port})
     settings = [f"monitoring.port={free_port()}", f"monitoring.targets={prometheus.targets}/run.json"]
     settings += ["monitoring.peak_tflops=1", "train.steps=99999", "checkpoint.every=4"]
     settings += ["evaluate.every=4", f"evaluate.test={synthetic_shards}", "evaluate.clips=1"]
+    bench = started_bench(synthetic_shards, bench_port)
     try:
         training = start(*words(synthetic_shards, run, *settings), "--ranks", "2")
         try:
@@ -96,6 +104,8 @@ def watched(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
         finally:
             kill_everything(training, run)
     finally:
+        bench.kill()
+        bench.wait()
         prometheus.close()
 
 
@@ -135,14 +145,30 @@ def test_a_dashboard_offers_what_there_is(watched: Watched, board: dict[str, dic
         found = re.fullmatch(r"label_values\((.+), (\w+)\)", chosen(choice["query"]))
         assert found
         offered[choice["name"]] = watched.prometheus.get(f"label/{found[2]}/values", **{"match[]": found[1]})
-    if "rank" in offered:
+    if "mcl_loader" in board["templating"]["list"][1]["query"]:
+        assert offered == {"job": ["mcl", "mcl-bench"], "run": ["bench", "run"], "rank": ["0", "1"]}
+    elif "rank" in offered:
         assert offered == {"job": ["mcl"], "run": ["run"], "rank": ["0", "1"]}
     else:
         assert (offered["job"], offered["run"], len(offered["instance"])) == (["mcl-build"], ["build"], 1)
 
 
+def test_the_loader_of_a_bench_is_seen_while_it_runs(watched: Watched) -> None:
+    def last(name: str) -> float:
+        ((_, values),) = watched.prometheus.series(f'{name}{{job="mcl-bench"}}')
+        return values[max(values)]
+
+    assert last("mcl_loader_samples_delivered_total") == last("mcl_loader_samples_expected_total") > 0
+    assert last("mcl_loader_samples_unaccounted") == 0
+    assert last("mcl_storage_bytes_read_total") >= last("mcl_storage_bytes_decoded_total") > 0
+
+
 def test_what_prometheus_has_seen_is_what_the_run_wrote_down(watched: Watched) -> None:
-    (steps,) = (values for _, values in watched.prometheus.series("mcl_step > 0"))
+    def steps_seen() -> dict[float, float]:
+        return next((values for _, values in watched.prometheus.series("mcl_step > 0")), {})
+
+    assert until(lambda: len(set(steps_seen().values())) >= 5, SECONDS)
+    steps = steps_seen()
     seen = {
         name: watched.prometheus.series(query)
         for name, query in {
@@ -158,7 +184,6 @@ def test_what_prometheus_has_seen_is_what_the_run_wrote_down(watched: Watched) -
     for line in lines:
         videos += line["videos_per_second"] * line["seconds"]
         line["videos"] = videos
-    assert len(set(steps.values())) >= 5
     for name, ((_, values),) in seen.items():
         assert {at: values[at] for at in steps} == pytest.approx(
             {at: lines[int(step) - 1][name] for at, step in steps.items()}

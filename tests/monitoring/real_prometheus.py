@@ -7,7 +7,8 @@ import math
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -44,17 +45,18 @@ class Prometheus:
 
     Args:
         folder: to work in.
-        build_port: where a build answers.
+        ports: where a build and a bench of the loader answer, and others that the files name, by the ports there.
 
     Attributes:
         targets: folder for the files that name runs' ranks.
     """
 
-    def __init__(self, folder: Path, build_port: int) -> None:
+    def __init__(self, folder: Path, ports: Mapping[int, int] | None = None) -> None:
         self.targets = folder / "targets"
         self.targets.mkdir(parents=True)
+        elsewhere = defaultdict(free_port, ports or {})
         for file in (MONITORING / "prometheus").glob("*.yml"):
-            text = file.read_text().replace(":9500", f":{build_port}").replace(":9093", f":{free_port()}")
+            text = re.sub(r":(9\d{3})\b", lambda found: f":{elsewhere[int(found[1])]}", file.read_text())
             (folder / file.name).write_text(faster(text))
         port = free_port()
         self._url = f"http://127.0.0.1:{port}/api/v1"
