@@ -1,4 +1,4 @@
-"""`mcl bench`: flow, build, loader, negatives, step, checkpoint and method."""
+"""`mcl bench`: flow, build, loader, negatives, step, checkpoint, exporter and method."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mcl_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from launch.flow_benchmark import EstimatorResult
+    from launch.settings import PretrainConfig
 
 FLOW_EXAMPLE = """\
 example:
@@ -35,6 +36,9 @@ CHECKPOINT_EXAMPLE = """\
 example:
   mcl bench checkpoint --json
   mcl bench checkpoint --config configs/pretrain/kinetics400.yaml --folder s3://bucket/bench --rounds 3"""
+EXPORTER_EXAMPLE = """\
+example:
+  mcl bench exporter --config configs/pretrain/tiny.yaml --json"""
 STEP_EXAMPLE = """\
 example:
   mcl bench step --config configs/pretrain/tiny.yaml --json
@@ -78,6 +82,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     _add_step(actions)
     _add_checkpoint(actions)
     method_benchmark.register(actions)
+    _add_exporter(actions)
 
 
 def _add_loader(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -151,6 +156,23 @@ def _add_checkpoint(actions: argparse._SubParsersAction[argparse.ArgumentParser]
     checkpoint.add_argument("--rounds", type=int, default=5, help="saves in each way (5)")
     checkpoint.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     checkpoint.set_defaults(run=run_checkpoint)
+
+
+def _add_exporter(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    exporter = actions.add_parser(
+        "exporter",
+        help="what exporting metrics costs a training step",
+        description="Take steps as `mcl pretrain` does, on videos of noise, every other one exported to a Prometheus "
+        "that scrapes. The overhead is counted in CPU time, which other programs disturb least; the ratio of wall "
+        "times is beside it, with its spread.",
+        epilog=EXPORTER_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    exporter.add_argument("--config", help="configuration of a pre-training run (default: the demo's)")
+    exporter.add_argument("overrides", nargs="*", metavar="key=value", help="override it, e.g. train.global_batch=8")
+    exporter.add_argument("--steps", type=int, default=100, help="steps of each kind (100)")
+    exporter.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    exporter.set_defaults(run=run_exporter)
 
 
 def run_flow(args: argparse.Namespace) -> int:
@@ -245,17 +267,9 @@ def run_negatives(args: argparse.Namespace) -> int:
 
 def run_step(args: argparse.Namespace) -> int:
     """Measure every form of the step; a line each."""
-    from launch.settings import PretrainConfig, check
     from launch.step_benchmark import PHASES, benchmark
-    from mcl_dist.config import load_config
 
-    if args.steps < 1:
-        raise ConfigError(f"--steps: found {args.steps}, must be at least 1")
-    path = args.config or Path(__file__).with_name("demo.yaml")
-    # No video is read and no folder written, whatever the configuration names.
-    config = load_config(PretrainConfig, path, ["data.train=none", "run.dir=none", *args.overrides])
-    check(config, num_ranks=1)
-    results = benchmark(config, args.steps, _say)
+    results = benchmark(_config_of_steps(args, least=1), args.steps, _say)
     if args.json:
         print(json.dumps([vars(result) for result in results]))
         return 0
@@ -268,6 +282,32 @@ def run_step(args: argparse.Namespace) -> int:
             f"{each.tflops * 1e3:>11.1f}{each.matmul_share:>11.1%}{each.peak_bytes / 2**20:>11.0f}  {phases}"
         )
     return 0
+
+
+def run_exporter(args: argparse.Namespace) -> int:
+    """Measure the listener, the scrapes, and both beside steps."""
+    from launch.exporter_benchmark import benchmark
+
+    report = vars(benchmark(_config_of_steps(args, least=2), args.steps))
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    for name, value in report.items():
+        print(f"{name:<14} {value:.4f}")
+    return 0
+
+
+def _config_of_steps(args: argparse.Namespace, least: int) -> PretrainConfig:
+    from launch.settings import PretrainConfig, check
+    from mcl_dist.config import load_config
+
+    if args.steps < least:
+        raise ConfigError(f"--steps: found {args.steps}, must be at least {least}")
+    path = args.config or Path(__file__).with_name("demo.yaml")
+    # No video is read and no folder written, whatever the configuration names.
+    config = load_config(PretrainConfig, path, ["data.train=none", "run.dir=none", *args.overrides])
+    check(config, num_ranks=1)
+    return config
 
 
 def run_checkpoint(args: argparse.Namespace) -> int:

@@ -12,8 +12,11 @@ from monitoring.exporter import Exporter, MonitoringConfig
 
 
 @contextmanager
-def showing(board: Board, port: int | None) -> Iterator[None]:
-    """Within, a board and the process are served on the loopback, where there is a port.
+def showing(board: Board, port: int | None) -> Iterator[int | None]:
+    """Within, a board and the process are served on the loopback, where there is a port; 0 takes one that is free.
+
+    Yields:
+        The port.
 
     Raises:
         UserError: the port is taken.
@@ -23,7 +26,7 @@ def showing(board: Board, port: int | None) -> Iterator[None]:
     ProcessCollector(registry=registry)
     exporter = None if port is None else Exporter(registry, MonitoringConfig(port=port))
     try:
-        yield
+        yield None if exporter is None else exporter.port
     finally:
         if exporter is not None:
             exporter.close()

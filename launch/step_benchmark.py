@@ -80,7 +80,7 @@ def benchmark(config: PretrainConfig, steps: int, say: Callable[[str], None]) ->
     results: list[StepResult] = []
     for form in forms(config, device):
         say(f"measuring {form.name}")
-        found = _in_a_process(_measure, config, form, steps)
+        found = in_a_process(_measure, config, form, steps)
         costs.append(found.cpu_ms if device.type == "cpu" else found.milliseconds)
         results.append(
             StepResult(
@@ -146,7 +146,7 @@ def _total(seconds: dict[str, float]) -> float:
     return sum(seconds.values())
 
 
-def _in_a_process(function: Callable[..., _Result], *arguments: object) -> _Result:
+def in_a_process(function: Callable[..., _Result], *arguments: object) -> _Result:
     """Memory that one form leaves behind is not the next one's."""
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

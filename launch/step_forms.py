@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from typing import Any
@@ -20,6 +20,7 @@ from mcl_dist.checkpoint import Checkpoints
 from mcl_dist.clock import PhaseClock
 from mcl_dist.encoder import normalise
 from mcl_dist.engine import Engine, join_process_group, make_optimizer
+from mcl_dist.events import Listener
 from mcl_dist.heads import Network
 from mcl_dist.learner import Learner
 from mcl_dist.losses import inter_loss, intra_loss, order_loss, own_similarities
@@ -139,12 +140,14 @@ class GrowingStep:
 
 
 class TrainerStep:
-    """The step of `mcl pretrain` itself, alone on its rank, with marks where its parts end."""
+    """The step of `mcl pretrain` itself, alone on its rank, with marks where its parts end; listeners hear of each."""
 
-    def __init__(self, config: PretrainConfig, form: Form, device: torch.device) -> None:
+    def __init__(
+        self, config: PretrainConfig, form: Form, device: torch.device, listeners: Sequence[Listener] = ()
+    ) -> None:
         self._device = device
         checkpoints = Checkpoints(tempfile.gettempdir(), Ranks(device))  # none is written
-        trainer = self._trainer = lone_trainer(config, form, device, checkpoints)
+        trainer = self._trainer = lone_trainer(config, form, device, checkpoints, listeners)
         self._mark: Mark = lambda _: None
         for owner, method, phase in (
             (trainer.learner.momentum, "encode", "keys"),
@@ -184,7 +187,13 @@ class TrainerStep:
         setattr(owner, method, marking)
 
 
-def lone_trainer(config: PretrainConfig, form: Form, device: torch.device, checkpoints: Checkpoints) -> Pretrainer:
+def lone_trainer(
+    config: PretrainConfig,
+    form: Form,
+    device: torch.device,
+    checkpoints: Checkpoints,
+    listeners: Sequence[Listener] = (),
+) -> Pretrainer:
     """A trainer alone in its process group, whose `take` is given batches by hand."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ[name] = value
@@ -208,6 +217,7 @@ def lone_trainer(config: PretrainConfig, form: Form, device: torch.device, check
         config=asdict(config),
         batches=iter(()),
         settings=config.train,
+        listeners=listeners,
     )
 
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-PHASES = ("wait", "keys", "forward", "backward", "checkpoint", "update", "other")  # of a step
+# Of a step. Waiting for its data and, unless BatchNorm is synchronised, encoding keys take as long as a rank needs by
+# itself; the other phases hold waiting for other ranks: `exchange` that of the keys.
+PHASES = ("wait", "keys", "exchange", "forward", "backward", "checkpoint", "update", "other")
 
 
 @dataclass(frozen=True)

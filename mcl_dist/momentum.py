@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from mcl_dist.heads import Network
 from mcl_dist.ranks import Ranks
 
 NUM_KEYS = NUM_VIEWS - FIRST_KEY
+Mark = Callable[[str], None]  # called with a phase's name when a piece of it ends
 
 
 class Keys(NamedTuple):
@@ -46,17 +47,24 @@ class MomentumEncoder:
         self._autocast = autocast
 
     @torch.no_grad()
-    def encode(self, views: torch.Tensor, step: int) -> Keys:
+    def encode(self, views: torch.Tensor, step: int, mark: Mark = lambda _: None) -> Keys:
         """Keys of views uint8 (B, 4, T, H, W, 3).
 
         Each of the three keys is encoded in a forward of its own. With shuffled BatchNorm its clips are spread over the
         ranks by a permutation that depends on (seed, step, key) alone, so that BatchNorm cannot tell which query a key
         belongs to.
+
+        Args:
+            views: of this rank.
+            step: counted from 0.
+            mark: called where pieces of the phases `keys` and `exchange` end.
         """
         encode = self._encode_shuffled if self._shuffled else self._encode
-        vectors = torch.stack([encode(views[:, FIRST_KEY + key].contiguous(), step, key) for key in range(NUM_KEYS)])
+        clips = (views[:, FIRST_KEY + key].contiguous() for key in range(NUM_KEYS))
+        vectors = torch.stack([encode(each, step, key, mark) for key, each in enumerate(clips)])
         inter, intra, order = vectors.unbind(dim=2)
         inter_all = self._ranks.gather(inter.transpose(0, 1)).transpose(0, 1)
+        mark("exchange")
         return Keys(inter, intra, order, inter_all)
 
     @torch.no_grad()
@@ -74,21 +82,26 @@ class MomentumEncoder:
         torch._foreach_mul_(steps, 1 - momentum if taken is None else (1 - momentum) * taken)
         torch._foreach_add_(averages, steps)
 
-    def _encode_shuffled(self, clips: torch.Tensor, step: int, key: int) -> torch.Tensor:
+    def _encode_shuffled(self, clips: torch.Tensor, step: int, key: int, mark: Mark) -> torch.Tensor:
         """As `_encode`, each clip on the rank that the permutation takes it to.
 
         Clips travel as bytes and come back as vectors: a rank sends no more than what it has.
         """
         permutation = self._permutation(len(clips), step, key)
-        vectors = self._encode(self._ranks.permute(clips, permutation))
-        return self._ranks.permute(vectors, torch.argsort(permutation))
+        clips = self._ranks.permute(clips, permutation)
+        mark("exchange")
+        vectors = self._ranks.permute(self._encode(clips, step, key, mark), torch.argsort(permutation))
+        mark("exchange")
+        return vectors
 
-    def _encode(self, clips: torch.Tensor, *_: int) -> torch.Tensor:
+    def _encode(self, clips: torch.Tensor, _step: int, _key: int, mark: Mark) -> torch.Tensor:
         """Inter, intra and order vectors (B, 3, d) of clips uint8 (B, T, H, W, 3)."""
         inputs = normalise(clips).to(next(self.network.parameters()).dtype)
         with torch.autocast(clips.device.type, torch.bfloat16, enabled=self._autocast):
             output = self.network(inputs)
-        return torch.stack([output.inter.vector, output.intra.vector, output.order.vector], dim=1)
+        vectors = torch.stack([output.inter.vector, output.intra.vector, output.order.vector], dim=1)
+        mark("keys")
+        return vectors
 
     def _permutation(self, batch: int, step: int, key: int) -> torch.Tensor:
         generator = np.random.Generator(np.random.Philox(key=[self._seed, step * NUM_KEYS + key]))

@@ -42,7 +42,7 @@ class Pretrainer(Trainer[TubeletBatch]):
         """One step, all of it in the device's hands on return; `waited` are the seconds that its batch took to come."""
         statistics = self.learner.statistics()
         clock.mark("other")
-        keys = self.learner.momentum.encode(batch.views, step)
+        keys = self.learner.momentum.encode(batch.views, step, clock.mark)
         clock.mark("keys")
         reports = self._backward(step, batch, keys, clock)
         report = self._mean(reports, waited)

@@ -78,7 +78,8 @@ TRAINING = (
     Metric("mcl_step_seconds", "histogram", "rank", "seconds", "Wall time of a step, waiting for data included.",
            buckets=STEP_SECONDS),
     Metric("mcl_step_phase_seconds", "histogram", "rank", "seconds",
-           "Time of a step by phase, on a GPU by its own clock.",
+           "Time of a step by phase, on a GPU by its own clock; `wait` and `keys` are a rank's own, the others hold "
+           "waiting for ranks.",
            ("phase",), PHASES, PHASE_SECONDS),
     _gauge("mcl_data_wait_ratio", "run", "ratio", "Share of the last step spent waiting for data, mean over ranks."),
     _gauge("mcl_loss", "run", "nats", "Loss terms of the last step taken, unweighted, mean over ranks; `total` is "

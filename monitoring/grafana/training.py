@@ -87,6 +87,20 @@ SPEED = [
         kind="stack",
     ),
     Panel(
+        "Ranks' own time",
+        "Mean seconds a step that a rank needs whatever the others do: waiting for its data and encoding keys. One "
+        "that lies above the others holds all of them up.",
+        "s",
+        {"{{run}} {{rank}}": "rank:mcl_own_seconds:mean5m{@rank}"},
+    ),
+    Panel(
+        "Slowest rank",
+        "Own time of the slowest rank over that of the rank in the middle. At 1 all are alike.",
+        "none",
+        {"{{run}}": "run:mcl_straggler:ratio5m{@run}"},
+        limit=1.25,
+    ),
+    Panel(
         "Arithmetic",
         "Floating-point operations (convolutions and matrix products) in a second, over all ranks.",
         "flops",

@@ -145,23 +145,46 @@ def full_disk(site: Site) -> Iterator[None]:
     filler.unlink()
 
 
-FAULTS: dict[Callable[[Site], AbstractContextManager[None]], set[str]] = {
-    store_that_answers_503: {"MclRetryStorm"},
-    corrupted_shard: {"MclBadSamples"},
-    pixel_that_is_no_number: {"MclNonFinite"},
-    full_disk: {"MclCheckpointFailing", "MclDiskFilling"},
-}
+@contextmanager
+def slow_rank(site: Site) -> Iterator[None]:
+    """The second rank stands still for most of the time."""
+    mended = threading.Event()
+
+    def hold_up() -> None:
+        while not mended.wait(0.02):
+            os.kill(site.ranks[1], signal.SIGSTOP)
+            mended.wait(0.06)
+            os.kill(site.ranks[1], signal.SIGCONT)
+
+    holding = threading.Thread(target=hold_up)
+    holding.start()
+    yield
+    mended.set()
+    holding.join()
 
 
-def test_what_breaks_is_an_alert_until_it_is_mended(site: Site) -> None:
-    expected = set().union(*FAULTS.values())
+Fault = Callable[[Site], AbstractContextManager[None]]
+FAULTS: list[dict[Fault, set[tuple[str, str]]]] = [  # at the same time, with the alerts and the ranks that these name
+    {
+        store_that_answers_503: {("MclRetryStorm", "")},
+        corrupted_shard: {("MclBadSamples", "")},
+        pixel_that_is_no_number: {("MclNonFinite", "")},
+        full_disk: {("MclCheckpointFailing", ""), ("MclDiskFilling", "0")},
+    },
+    {slow_rank: {("MclStraggler", "1")}},
+]
 
-    def firing() -> set[str]:
-        return expected & {name for name, _ in site.prometheus.firing()}
+
+@pytest.mark.parametrize("faults", FAULTS, ids=lambda faults: "-".join(fault.__name__ for fault in faults))
+def test_what_breaks_is_an_alert_until_it_is_mended(site: Site, faults: dict[Fault, set[tuple[str, str]]]) -> None:
+    expected = set().union(*faults.values())
+
+    def firing() -> set[tuple[str, str]]:
+        return expected & site.prometheus.firing()
 
     assert not firing()
     with ExitStack() as broken:
-        for fault in FAULTS:
+        for fault in faults:
             broken.enter_context(fault(site))
         assert until(lambda: firing() == expected, FIRES_WITHIN), expected - firing()
     assert until(lambda: not firing(), GOES_WITHIN), firing()

@@ -3,8 +3,7 @@ from __future__ import annotations
 from torch.utils.flop_counter import FlopCounterMode
 
 from launch.settings import PretrainConfig
-from launch.step_benchmark import _noise
-from launch.step_forms import Form, GrowingStep
+from launch.step_forms import Form, GrowingStep, noise
 from mcl_dist.config import build_config
 from mcl_dist.encoder import EncoderConfig
 from mcl_dist.engine import pick_device
@@ -24,7 +23,7 @@ def test_the_count_is_that_of_a_step_on_real_tensors() -> None:
     config = build_config(PretrainConfig, tree)
     step = GrowingStep(config, Form("", closed_form=True, one_pass=True), pick_device())
     with FlopCounterMode(display=False) as counter:
-        step(_noise(config, pick_device()), lambda _: None)
+        step(noise(config, pick_device()), lambda _: None)
     counted = operations_per_video(config.encoder, config.heads, config.data.frames, config.data.crop)
     assert 2 * counted == counter.get_total_flops()
 
