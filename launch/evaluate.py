@@ -25,8 +25,9 @@ PROTOCOLS = {
     "retrieval": "nearest training videos by the cosine of mean features",
     "knn": "votes of the nearest training videos",
     "linear": "linear layer trained on features of random clips",
+    "finetune": "all of the encoder trained with a linear layer; from scratch with --checkpoint random",
 }
-SUPERVISED = ("linear",)  # those that train for long: a run each, with a folder
+SUPERVISED = ("linear", "finetune")  # those that train for long: a run each, with a folder
 # Options that stand for a key of the configuration.
 SHORTHANDS = {
     "clips": "clips.count",
@@ -44,6 +45,7 @@ EXAMPLE = """example:
   mcl evaluate svm --checkpoint runs/ucf101 --train s1/train --test s1/test --train s2/train --test s2/test
   mcl evaluate svm --checkpoint random --pretrain configs/pretrain/ucf101.yaml --train … --test … pretrain.run.seed=1
   mcl evaluate linear --checkpoint runs/k400 --train … --test … --ranks 4 --run-dir runs/k400-linear
+  mcl evaluate finetune --checkpoint runs/k400 --train … --test … --ranks 4 --run-dir runs/k400-finetune
 """
 
 
@@ -84,10 +86,11 @@ class Job:
 
     def supervised(self, num_ranks: int) -> SupervisedEvaluation:
         """… of one that trains, on so many ranks."""
-        from launch.evaluate_settings import LinearEvaluation
+        from launch.evaluate_settings import FinetuneEvaluation, LinearEvaluation
         from mcl_dist.config import load_config
 
-        config = load_config(LinearEvaluation, self.config, self.overrides)
+        schemas: dict[str, type[SupervisedEvaluation]] = {"linear": LinearEvaluation, "finetune": FinetuneEvaluation}
+        config = load_config(schemas[self.protocol], self.config, self.overrides)
         config.check(num_ranks)
         return config
 
@@ -107,6 +110,12 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
             name, help=what, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         _add_arguments(each)
+        if name != "finetune":  # which measures them in training
+            each.add_argument(
+                "--recalibrate",
+                action=argparse.BooleanOptionalAction,
+                help="measure BatchNorm's statistics anew on training clips (default: for `random` only)",
+            )
         if name == "svm":
             each.add_argument("--cost", type=positive_number, help="C of the SVM (default: 1)")
         if name in SUPERVISED:
@@ -246,11 +255,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ranks", type=whole_number, default=1, help="processes on this machine (default: 1)")
     parser.add_argument("--clips", type=whole_number, help="clips of a video (default: 20)")
-    parser.add_argument(
-        "--recalibrate",
-        action=argparse.BooleanOptionalAction,
-        help="measure BatchNorm's statistics anew on training clips (default: for `random` only)",
-    )
     parser.add_argument("--cache", metavar="DIR", help="local folder for shards of sets that are elsewhere")
     parser.add_argument("--json", action="store_true", help="print scores, intervals, classes, confusion as JSON")
     parser.add_argument(

@@ -10,7 +10,7 @@ from dataloading.fetch import FetchConfig
 from launch.hangs import SuperviseConfig
 from launch.settings import RunConfig
 from mcl_dist.checkpoint import CheckpointConfig
-from mcl_dist.config import number
+from mcl_dist.config import choice, number
 from mcl_dist.encoder import STEM_STRIDE
 from mcl_dist.engine import OptimizerConfig
 from mcl_dist.errors import ConfigError
@@ -122,3 +122,51 @@ class LinearEvaluation(SupervisedEvaluation):
     recalibrate: bool | None = None
     optimizer: LinearOptimizer = field(default_factory=LinearOptimizer)
     train: LinearTraining = field(default_factory=LinearTraining)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How the whole of an encoder is trained.
+
+    Attributes:
+        dropout: share of the pooled features that the linear layer is not shown in training.
+        batch_norm: as of `EncoderConfig`; there are no keys, and so nothing to shuffle.
+        checkpointing: as of `EncoderConfig`.
+    """
+
+    dropout: float = number(0.9, minimum=0, maximum=0.99)
+    batch_norm: str = choice("local", "synchronized")
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class FinetuneClips(LongClips):
+    """Three crops of a test clip."""
+
+    crops: int = number(3, minimum=1, maximum=3)
+
+
+@dataclass(frozen=True)
+class FinetuneOptimizer(OptimizerConfig):
+    """The rate of all parameters, without warm-up."""
+
+    learning_rate: float = number(0.01, minimum=0)
+    warmup_epochs: float = number(0.0, minimum=0)
+
+
+@dataclass(frozen=True)
+class FinetuneTraining(TrainConfig):
+    """Batch and length of fine-tuning."""
+
+    global_batch: int = number(256, minimum=1)
+    epochs: int = number(150, minimum=1)
+
+
+@dataclass(frozen=True)
+class FinetuneEvaluation(SupervisedEvaluation):
+    """`mcl evaluate finetune`."""
+
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    clips: FinetuneClips = field(default_factory=FinetuneClips)
+    optimizer: FinetuneOptimizer = field(default_factory=FinetuneOptimizer)
+    train: FinetuneTraining = field(default_factory=FinetuneTraining)

@@ -17,7 +17,7 @@ from dataloading.data_config import LabelledConfig
 from dataloading.loader import LabelledLoader
 from dataloading.stream import ShardSet
 from launch.assembly import batches_of, listening, of_rank, resume, schedule_of, tell_start
-from launch.evaluate_settings import LinearEvaluation, SupervisedEvaluation
+from launch.evaluate_settings import FinetuneConfig, FinetuneEvaluation, LinearEvaluation, SupervisedEvaluation
 from launch.frozen import check_split, num_threads, recalibration_clips, told_by
 from launch.local_ranks import heed_stop_file
 from launch.progress import watched
@@ -28,7 +28,7 @@ from mcl_dist.checkpoint import Checkpoints, Progress
 from mcl_dist.config import dump_config
 from mcl_dist.encoder import Encoder, normalise
 from mcl_dist.engine import Engine
-from mcl_dist.evaluation.classifier import ClassifierLoss, LinearLayer
+from mcl_dist.evaluation.classifier import Classifier, ClassifierLoss, LinearLayer
 from mcl_dist.evaluation.feature_cache import digest_of
 from mcl_dist.evaluation.features import gather_features, mean_over_clips, recalibrate, share_of
 from mcl_dist.evaluation.scores import Scores, answers_from_scores, score
@@ -140,15 +140,33 @@ def described_by(subject: Subject, lesson: Lesson) -> dict[str, Any]:
 
 
 def pupil_of(subject: Subject, lesson: Lesson, ranks: Ranks) -> Pupil:
-    """A linear layer that is the same on all ranks, on features of unit length of the frozen encoder."""
-    config, encoder = lesson.config, subject.encoder.to(ranks.device)
-    torch.manual_seed(config.run.seed)
-    network = LinearLayer(encoder.feature_dim, len(lesson.classes))
+    """What learns, the same on all ranks at the start."""
+    config = lesson.config
+    if isinstance(config, FinetuneEvaluation):
+        return _whole(subject.encoder, lesson, config.finetune, ranks)
     recalibrates = config.recalibrate if isinstance(config, LinearEvaluation) else None
+    encoder = subject.encoder.to(ranks.device)
     if subject.is_untrained if recalibrates is None else recalibrates:
         recalibrate(encoder, recalibration_clips(lesson.train, lesson.geometry, ranks))
+    return _on_frozen(encoder, lesson, ranks)
+
+
+def _whole(encoder: Encoder, lesson: Lesson, config: FinetuneConfig, ranks: Ranks) -> Pupil:
+    """All of the encoder, and a linear layer."""
+    own = dataclasses.replace(encoder.config, batch_norm=config.batch_norm, checkpointing=config.checkpointing)
+    learning = Encoder(own)
+    learning.load_state_dict(encoder.state_dict())
+    torch.manual_seed(lesson.config.run.seed)
+    network = Classifier(learning, len(lesson.classes))
+    return Pupil(network.to(ranks.device).train(), normalise, learning, config.dropout)
+
+
+def _on_frozen(encoder: Encoder, lesson: Lesson, ranks: Ranks) -> Pupil:
+    """A linear layer on features of unit length."""
+    torch.manual_seed(lesson.config.run.seed)
+    network = LinearLayer(encoder.feature_dim, len(lesson.classes))
     encoder.eval()
-    autocasts = config.train.precision == "bfloat16"
+    autocasts = lesson.config.train.precision == "bfloat16"
 
     @torch.no_grad()
     def features(clips: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import pytest
 RANK_SECONDS = 240
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_ranks() -> Callable[..., None]:
     """Run `function` of a test file in `count` processes that share a process group; fails with their output.
 

@@ -16,10 +16,10 @@ from torch import distributed
 from torch.nn.functional import cross_entropy
 
 from dataloading.stream import ShardSet
-from launch.evaluate_settings import LinearEvaluation, SupervisedEvaluation
+from launch.evaluate_settings import FinetuneEvaluation, LinearEvaluation, SupervisedEvaluation
 from launch.settings import PretrainConfig
 from launch.subject import RANDOM, Subject, load_subject
-from launch.supervised import Lesson, Rank, assembled, described_by, evaluate_supervised, pupil_of
+from launch.supervised import Lesson, Outcome, Rank, assembled, described_by, evaluate_supervised, pupil_of
 from mcl_dist.accounts import Birth
 from mcl_dist.batch import LabelledBatch
 from mcl_dist.checkpoint import read_snapshot
@@ -68,6 +68,51 @@ def linear(shards: str, folder: str) -> None:
     outcome = evaluate_supervised(subject(), shards, shards, settings(LinearEvaluation, Path(folder)), rank)
     if outcome.scores:
         Path(folder, "scores.json").write_text(json.dumps(outcome.scores.to_json()))
+
+
+class AskingAt(Heartbeat):
+    """Asks to stop when a step begins."""
+
+    def __init__(self, step: int, stop: StopRequest) -> None:
+        super().__init__()
+        self._step, self._stop = step, stop
+
+    def begins_step(self, step: int) -> None:
+        super().begins_step(step)
+        if step == self._step:
+            self._stop.ask("a test")
+
+
+def finetuned(shards: str, folder: Path, rank: Rank, *more: str) -> Outcome:
+    config = settings(FinetuneEvaluation, folder, "checkpoint.every=3", *more)
+    outcome = evaluate_supervised(subject(), shards, shards, config, rank)
+    if outcome.scores:
+        (folder / "scores.json").write_text(json.dumps(outcome.scores.to_json()))
+    return outcome
+
+
+def finetune_whole_and_broken(shards: str, folder: str) -> None:
+    """In one go; asked at one rank alone to stop, and again; and with statistics of all ranks."""
+    rank, broken = joined(), Path(folder, "broken")
+    assert finetuned(shards, Path(folder, "whole"), rank).is_done
+    stop = StopRequest()
+    asked = AskingAt(3, stop) if rank.ranks.is_first else Heartbeat()
+    assert not finetuned(shards, broken, Rank(rank.ranks, stop, asked, rank.birth)).is_done
+    torch.manual_seed(3)  # nothing of the process itself may matter
+    assert finetuned(shards, broken, rank).is_done
+    assert finetuned(shards, Path(folder, "of-two"), rank, "finetune.batch_norm=synchronized").is_done
+
+
+def finetune_alone(shards: str, folder: str) -> None:
+    assert finetuned(shards, Path(folder), joined(), "finetune.batch_norm=synchronized").is_done
+
+
+def content(run: Path) -> dict[str, bytes]:
+    """The last checkpoint but for its configuration, which names the run's folder."""
+    files = {path.name: path.read_bytes() for path in last(run).iterdir()}
+    state = json.loads(files.pop("state.json"))
+    del state["config"], files["COMMITTED"]
+    return files | {"state": json.dumps(state).encode()}
 
 
 def linear_beside_plain_torch(shards: str, folder: str) -> None:
@@ -123,6 +168,38 @@ def test_ranks_score_as_one_though_they_do_not_divide_the_test_videos(
     ours, theirs = (read_snapshot(str(last(tmp_path / count))).network for count in ("1", "3"))
     for name, value in ours.items():
         assert (theirs[name] - value).norm() <= 1e-5 * value.norm(), name
+
+
+@pytest.fixture(scope="module")
+def finetuned_runs(
+    run_ranks: Callable[..., None], synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("finetuned")
+    run_ranks(__file__, "finetune_whole_and_broken", 2, synthetic_shards, folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_fine_tuning_that_was_stopped_and_resumed_equals_the_uninterrupted_to_the_bit(finetuned_runs: Path) -> None:
+    whole, broken = finetuned_runs / "whole", finetuned_runs / "broken"
+    events = [json.loads(line) for line in (broken / "log.jsonl").read_text().splitlines()]
+    (stopping,) = (event for event in events if event["event"] == "Stopping")
+    assert 3 < stopping["step"] < STEPS
+    assert [event["step"] for event in events if event["event"] == "Started"] == [0, stopping["step"]]
+    assert [line["loss"] for line in lines(broken)] == [line["loss"] for line in lines(whole)]
+    assert content(broken) == content(whole)
+    assert (broken / "scores.json").read_text() == (whole / "scores.json").read_text()
+
+
+@pytest.mark.slow
+def test_fine_tuning_with_the_statistics_of_all_ranks_does_not_depend_on_their_number(
+    run_ranks: Callable[..., None], synthetic_shards: Path, finetuned_runs: Path, tmp_path: Path
+) -> None:
+    run_ranks(__file__, "finetune_alone", 1, synthetic_shards, tmp_path)
+    together = finetuned_runs / "of-two"
+    for ours, theirs in zip(lines(tmp_path), lines(together), strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], abs=1e-4)
+    assert json.loads((tmp_path / "scores.json").read_text()) == json.loads((together / "scores.json").read_text())
 
 
 @pytest.mark.parametrize(
