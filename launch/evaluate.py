@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -218,8 +218,7 @@ def _supervised_work(job: Job) -> Callable[[], bool]:
         config = job.supervised(ranks.count)
         splits = []
         for number, (train, test) in enumerate(zip(job.train, job.test, strict=True), start=1):
-            folder = config.run.dir if len(job.train) == 1 else f"{config.run.dir}/split-{number}"
-            of_split = replace(config, run=replace(config.run, dir=folder))
+            of_split = config if len(job.train) == 1 else config.below(f"split-{number}")
             outcome = evaluate_supervised(job.subject(), train, test, of_split, Rank(ranks, stop, heartbeat, birth))
             if not outcome.is_done:
                 return False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from dataloading.clips import ClipsConfig
 from dataloading.data_config import SupervisedConfig
@@ -19,6 +20,8 @@ from mcl_dist.evaluation.neighbours import KnnConfig
 from mcl_dist.evaluation.scores import BootstrapConfig
 from mcl_dist.evaluation.svm import SvmConfig
 from mcl_dist.trainer import TrainConfig
+
+Evaluation = TypeVar("Evaluation", bound="SupervisedEvaluation")
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,15 @@ class SupervisedEvaluation:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     supervise: SuperviseConfig = field(default_factory=SuperviseConfig)
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
+
+    def below(self: Evaluation, name: str) -> Evaluation:
+        """The same with a folder of its own below each that this one has."""
+        folder = self.checkpoint.folder
+        return replace(
+            self,
+            run=replace(self.run, dir=f"{self.run.dir}/{name}"),
+            checkpoint=replace(self.checkpoint, folder=folder and f"{folder}/{name}"),
+        )
 
     def check(self, num_ranks: int) -> None:
         """What no section can check alone.

@@ -99,3 +99,13 @@ def test_the_file_of_a_protocol_has_the_numbers_that_it_has_without(protocol: st
     schema = {"linear": LinearEvaluation, "finetune": FinetuneEvaluation}[protocol]
     of_file = load_config(schema, f"configs/evaluate/{protocol}.yaml")
     assert of_file == load_config(schema, None, [f"run.dir=runs/{protocol}"])
+
+
+def test_splits_share_no_folder() -> None:
+    from launch.evaluate_settings import LinearEvaluation
+    from mcl_dist.config import load_config
+
+    config = load_config(LinearEvaluation, None, ["run.dir=runs/a", "checkpoint.folder=s3://bucket/a"])
+    split = config.below("split-2")
+    assert (split.run.dir, split.checkpoint.folder) == ("runs/a/split-2", "s3://bucket/a/split-2")
+    assert load_config(LinearEvaluation, None, ["run.dir=runs/a"]).below("split-2").checkpoint.folder is None
