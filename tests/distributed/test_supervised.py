@@ -8,7 +8,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from torch import distributed
 from torch.nn.functional import cross_entropy
 
 from dataloading.stream import ShardSet
-from launch.evaluate_settings import FinetuneEvaluation, LinearEvaluation, SupervisedEvaluation
+from launch.evaluate_settings import FinetuneEvaluation, LinearEvaluation, LinearTraining, SupervisedEvaluation
 from launch.settings import PretrainConfig
 from launch.subject import RANDOM, Subject, load_subject
 from launch.supervised import Lesson, Outcome, Rank, assembled, described_by, evaluate_supervised, pupil_of
@@ -31,17 +33,17 @@ from mcl_dist.ranks import Ranks
 from mcl_dist.stopping import StopRequest
 
 PRETRAINED = {
-    "run": {"dir": "unused", "seed": 5},
     "data": {"train": "unused", "frames": 8, "stride": 4, "crop": 32},
     "encoder": {"width": 4, "blocks": [1, 1]},
     "heads": {"dim": 8},
 }
 SMALL = ("clips.frames=8", "clips.count=3", "train.global_batch=6", "data.threads=1", "checkpoint.keep=99")
 STEPS = 8
+ALONE = Rank(Ranks(), StopRequest(), Heartbeat(), Birth(0.0))
 
 
-def subject() -> Subject:
-    return load_subject(RANDOM, build_config(PretrainConfig, PRETRAINED))
+def subject(seed: int = 5) -> Subject:
+    return load_subject(RANDOM, build_config(PretrainConfig, {**PRETRAINED, "run": {"dir": "unused", "seed": seed}}))
 
 
 def settings(schema: type[SupervisedEvaluation], folder: Path, *more: str) -> SupervisedEvaluation:
@@ -63,11 +65,10 @@ def last(run: Path) -> Path:
     return run / f"checkpoints/step-{STEPS:09d}"
 
 
-def linear(shards: str, folder: str) -> None:
-    rank = joined()
-    outcome = evaluate_supervised(subject(), shards, shards, settings(LinearEvaluation, Path(folder)), rank)
+def linear(shards: str, folder: Path, rank: Rank) -> None:
+    outcome = evaluate_supervised(subject(), shards, shards, settings(LinearEvaluation, folder), rank)
     if outcome.scores:
-        Path(folder, "scores.json").write_text(json.dumps(outcome.scores.to_json()))
+        (folder / "scores.json").write_text(json.dumps(outcome.scores.to_json()))
 
 
 class AskingAt(Heartbeat):
@@ -91,8 +92,15 @@ def finetuned(shards: str, folder: Path, rank: Rank, *more: str) -> Outcome:
     return outcome
 
 
-def finetune_whole_and_broken(shards: str, folder: str) -> None:
-    """In one go; asked at one rank alone to stop, and again; and with statistics of all ranks."""
+def by_one(shards: str, folder: str) -> None:
+    rank = joined()
+    linear_beside_plain_torch(shards, Path(folder, "beside"), rank)
+    linear(shards, Path(folder, "linear"), rank)
+    assert finetuned(shards, Path(folder, "finetuned"), rank, "finetune.batch_norm=synchronized").is_done
+
+
+def by_two(shards: str, folder: str) -> None:
+    """Fine-tuning in one go; asked at one rank alone to stop, and again; and with statistics of all ranks."""
     rank, broken = joined(), Path(folder, "broken")
     assert finetuned(shards, Path(folder, "whole"), rank).is_done
     stop = StopRequest()
@@ -100,11 +108,11 @@ def finetune_whole_and_broken(shards: str, folder: str) -> None:
     assert not finetuned(shards, broken, Rank(rank.ranks, stop, asked, rank.birth)).is_done
     torch.manual_seed(3)  # nothing of the process itself may matter
     assert finetuned(shards, broken, rank).is_done
-    assert finetuned(shards, Path(folder, "of-two"), rank, "finetune.batch_norm=synchronized").is_done
+    assert finetuned(shards, Path(folder, "finetuned"), rank, "finetune.batch_norm=synchronized").is_done
 
 
-def finetune_alone(shards: str, folder: str) -> None:
-    assert finetuned(shards, Path(folder), joined(), "finetune.batch_norm=synchronized").is_done
+def by_three(shards: str, folder: str) -> None:
+    linear(shards, Path(folder, "linear"), joined())
 
 
 def content(run: Path) -> dict[str, bytes]:
@@ -115,10 +123,9 @@ def content(run: Path) -> dict[str, bytes]:
     return files | {"state": json.dumps(state).encode()}
 
 
-def linear_beside_plain_torch(shards: str, folder: str) -> None:
+def linear_beside_plain_torch(shards: str, folder: Path, rank: Rank) -> None:
     """Train the layer, note what it saw, and train another one on that by PyTorch alone."""
-    rank = joined()
-    config = settings(LinearEvaluation, Path(folder))
+    config = settings(LinearEvaluation, folder)
     with closing(ShardSet(shards)) as train:
         lesson = Lesson(shards, train, train, subject().shown(config.clips), config)
         described = described_by(subject(), lesson)
@@ -136,70 +143,92 @@ def linear_beside_plain_torch(shards: str, folder: str) -> None:
             trainer.batches = noted()
             assert trainer.fit()
     optimizer = torch.optim.SGD(plain.parameters(), lr=16.0, momentum=0.9)
-    for step, ((features, labels), line) in enumerate(zip(seen[:STEPS], lines(Path(folder)), strict=True)):
+    for step, ((features, labels), line) in enumerate(zip(seen[:STEPS], lines(folder), strict=True)):
         optimizer.param_groups[0]["lr"] = 1e-6 + (16.0 - 1e-6) * (1 + math.cos(math.pi * step / STEPS)) / 2
         loss = cross_entropy(plain.linear(features), labels)
         assert abs(float(loss.detach()) - line["loss"]) <= 1e-5 * abs(line["loss"]), f"step {step}"
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    trained = read_snapshot(str(last(Path(folder)))).network
+    trained = read_snapshot(str(last(folder))).network
     for name, parameter in plain.named_parameters():
         assert (trained[name] - parameter).norm() <= 1e-5 * parameter.norm(), name
 
 
-@pytest.mark.slow
-def test_the_linear_layer_learns_as_by_plain_torch_on_the_same_features(
-    run_ranks: Callable[..., None], synthetic_shards: Path, tmp_path: Path
-) -> None:
-    run_ranks(__file__, "linear_beside_plain_torch", 1, synthetic_shards, tmp_path)
+@pytest.fixture(scope="module")
+def one(run_ranks: Callable[..., None], synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one rank has learnt; that it learns a linear layer as plain PyTorch does is asserted on the way."""
+    folder = tmp_path_factory.mktemp("one")
+    run_ranks(__file__, "by_one", 1, synthetic_shards, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(run_ranks: Callable[..., None], synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    run_ranks(__file__, "by_two", 2, synthetic_shards, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def three(run_ranks: Callable[..., None], synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("three")
+    run_ranks(__file__, "by_three", 3, synthetic_shards, folder)
+    return folder
+
+
+def scores(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "scores.json").read_text())
+    return found
 
 
 @pytest.mark.slow
-def test_ranks_score_as_one_though_they_do_not_divide_the_test_videos(
-    run_ranks: Callable[..., None], synthetic_shards: Path, tmp_path: Path
-) -> None:
-    for count in (1, 3):
-        (tmp_path / str(count)).mkdir()
-        run_ranks(__file__, "linear", count, synthetic_shards, tmp_path / str(count))
-    alone, together = (json.loads((tmp_path / count / "scores.json").read_text()) for count in ("1", "3"))
+def test_the_linear_layer_learns_as_by_plain_torch_on_the_same_features(one: Path) -> None:
+    assert len(lines(one / "beside")) == STEPS
+
+
+@pytest.mark.slow
+def test_ranks_score_as_one_though_they_do_not_divide_the_test_videos(one: Path, three: Path) -> None:
+    alone, together = scores(one / "linear"), scores(three / "linear")
     assert alone == together
     assert sum(map(sum, alone["confusion"])) == 16
-    ours, theirs = (read_snapshot(str(last(tmp_path / count))).network for count in ("1", "3"))
+    ours, theirs = (read_snapshot(str(last(folder / "linear"))).network for folder in (one, three))
     for name, value in ours.items():
         assert (theirs[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
-@pytest.fixture(scope="module")
-def finetuned_runs(
-    run_ranks: Callable[..., None], synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    folder = tmp_path_factory.mktemp("finetuned")
-    run_ranks(__file__, "finetune_whole_and_broken", 2, synthetic_shards, folder)
-    return folder
-
-
 @pytest.mark.slow
-def test_fine_tuning_that_was_stopped_and_resumed_equals_the_uninterrupted_to_the_bit(finetuned_runs: Path) -> None:
-    whole, broken = finetuned_runs / "whole", finetuned_runs / "broken"
+def test_fine_tuning_that_was_stopped_and_resumed_equals_the_uninterrupted_to_the_bit(two: Path) -> None:
+    whole, broken = two / "whole", two / "broken"
     events = [json.loads(line) for line in (broken / "log.jsonl").read_text().splitlines()]
     (stopping,) = (event for event in events if event["event"] == "Stopping")
     assert 3 < stopping["step"] < STEPS
     assert [event["step"] for event in events if event["event"] == "Started"] == [0, stopping["step"]]
     assert [line["loss"] for line in lines(broken)] == [line["loss"] for line in lines(whole)]
     assert content(broken) == content(whole)
-    assert (broken / "scores.json").read_text() == (whole / "scores.json").read_text()
+    assert scores(broken) == scores(whole)
 
 
 @pytest.mark.slow
-def test_fine_tuning_with_the_statistics_of_all_ranks_does_not_depend_on_their_number(
-    run_ranks: Callable[..., None], synthetic_shards: Path, finetuned_runs: Path, tmp_path: Path
-) -> None:
-    run_ranks(__file__, "finetune_alone", 1, synthetic_shards, tmp_path)
-    together = finetuned_runs / "of-two"
-    for ours, theirs in zip(lines(tmp_path), lines(together), strict=True):
+def test_fine_tuning_with_the_statistics_of_all_ranks_does_not_depend_on_their_number(one: Path, two: Path) -> None:
+    for ours, theirs in zip(lines(one / "finetuned"), lines(two / "finetuned"), strict=True):
         assert theirs["loss"] == pytest.approx(ours["loss"], abs=1e-4)
-    assert json.loads((tmp_path / "scores.json").read_text()) == json.loads((together / "scores.json").read_text())
+    assert scores(one / "finetuned") == scores(two / "finetuned")
+
+
+@pytest.mark.slow
+def test_a_folder_of_another_run_is_refused(one: Path, synthetic_shards: Path) -> None:
+    shards, config = str(synthetic_shards), settings(LinearEvaluation, one / "linear")
+    with pytest.raises(UserError, match=r"made with made_of\.encoder=.*start another run in another run\.dir"):
+        evaluate_supervised(subject(seed=6), shards, shards, config, ALONE)
+    with pytest.raises(UserError, match=r"made with train\.global_batch=6, now 3"):
+        evaluate_supervised(subject(), shards, shards, replace(config, train=LinearTraining(global_batch=3)), ALONE)
+
+
+@pytest.mark.slow
+def test_a_classifiers_checkpoint_is_no_encoder_to_evaluate(one: Path) -> None:
+    with pytest.raises(UserError, match="has no encoder and heads; name a checkpoint of pre-training"):
+        load_subject(str(one / "finetuned"))
 
 
 @pytest.mark.parametrize(
@@ -209,13 +238,12 @@ def test_fine_tuning_with_the_statistics_of_all_ranks_does_not_depend_on_their_n
 def test_sets_that_cannot_be_used_are_told_before_anything_is_trained(
     synthetic_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, int], message: str
 ) -> None:
-    rank = Rank(Ranks(), StopRequest(), Heartbeat(), Birth(0.0))
     if change:
         monkeypatch.setattr(ShardSet, "_stored_frames", lambda _: 2)
     config = settings(LinearEvaluation, tmp_path, *(f"{key}={value}" for key, value in change.items()))
     test = str(synthetic_shards) if change else str(tmp_path / "nowhere")
     with pytest.raises(UserError, match=message):
-        evaluate_supervised(subject(), str(synthetic_shards), test, config, rank)
+        evaluate_supervised(subject(), str(synthetic_shards), test, config, ALONE)
     assert not (tmp_path / "checkpoints").exists()
 
 
