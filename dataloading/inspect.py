@@ -171,6 +171,12 @@ def decoded_flow(video: StoredVideo, frames: Sequence[int]) -> np.ndarray:
     return flow_pixels(np.moveaxis(halves, 1, 3))
 
 
+def pictures(video: StoredVideo, count: int, side: int) -> list[np.ndarray]:
+    """Evenly spaced frames of a video, uint8 (h, w, 3), the longer side no longer than `side`."""
+    frames = _evenly(range(video.num_frames), count)
+    return [_shrunk(picture, side) for picture in decoded_frames(video, frames)]
+
+
 def _candidates(video: StoredVideo, window: int) -> np.ndarray:
     if video.num_frames < 2 * window:
         return np.zeros(0, dtype=np.int64)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from mcl_dist.errors import EXIT_FAILURE, UserError
 
-COMMANDS = ("demo", "doctor", "build_shards", "pretrain", "monitor", "evaluate", "export", "bench")
+COMMANDS = ("demo", "doctor", "build_shards", "pretrain", "monitor", "evaluate", "report", "export", "bench")
 EXIT_INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 
 

@@ -49,6 +49,7 @@ class Demo:
     def overrides(self) -> list[str]:
         """What this run changes in `launch/demo.yaml`."""
         changes = [f"run.dir={self.folder / 'pretrain'}", f"run.seed={self.seed}", f"data.train={self.shards('train')}"]
+        changes += [f"evaluate.test={self.shards('test')}"]
         return changes + ([] if self.steps is None else [f"train.steps={self.steps}"])
 
     @contextmanager
@@ -192,6 +193,7 @@ def _draw(demo: Demo) -> Path:
 def _report(demo: Demo, untrained: float, pretrained: float, picture: Path) -> None:
     """Print the table, and write it for machines."""
     from dataloading.scenes import SCENES
+    from launch.report import FILE as REPORT
 
     classes = SCENES["demo"].classes
     accuracy = {"chance": 1 / len(classes), "untrained": untrained, "pretrained": pretrained}
@@ -205,3 +207,4 @@ def _report(demo: Demo, untrained: float, pretrained: float, picture: Path) -> N
     for name, value in (*demo.stages.items(), ("in all", seconds)):
         print(f"  {name:<26}{value:8.1f}")
     print(f"picture: {picture}")
+    print(f"report of the pre-training: {demo.folder / 'pretrain' / REPORT}")

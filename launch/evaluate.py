@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -154,7 +155,7 @@ def evaluate(job: Job, ranks: Ranks) -> None:
         if scores is not None:
             splits.append(scores)
     if ranks.is_first:
-        _tell(job, splits)
+        _tell(job, splits, settings)
 
 
 def main(words: Sequence[str] | None = None) -> NoReturn:
@@ -224,14 +225,20 @@ def _supervised_work(job: Job) -> Callable[[], bool]:
                 return False
             splits += [outcome.scores] if outcome.scores else []
         if ranks.is_first:
-            _tell(job, splits)
+            _tell(job, splits, config)
         return True
 
     return work
 
 
-def _tell(job: Job, splits: Sequence[Scores]) -> None:
-    print(json.dumps(_report(job, splits)) if job.as_json else _text(splits))
+def _tell(job: Job, splits: Sequence[Scores], settings: FrozenConfig | SupervisedEvaluation) -> None:
+    """Print what was found, and keep it for the report of the run that it is of."""
+    from launch.kept_evaluations import keep
+
+    report = _report(job, splits)
+    print(json.dumps(report) if job.as_json else _text(splits))
+    if line := keep(job.checkpoint, report, splits, settings):
+        print(line, file=sys.stderr)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

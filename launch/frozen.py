@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -24,7 +24,7 @@ from mcl_dist.encoder import Encoder
 from mcl_dist.errors import RankError, UserError
 from mcl_dist.evaluation.feature_cache import FeatureCache, digest_of
 from mcl_dist.evaluation.features import Features, extract_features, gather_features, recalibrate, share_of
-from mcl_dist.evaluation.neighbours import knn_answers, retrieval_answers
+from mcl_dist.evaluation.neighbours import knn_answers, neighbours_to_show, retrieval_answers
 from mcl_dist.evaluation.scores import Answers, Scores, score
 from mcl_dist.evaluation.svm import svm_answers
 from mcl_dist.ranks import Ranks
@@ -69,7 +69,8 @@ def evaluate_frozen(
         names = train.manifest.classes
     if not ranks.is_first:
         return None
-    return score(_answers(features[0], features[1], len(names), config), names, config.bootstrap)
+    scores = score(_answers(features[0], features[1], len(names), config), names, config.bootstrap)
+    return replace(scores, neighbours=neighbours_to_show(*features))
 
 
 def check_split(train_url: str, train: ShardSet, test_url: str, test: ShardSet) -> None:

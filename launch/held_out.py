@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 import torch
 
 from dataloading.clips import ClipGeometry, ProbeClips
 from dataloading.stream import ShardSet
 from launch.frozen import check_split, num_threads
+from launch.kept_evaluations import ON_THE_WAY, add
 from launch.settings import PretrainConfig
 from mcl_dist.encoder import Encoder
 from mcl_dist.errors import UserError
 from mcl_dist.evaluation.features import Features, extract_features, gather_features, share_of
-from mcl_dist.evaluation.neighbours import knn_answers
+from mcl_dist.evaluation.neighbours import knn_answers, neighbours_to_show
 from mcl_dist.evaluation.scores import measures
 from mcl_dist.events import Evaluating, Event, Notice
 from mcl_dist.ranks import Ranks
@@ -38,7 +40,8 @@ class HeldOut:
 
     def __init__(self, config: PretrainConfig, ranks: Ranks, listen: Callable[[Event], None]) -> None:
         self._config, self._ranks, self._listen = config.evaluate, ranks, listen
-        urls = (config.evaluate.train or str(config.data.train), str(config.evaluate.test))
+        urls = self._urls = (config.evaluate.train or str(config.data.train), str(config.evaluate.test))
+        self._folder = Path(config.run.dir)
         with ExitStack() as opened:
             self._sets = [opened.enter_context(closing(ShardSet(url, config.data.cache, config.data))) for url in urls]
             train, test = self._sets
@@ -69,11 +72,19 @@ class HeldOut:
             gather_features(features, self._num_videos(shard_set), self._ranks)
             for features, shard_set in zip(own, self._sets, strict=True)
         )
-        return self._scores(train, test) if self._ranks.is_first else None
+        return self._scores(train, test, step) if self._ranks.is_first else None
 
-    def _scores(self, train: Features, test: Features) -> dict[str, float]:
-        num_classes = len(self._sets[0].manifest.classes)
-        return measures(knn_answers(train, test, num_classes, self._config))
+    def _scores(self, train: Features, test: Features, step: int) -> dict[str, float]:
+        """Of the features of both sets; with some neighbours to look at they are kept for the run's report."""
+        found = measures(knn_answers(train, test, len(self._sets[0].manifest.classes), self._config))
+        splits = [{"train": self._urls[0], "test": self._urls[1], **found}]
+        neighbours = [[each._asdict() for each in neighbours_to_show(train, test)]]
+        line = {"protocol": ON_THE_WAY, "step": step, **found, "splits": splits, "neighbours": neighbours}
+        try:
+            add(self._folder, line)
+        except UserError as error:
+            self._listen(Notice(f"step {step}: its evaluation is not kept for the report: {error}"))
+        return found
 
     def _told(self, clips: ProbeClips, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self._listen(Evaluating(step, 0, len(clips)))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import cv2
 import numpy as np
 
+from dataloading.colourwheel import colour_wheel
 from dataloading.inspect import InspectedVideo, View
 from dataloading.tubelets import CLIP_OF_VIEW, NUM_CLIPS
 from launch.markup import Markup, joined, jpeg_uri, png_uri, tag
@@ -14,6 +15,7 @@ from launch.markup import Markup, joined, jpeg_uri, png_uri, tag
 CURVE_WIDTH, CURVE_HEIGHT, CURVE_MARGIN = 400, 120, 16
 CURVE_BOTTOM = CURVE_HEIGHT - CURVE_MARGIN
 MARK_RADIUS = 6
+WHEEL_SIZE = 96
 
 
 def facts(rows: Iterable[tuple[str, object]], width: str = "narrow") -> Markup:
@@ -35,7 +37,7 @@ def video_card(video: InspectedVideo) -> Markup:
         _curve(video),
         _caption_of_curve(video),
         tag("h3", "Tubelets"),
-        tag("div", *(_view(video, view) for view in video.views), class_="grid"),
+        tubelets(video),
         class_="card",
         id=f"video-{video.position}",
     )
@@ -58,6 +60,20 @@ def _video_facts(video: InspectedVideo) -> list[tuple[str, object]]:
         ("draw", f"clips of {video.window} frames; the first from the {half} half"),
         ("key", f"{video.key}, number {video.position} of the set"),
     ]
+
+
+def legend_style() -> str:
+    """What the legends of a page need, once, however many videos point at it."""
+    scale = heat_colours(np.arange(256, dtype=np.uint8)[None])
+    return (
+        f".wheel{{background-image:url({png_uri(colour_wheel(WHEEL_SIZE))})}}"
+        f".heat{{background-image:url({png_uri(scale)})}}"
+    )
+
+
+def tubelets(video: InspectedVideo) -> Markup:
+    """The four views of a draw: frame maps and crops over whole frames, and what is cut out."""
+    return tag("div", *(_view(video, view) for view in video.views), class_="grid")
 
 
 def _legends(video: InspectedVideo) -> Markup:

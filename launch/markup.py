@@ -8,7 +8,7 @@ from html import escape
 import cv2
 import numpy as np
 
-_WITHOUT_END = ("img", "meta")
+_WITHOUT_END = ("br", "img", "meta")
 _JPEG_QUALITY = 78
 
 

@@ -15,7 +15,7 @@ from typing import NoReturn
 from launch import cluster
 from launch.local_ranks import as_rank, heed_stop_file, this_birth, watched_rank
 from launch.nodes import add_node_arguments, meeting_of
-from mcl_dist.heartbeat import Heartbeat
+from mcl_dist.heartbeat import EVALUATING, Heartbeat
 from mcl_dist.stopping import StopRequest
 
 EXIT_AGAIN = 76  # to whoever launched this node with --attached: it failed, and another attempt may go better
@@ -102,6 +102,7 @@ def pretrain(config_path: str, overrides: Sequence[str], stop: StopRequest, hear
     birth = this_birth()
     from launch.assembly import assembled
     from launch.orphans import stop_with_launcher
+    from launch.report import report_at_the_end
     from launch.run_lock import only_run
     from launch.settings import PretrainConfig, check
     from mcl_dist.config import load_config
@@ -116,11 +117,15 @@ def pretrain(config_path: str, overrides: Sequence[str], stop: StopRequest, hear
     join_process_group(device)
     ranks = Ranks(device)
     alone = only_run(Path(config.run.dir)) if ranks.is_first else nullcontext()
-    with alone, assembled(config, ranks, device, stop, heartbeat, birth) as trainer:
-        is_done = trainer.fit()
-        ranks.barrier()
-        if not is_done:
-            stop_file.unlink(missing_ok=True)
+    with alone:
+        with assembled(config, ranks, device, stop, heartbeat, birth) as trainer:
+            is_done = trainer.fit()
+            ranks.barrier()
+            if not is_done:
+                stop_file.unlink(missing_ok=True)
+        if is_done and ranks.is_first and config.run.report:
+            heartbeat.enters(EVALUATING)
+            report_at_the_end(config)
     return is_done
 
 

@@ -26,10 +26,12 @@ class RunConfig:
     Attributes:
         dir: the run folder: configuration, logs, metrics, checkpoints.
         seed: of weights, order, tubelets and shuffles.
+        report: whether the first rank writes `report.html` once all steps are done; `mcl report` does at any time.
     """
 
     dir: str
     seed: int = number(0, minimum=0)
+    report: bool = True
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from torch.nn.functional import normalize
 
 from mcl_dist.config import number
 from mcl_dist.evaluation.features import Features
-from mcl_dist.evaluation.scores import Answers, answers_from_scores
+from mcl_dist.evaluation.scores import Answers, Neighbours, answers_from_scores
 
 RECALL_AT = (1, 5, 10, 20, 50)  # METHOD.md, section 6
+NUM_SHOWN, NUM_NEAREST = 4, 5  # test videos whose neighbours a person looks at, and how many of each
 TEST_AT_ONCE = 1024  # test videos whose similarities to all of the training set are held at a time
 
 
@@ -68,3 +69,14 @@ def retrieval_answers(train: Features, test: Features) -> Answers:
     same = found == test.labels[:, None]
     hits = {f"recall_at_{count}": same[:, :count].any(axis=1) for count in RECALL_AT}
     return Answers({"top1": hits["recall_at_1"], "top5": hits["recall_at_5"], **hits}, found[:, 0], test.labels)
+
+
+def neighbours_to_show(train: Features, test: Features) -> list[Neighbours]:
+    """Of a few test videos, evenly spread over the set, whose order is random, the nearest training videos."""
+    shown = np.unique(np.linspace(0, len(test.labels) - 1, NUM_SHOWN).round().astype(int))
+    places, cosines = nearest(train.vectors, test.vectors[shown], NUM_NEAREST)
+    rows = zip(shown.tolist(), test.labels[shown].tolist(), places, cosines, strict=True)
+    return [
+        Neighbours(video, label, near.tolist(), train.labels[near].tolist(), [float(f"{each:.4f}") for each in cosine])
+        for video, label, near, cosine in rows
+    ]

@@ -42,6 +42,21 @@ class Answers(NamedTuple):
     labels: np.ndarray
 
 
+class Neighbours(NamedTuple):
+    """A test video and the training videos that are nearest to it, nearest first.
+
+    Attributes:
+        video, label: its place in the features and its class.
+        nearest, labels, cosines: theirs.
+    """
+
+    video: int
+    label: int
+    nearest: list[int]
+    labels: list[int]
+    cosines: list[float]
+
+
 @dataclass(frozen=True)
 class ClassScore:
     """One class's test videos and the share of them that was told right."""
@@ -61,6 +76,7 @@ class Scores:
         classes: in the order of their labels; those without a test video do not enter the mean.
         confusion: test videos of each class (rows) taken for each class (columns).
         replicates: float64 (samples,) by measure, what the bootstrap's sets score.
+        neighbours: of a few test videos, where the protocol has features of both sets; no part of the JSON.
     """
 
     measures: dict[str, float]
@@ -68,6 +84,7 @@ class Scores:
     classes: tuple[ClassScore, ...]
     confusion: np.ndarray
     replicates: dict[str, np.ndarray]
+    neighbours: Sequence[Neighbours] = ()
 
     def to_json(self) -> dict[str, Any]:
         """For machines; intervals instead of the bootstrap's sets."""

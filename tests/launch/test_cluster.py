@@ -16,6 +16,7 @@ from tests.hosts import Rig, missing, running_hosts
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = str(REPOSITORY / "configs" / "pretrain" / "tiny.yaml")
 SMALL = ("data.crop=48", "encoder.width=4", "heads.dim=8", "objective.queue=64", "train.global_batch=4")
+NO_REPORT = "run.report=false"  # what it costs is another test's matter
 LENGTH = ("train.steps=24", "checkpoint.every=8")
 SECONDS = 150
 
@@ -30,7 +31,16 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
 
 def start(rig: Rig, shards: Path, run: Path, *more: str) -> subprocess.Popen[str]:
     words = [sys.executable, "-m", "mcl_dist", "pretrain", "--hostfile", str(rig.hostfile), "--config", CONFIG]
-    words += ["--ssh-config", str(rig.ssh_config), *more, f"data.train={shards}", f"run.dir={run}", *SMALL, *LENGTH]
+    words += [
+        "--ssh-config",
+        str(rig.ssh_config),
+        *more,
+        f"data.train={shards}",
+        f"run.dir={run}",
+        NO_REPORT,
+        *SMALL,
+        *LENGTH,
+    ]
     return rig.head.popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -28,9 +28,16 @@ def test_the_demo_goes_all_the_way_and_can_be_repeated(
         assert main(["demo", "--dir", str(folder), "--steps", "2"]) == 0
         output = capfd.readouterr().out
         assert ("starting afresh" in output) == (attempt == 1)
-        for word in ("chance", "untrained", "pretrained", str(folder / "tubelets.png")):
+        for word in (
+            "chance",
+            "untrained",
+            "pretrained",
+            str(folder / "tubelets.png"),
+            str(folder / "pretrain" / "report.html"),
+        ):
             assert word in output
     summary = json.loads((folder / "summary.json").read_text())
+    assert "Not here" not in (folder / "pretrain" / "report.html").read_text()
     assert summary["chance"] == 1 / 16
     assert 0 <= summary["untrained"] <= 1
     assert 0 <= summary["pretrained"] <= 1

@@ -20,6 +20,7 @@ from tests.processes import of_run
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = str(REPOSITORY / "configs" / "pretrain" / "tiny.yaml")
 SMALL = ("data.crop=48", "encoder.width=4", "heads.dim=8", "objective.queue=64", "train.global_batch=4")
+NO_REPORT = "run.report=false"  # what it costs is another test's matter
 LOSSES = ("loss", "loss_inter", "loss_intra", "loss_alignment", "loss_order")
 KEYS = ("step", "epoch", *LOSSES, "learning_rate", "videos_per_second", "data_wait_ratio")
 LENGTH = ("train.steps=24", "checkpoint.every=8")
@@ -27,7 +28,7 @@ SECONDS = 300
 
 
 def words(shards: Path, run: Path, *more: str) -> list[str]:
-    return ["--config", CONFIG, f"data.train={shards}", f"run.dir={run}", *SMALL, *more]
+    return ["--config", CONFIG, f"data.train={shards}", f"run.dir={run}", NO_REPORT, *SMALL, *more]
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -66,7 +67,7 @@ def kill_the_command(process: subprocess.Popen[str], run: Path) -> None:  # noqa
 @pytest.fixture(scope="module")
 def finished_run(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     run = tmp_path_factory.mktemp("run")
-    code, output = finished(start(*words(synthetic_shards, run, *LENGTH), "--ranks", "2"))
+    code, output = finished(start(*words(synthetic_shards, run, *LENGTH, "run.report=true"), "--ranks", "2"))
     assert code == 0, output
     return run, output
 
@@ -84,6 +85,7 @@ def test_two_ranks_train_and_leave_a_line_a_step(finished_run: tuple[Path, str])
         "step-000000024",
     ]
     assert (run / "config.yaml").exists()
+    assert "Where the alignment map looks" in (run / "report.html").read_text()
 
 
 @pytest.mark.slow

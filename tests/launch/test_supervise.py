@@ -25,6 +25,7 @@ from tests.processes import of_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ("data.crop=48", "encoder.width=4", "heads.dim=8", "objective.queue=64", "train.global_batch=4")
+NO_REPORT = "run.report=false"  # what it costs is another test's matter
 LENGTH = ("train.steps=40", "checkpoint.every=4", "checkpoint.keep=99")
 QUICK = ("supervise.silent_seconds=4", "supervise.hang_seconds_min=20")
 SECONDS = 120
@@ -33,7 +34,7 @@ SECONDS = 120
 def start(shards: Path, run: Path, terminal: int | None = None) -> subprocess.Popen[str]:
     """The command in a session of its own, whose terminal is the one given."""
     words = ["--config", str(REPOSITORY / "configs/pretrain/tiny.yaml"), f"data.train={shards}", f"run.dir={run}"]
-    words += [*SMALL, *LENGTH, *QUICK, "--ranks", "2", "--runtime", str(run.with_suffix(".runtime"))]
+    words += [NO_REPORT, *SMALL, *LENGTH, *QUICK, "--ranks", "2", "--runtime", str(run.with_suffix(".runtime"))]
     session = ["setsid", *(["--ctty"] if terminal else [])]
     return subprocess.Popen(
         [*session, sys.executable, "-m", "launch.cli", "pretrain", *words],

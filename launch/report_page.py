@@ -1,0 +1,175 @@
+"""The page of `mcl report`: its parts in order, each with what it shows or why it has nothing to show."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+from dataloading.inspect import inspect_video, sample_positions
+from dataloading.stream import ShardSet
+from launch import chart, report_alignment, report_evaluations, report_neighbours
+from launch.document import document
+from launch.inspect_video import facts, legend_style, tubelets
+from launch.kept_evaluations import kept
+from launch.markup import Markup, joined, tag
+from launch.readable import UNKNOWN, counted, duration, number, ratio, size
+from launch.report_alignment import alignment
+from launch.report_curves import curves
+from launch.report_evaluations import evaluations
+from launch.report_neighbours import neighbours
+from launch.settings import PretrainConfig
+from mcl_dist.config import dump_config, load_config
+from mcl_dist.errors import UserError
+from mcl_dist.remote import without_credentials
+from monitoring.run_folder import RunFolder
+from monitoring.view import View
+
+CONFIG = "config.yaml"
+STYLE = """
+:root{--good:#1a7f37;--bad:#b3261e}
+@media(prefers-color-scheme:dark){:root{--good:#5fd38a;--bad:#ff8a80}}
+h2{margin-top:.2rem}
+details{margin:.6rem 0}summary{margin-bottom:.4rem}.card>.grid{margin-top:.6rem}.grid>figure{min-width:0}
+.absent{border-left:.25rem solid var(--line);padding-left:.7rem;color:var(--soft);overflow-wrap:anywhere}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{padding:.2rem .7rem .2rem 0;border-bottom:1px solid var(--line);text-align:right}
+th{color:var(--soft);font-weight:500}th:first-child,td:first-child{text-align:left}
+pre{overflow:auto;max-height:30rem;font-size:.8rem}
+nav{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin:0 0 1rem}a{color:var(--accent)}
+"""
+
+
+def report(folder: Path, num_videos: int, cache: str | None = None) -> str:
+    """The whole page of a run.
+
+    Args:
+        folder: of the run.
+        num_videos: whose tubelets are shown.
+        cache: local folder for shards of sets that are elsewhere, instead of the run's.
+
+    Raises:
+        UserError: there is no run.
+    """
+    view = RunFolder(folder).view()
+    config = _config(folder, cache)
+    lines = kept(folder)
+    parts: tuple[tuple[str, str, Callable[[PretrainConfig], Markup]], ...] = (
+        ("configuration", "Configuration", _configuration),
+        ("curves", "Curves", lambda _: curves(view)),
+        ("evaluations", "Evaluations", lambda _: evaluations(lines)),
+        ("tubelets", "Tubelets", lambda config: _tubelets(config, num_videos)),
+        ("alignment", "Where the alignment map looks", lambda config: _alignment(config, folder)),
+        ("neighbours", "Nearest neighbours", lambda config: neighbours(lines, config.data)),
+    )
+    links = (tag("a", title, href=f"#{name}") for name, title, _ in parts)
+    return document(
+        f"Run {view['run']}",
+        _summary(view),
+        tag("nav", *links),
+        *(_part(name, title, make, config) for name, title, make in parts),
+        style="".join(
+            (
+                legend_style(),
+                STYLE,
+                chart.STYLE,
+                report_evaluations.STYLE,
+                report_alignment.STYLE,
+                report_neighbours.STYLE,
+            )
+        ),
+    )
+
+
+def _config(folder: Path, cache: str | None) -> PretrainConfig | UserError:
+    """The run's configuration, or why it cannot be had."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return UserError(f"{path}: missing; the run's own configuration says what there is to show")
+    try:
+        config = load_config(PretrainConfig, path)
+    except UserError as error:
+        return error
+    return config if cache is None else replace(config, data=replace(config.data, cache=cache))
+
+
+def _part(
+    name: str, title: str, make: Callable[[PretrainConfig], Markup], config: PretrainConfig | UserError
+) -> Markup:
+    """A part of the page; what keeps it from being there is told in its place."""
+    try:
+        if isinstance(config, UserError) and name not in ("curves", "evaluations"):
+            raise config
+        content = make(config)  # type: ignore[arg-type]  # curves and evaluations ask for none
+    except UserError as error:
+        content = tag("p", f"Not here: {without_credentials(str(error))}", class_="absent")
+    return tag("section", tag("h2", title), content, class_="card", id=name)
+
+
+def _summary(view: View) -> Markup:
+    rows = [
+        ("state", view["state"] + (f": {view['why']}" if view["why"] else "")),
+        ("steps", f"{view['step']:,}" + (f" of {view['total_steps']:,}" if view["total_steps"] else "")),
+        ("last step", _moment(view["updated"])),
+        ("goodput", f"{ratio(view['goodput'])} of the time went into steps that count"),
+        ("restarts", counted(view["restarts"])),
+        ("steps skipped", f"{view['counts']['skipped']:,}"),
+        ("step time", f"{duration(view['latest'].get('seconds'))}, {number(view['latest'].get('videos_per_second'))} "
+         "videos/s in the last"),
+        ("page made", _moment(view["now"])),
+    ]  # fmt: skip
+    if (checkpoint := view["checkpoint"]) is not None:
+        rows.insert(3, ("checkpoint", f"step {checkpoint['step']:,}, {size(checkpoint['bytes'])}"))
+    return tag("section", facts(rows, "wide"), class_="card", id="summary")
+
+
+def _moment(seconds: float | None) -> str:
+    return UNKNOWN if seconds is None else time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
+def _configuration(config: PretrainConfig) -> Markup:
+    train, encoder, optimizer, data = config.train, config.encoder, config.optimizer, config.data
+    losses, rate = config.objective, optimizer.base_rate(train.global_batch)
+    length = f"{train.steps:,} steps" if train.steps else f"{train.epochs:,} epochs"
+    rows = [
+        ("trained on", without_credentials(", ".join(part.url for part in data.all_sets))),
+        ("clips", f"{data.frames} frames every {data.stride}, {data.crop}×{data.crop} pixels"),
+        ("motion-focused", f"{data.motion_probability:.0%} of the draws"),
+        ("encoder", f"width {encoder.width}, blocks {'-'.join(map(str, encoder.blocks))}"),
+        ("BatchNorm", encoder.batch_norm),
+        ("length", f"{length}, global batch {train.global_batch}"),
+        ("optimizer", f"{optimizer.name}, rate {rate:g}, decay {optimizer.weight_decay:g}"),
+        ("loss weights", f"intra {losses.intra:g}, alignment {losses.alignment:g}, order {losses.order}"),
+        ("queue", f"{losses.queue:,} keys, momentum {losses.momentum:g}, temperature {losses.temperature:g}"),
+        ("precision", train.precision),
+        ("seed", config.run.seed),
+    ]  # fmt: skip
+    everything = without_credentials(dump_config(config))
+    return joined(facts(rows, "wide"), tag("details", tag("summary", "all of it, as YAML"), tag("pre", everything)))
+
+
+def _tubelets(config: PretrainConfig, num_videos: int) -> Markup:
+    url = config.data.all_sets[0].url
+    with closing(ShardSet(url, config.data.cache, config.data)) as shard_set:
+        positions = sample_positions(len(shard_set), num_videos, config.run.seed)
+        videos = [inspect_video(shard_set, position, config.run.seed) for position in positions]
+    heat = tag("i", class_="heat", role="img", aria_label="colours of the frame maps")
+    return joined(
+        tag("p", f"Motion-focused draws of {len(videos)} videos of {without_credentials(url)}. The four views of each: "
+            "the frame map lies over the frames, blue is the crop, dashed the box of the cells that move most; what is "
+            "cut out is below.", class_="soft"),
+        tag("p", tag("span", heat, "motion boundary, none to the video's strongest"), class_="legend soft"),
+        *(_folded(f"{video.class_name}, {video.key}", tubelets(video), place) for place, video in enumerate(videos)),
+    )  # fmt: skip
+
+
+def _folded(title: str, content: Markup, place: int) -> Markup:
+    """One of several alike: the first lies open."""
+    opened = {} if place else {"open": ""}
+    return tag("details", tag("summary", tag("b", title)), content, **opened)
+
+
+def _alignment(config: PretrainConfig, folder: Path) -> Markup:
+    return alignment(config, config.checkpoint.folder or str(folder / "checkpoints"))
