@@ -1,6 +1,6 @@
 """Encoders to and from files that other programs read: safetensors, the reference's names, TorchScript, ONNX.
 
-Equal weights give equal bytes in every format; of TorchScript, the first of a process (PyTorch numbers the others).
+Equal weights give equal bytes in every format, by the same version of PyTorch.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from mcl_dist.weights import State, read_state, to_reference, under_our_names
 FILES = (".safetensors", ".pth", ".pt", ".tar")
 CLIPS = "clips"  # key of a file's only metadata; several would be written in any order
 OPSET = 17
+CLASS_NUMBER = re.compile(rb"(?<=___torch_mangle_)\d+")
+OF_THE_PLACE = (".debug_pkl", "/serialization_id")  # records of where the source lay, and a digest of all
 TRACED = (2, 3)  # clips and colours of the input that tracing runs; any number of clips goes through afterwards
 
 
@@ -125,7 +129,29 @@ def _torchscript(extractor: FeatureExtractor, sample: torch.Tensor) -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's advice to use torch.export, which needs PyTorch to be loaded
+        # The first trace of a class in a process gets its plain name, all others a number: none here is the first.
+        torch.jit.trace(extractor, sample[:1], check_trace=False)  # type: ignore[no-untyped-call]
         torch.jit.save(torch.jit.trace(extractor, sample), file)  # type: ignore[no-untyped-call]
+    return _renumbered(file.getvalue())
+
+
+def _renumbered(archive: bytes) -> bytes:
+    """TorchScript's archive with its classes numbered from 0, and without the paths of the source."""
+    with zipfile.ZipFile(io.BytesIO(archive)) as source:
+        records = {name: source.read(name) for name in source.namelist() if not name.endswith(OF_THE_PLACE)}
+    numbers: dict[bytes, int] = {}
+
+    def counted(match: re.Match[bytes]) -> bytes:
+        return b"%d" % numbers.setdefault(match[0], len(numbers))
+
+    renamed = {}
+    for name in sorted(records, key=lambda name: not name.endswith("/data.pkl")):  # which names all classes in order
+        content = CLASS_NUMBER.sub(counted, records[name]) if name.endswith((".pkl", ".py")) else records[name]
+        renamed[CLASS_NUMBER.sub(counted, name.encode()).decode()] = content
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as target:
+        for name in sorted(renamed):
+            target.writestr(zipfile.ZipInfo(name), renamed[name])  # whose time is always the same
     return file.getvalue()
 
 

@@ -93,7 +93,7 @@ def test_onnx_computes_the_same(run: str, network: Network, clips: torch.Tensor,
     assert np.abs(found - _features(network.encoder.eval(), clips).numpy()).max() < 1e-5
 
 
-@pytest.mark.parametrize("form", ["safetensors", "reference", "onnx"])
+@pytest.mark.parametrize("form", ["safetensors", "reference", "torchscript", "onnx"])
 def test_equal_weights_give_equal_bytes(run: str, form: str) -> None:
     assert exported(run, form) == exported(run, form)
 
@@ -104,7 +104,8 @@ def test_torchscript_of_equal_weights_is_equal_from_process_to_process(run: str,
     for file in files:
         words = ["export", run, "--format", "torchscript", "--out", str(file)]
         subprocess.run([sys.executable, "-m", "launch.cli", *words], check=True, capture_output=True)
-    assert files[0].read_bytes() == files[1].read_bytes()
+    assert files[0].read_bytes() == files[1].read_bytes() == exported(run, "torchscript")
+    assert str(Path(mcl_dist.__file__).parent).encode() not in files[0].read_bytes()
 
 
 def test_the_references_names_are_those_of_its_checkpoints(run: str, tmp_path: Path, golden: Path) -> None:
