@@ -58,7 +58,7 @@ def assembled(
         if config.train.compile:
             learner.compile()
         with (
-            _scoring(config, ranks, listeners) as evaluate,
+            _scoring(config, ranks, listeners, stop) as evaluate,
             _loading(config, ranks, device, start, listeners) as loader,
         ):
             objective = Objective(
@@ -161,14 +161,16 @@ def _loading(
 
 
 @contextmanager
-def _scoring(config: PretrainConfig, ranks: Ranks, listeners: Sequence[Listener]) -> Iterator[Evaluate]:
+def _scoring(
+    config: PretrainConfig, ranks: Ranks, listeners: Sequence[Listener], stop: StopRequest
+) -> Iterator[Evaluate]:
     """What scores encoders on held-out videos, where that was asked for."""
     if config.evaluate.every is None:
         yield lambda *_: None
         return
     from launch.held_out import HeldOut  # and with it what only probes need
 
-    with closing(HeldOut(config, ranks, lambda event: tell(listeners, event))) as held_out:
+    with closing(HeldOut(config, ranks, lambda event: tell(listeners, event), stop)) as held_out:
         yield held_out
 
 

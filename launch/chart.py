@@ -25,7 +25,8 @@ STYLE = """
 .c4{stroke:var(--c4);background:var(--c4)}.c5{stroke:var(--c5);background:var(--c5)}
 .chart table{width:100%;font-size:.85rem}.chart i{display:inline-block;width:.7rem;height:.7rem;margin-right:.35rem;
 border-radius:.15rem}
-@media(max-width:36rem){.chart text{font-size:15px}.chart th,.chart td{padding-right:.45rem}}
+@media(max-width:36rem){.card>.grid>.chart{border:0;padding:0}
+.chart text{font-size:15px}.chart th,.chart td{padding-right:.45rem}}
 """
 
 
@@ -37,7 +38,7 @@ class Curve(NamedTuple):
 
 
 def chart(title: str, unit: str, steps: Sequence[int], curves: Sequence[Curve], span: tuple[int, int]) -> Markup:
-    """A card with the lines, and first, lowest, highest and last value of each.
+    """A card with the lines, and last, first, lowest and highest value of each.
 
     Args:
         title, unit: of the values.
@@ -119,7 +120,7 @@ def _path(points: Sequence[tuple[float, float | None]], down: Callable[[float], 
 
 
 def _table(curves: Sequence[Curve]) -> Markup:
-    head = tag("tr", *(tag("th", word) for word in ("", "first", "lowest", "highest", "last")))
+    head = tag("tr", *(tag("th", word) for word in ("", "last", "first", "lowest", "highest")))
     return tag(
         "div", tag("table", head, *(_figures(index, curve) for index, curve in enumerate(curves))), class_="scroll"
     )
@@ -127,7 +128,7 @@ def _table(curves: Sequence[Curve]) -> Markup:
 
 def _figures(index: int, curve: Curve) -> Markup:
     known = [value for value in curve.values if value is not None]
-    figures = (known[0], min(known), max(known), known[-1]) if known else ()
+    figures = (known[-1], known[0], min(known), max(known)) if known else ()
     name = joined(tag("i", class_=f"c{index % NUM_COLOURS}"), curve.name)
     return tag("tr", tag("td", name), *(tag("td", number(value)) for value in figures or [None] * 4))
 

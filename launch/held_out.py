@@ -21,6 +21,7 @@ from mcl_dist.evaluation.neighbours import knn_answers, neighbours_to_show
 from mcl_dist.evaluation.scores import measures
 from mcl_dist.events import Evaluating, Event, Notice
 from mcl_dist.ranks import Ranks
+from mcl_dist.stopping import StopRequest
 
 TELL_SECONDS = 20.0  # between signs of life of a rank that makes features
 
@@ -32,14 +33,18 @@ class HeldOut:
         config: of the run.
         ranks: who share the work.
         listen: hears how far this rank is, and why there may be no scores.
+        stop: a rank that is asked to stop leaves off.
 
     Raises:
         UserError: a set cannot be read, has no labels, or other classes than the other.
         ConfigError: a set does not store the frames that the stride asks for.
     """
 
-    def __init__(self, config: PretrainConfig, ranks: Ranks, listen: Callable[[Event], None]) -> None:
+    def __init__(
+        self, config: PretrainConfig, ranks: Ranks, listen: Callable[[Event], None], stop: StopRequest | None = None
+    ) -> None:
         self._config, self._ranks, self._listen = config.evaluate, ranks, listen
+        self._stop = stop or StopRequest()
         urls = self._urls = (config.evaluate.train or str(config.data.train), str(config.evaluate.test))
         self._folder = Path(config.run.dir)
         with ExitStack() as opened:
@@ -57,8 +62,8 @@ class HeldOut:
     def __call__(self, encoder: Encoder, step: int) -> dict[str, float] | None:
         """Accuracies after `step` steps, on the first rank; all ranks must ask together.
 
-        None on the others, and everywhere where a rank cannot read its videos: training needs none of them, so it is
-        told and goes on.
+        None on the others, and everywhere where a rank cannot read its videos, which training does not need, or was
+        asked to stop: that is told, and the run goes on.
         """
         own, trouble = [], ""
         try:
@@ -93,6 +98,8 @@ class HeldOut:
             if time.monotonic() - told >= TELL_SECONDS:
                 told = time.monotonic()
                 self._listen(Evaluating(step, done, len(clips)))
+            if self._stop.is_asked:
+                raise UserError(f"asked to stop ({self._stop.reason})")
             yield batch.clips, batch.labels
 
     def _own_clips(self, shard_set: ShardSet, geometry: ClipGeometry) -> ProbeClips:

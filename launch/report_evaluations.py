@@ -13,8 +13,8 @@ from mcl_dist.remote import without_credentials
 MOST_CLASSES = 60
 NAMES = {ON_THE_WAY: "kNN, on the way"}
 STYLE = """
-.rows{border-collapse:collapse;width:100%}.rows th,.rows td{text-align:left;vertical-align:top;overflow-wrap:anywhere}
-.own td{font-weight:600}
+.rows{border-collapse:collapse;width:100%}.rows th,.rows td{text-align:left;vertical-align:top}
+.rows td{overflow-wrap:anywhere}
 @media(max-width:36rem){.rows thead{display:none}
 .rows tr{display:block;padding:.5rem 0;border-bottom:1px solid var(--line)}
 .rows td{display:flex;gap:.8rem;border:0;padding:.1rem 0}.rows td::before{content:attr(data-name);flex:0 0 6.5rem;
@@ -43,8 +43,8 @@ SOURCES = (
 )
 PUBLISHED = (
     Published("MCL", "R(2+1)D-50", "not said in the abstract", "UCF101", "81.91 %", MCL),
-    Published("ImageNet, supervised", "R(2+1)D-50", "ImageNet labels", "UCF101", "75.13 %", MCL),
-    Published("MCL", "R(2+1)D-50", "Kinetics-400", "Kinetics-400", "66.62 %", MCL),
+    Published("ImageNet, supervised", "network not said", "ImageNet labels", "UCF101", "75.13 %", MCL),
+    Published("MCL", "R(2+1)D-50", "not said in the abstract", "Kinetics-400", "66.62 %", MCL),
     Published("CVRL", "R3D-50", "Kinetics-400, 800 epochs", "Kinetics-400", "66.1 %", CVRL),
     Published("CVRL", "R3D-50", "Kinetics-400, 200 epochs", "Kinetics-400", "63.8 %", CVRL),
     Published("ImageNet, inflated", "R3D-50", "ImageNet labels", "Kinetics-400", "53.5 %", CVRL),
@@ -59,6 +59,7 @@ CAVEATS = (
     "sets named with them; a set's name or folder does not make it UCF101 or Kinetics-400.",
     "The others' networks, pre-training lengths, clip lengths (8 frames every 8th, 16 every 4th, and so on) and "
     "numbers of test clips and crops differ from one another and from this run's.",
+    "MCL starts from MoCo-v2's ImageNet weights, CVRL from random ones.",
     "MCL's Kinetics-400 figure is of a linear layer on clips of 32 frames, its UCF101 figure of a linear classifier on "
     "features: `mcl evaluate svm` follows that one.",
     "kNN and retrieval measure other things than a linear classifier, and have no figure of the paper beside them.",
@@ -75,12 +76,12 @@ def evaluations(lines: Sequence[dict[str, Any]]) -> Markup:
     else:
         why = "This run has not been evaluated: `mcl evaluate svm --checkpoint RUN --train URL --test URL` does that."
         told = tag("p", why, class_="absent")
-    others = ("method", "network", "trained on", "tested on", "top-1", "source")
+    others = ("method", "trained on", "tested on", "top-1")
     return joined(
         tag("h3", "This run"),
         told,
         tag("h3", "Published: linear classifiers on frozen features"),
-        _table(others, (list(each) for each in PUBLISHED)),
+        _table(others, (_other(each) for each in PUBLISHED)),
         tag("p", *(joined(source, tag("br")) for source in SOURCES), class_="soft"),
         tag("ul", *(tag("li", caveat) for caveat in CAVEATS), class_="soft"),
     )
@@ -119,11 +120,12 @@ def _how(settings: dict[str, Any] | None) -> str:
     return f": {', '.join(words)}" if words else ""
 
 
-def _measure(line: dict[str, Any], name: str) -> str:
+def _measure(line: dict[str, Any], name: str) -> object:
     value, interval = line.get(name), line.get("intervals", {}).get(name)
     if value is None:
         return UNKNOWN
-    return f"{value:.2%}" + (f" ({interval[0]:.1%} to {interval[1]:.1%})" if interval else "")
+    told = (tag("br"), f"({interval[0]:.1%} to {interval[1]:.1%})") if interval else ()
+    return joined(f"{value:.2%}", *told)
 
 
 def _classes(line: dict[str, Any]) -> Markup:
@@ -143,6 +145,10 @@ def _classes(line: dict[str, Any]) -> Markup:
     more = f", the first {MOST_CLASSES} of {len(known)}" if len(known) > MOST_CLASSES else ""
     what = f"{line['protocol']}: classes, worst first{more}"
     return tag("details", tag("summary", what), tag("div", *bars, class_="bars"))
+
+
+def _other(each: Published) -> list[object]:
+    return [f"{each.method}, {each.network} {each.source}", each.pretrained_on, each.tested_on, each.top1]
 
 
 def _table(head: Sequence[str], rows: Iterator[list[object]]) -> Markup:

@@ -12,6 +12,7 @@ from mcl_dist.encoder import Encoder, EncoderConfig
 from mcl_dist.errors import UserError
 from mcl_dist.events import Evaluating, Event, Notice
 from mcl_dist.ranks import Ranks
+from mcl_dist.stopping import StopRequest
 
 ENCODER = EncoderConfig(width=4, blocks=(1, 1))
 
@@ -44,3 +45,13 @@ def test_a_damaged_video_costs_the_evaluation_and_not_the_run(synthetic_shards: 
     assert isinstance(notice, Notice)
     assert notice.text.startswith("step 7: not evaluated: ")
     assert "is not what was stored" in notice.text
+
+
+def test_a_rank_that_is_asked_to_stop_leaves_off_evaluating(synthetic_shards: Path) -> None:
+    told: list[Event] = []
+    stop = StopRequest()
+    stop.ask("SIGTERM")
+    held_out = HeldOut(config(synthetic_shards, synthetic_shards), Ranks(), told.append, stop)
+    assert held_out(Encoder(ENCODER), 7) is None
+    held_out.close()
+    assert told == [Evaluating(7, 0, 6), Notice("step 7: not evaluated: asked to stop (SIGTERM) at rank 0")]
