@@ -31,7 +31,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--out", metavar="FILE", type=Path, help=f"page to write (default: {FILE} in RUN)")
     parser.add_argument("--videos", type=int, default=3, help="training videos whose tubelets are shown, at most (3)")
     parser.add_argument(
-        "--cache", metavar="DIR", help="folder for shards of sets that are elsewhere (default: the run's)"
+        "--cache", metavar="DIR", help="folder for what is kept of sets that are elsewhere (default: the run's)"
     )
     parser.set_defaults(run=run)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from dataloading.inspect import inspect_video, sample_positions
 from dataloading.stream import ShardSet
@@ -21,13 +22,14 @@ from launch.report_curves import curves
 from launch.report_evaluations import evaluations
 from launch.report_neighbours import neighbours
 from launch.settings import PretrainConfig
-from mcl_dist.config import dump_config, load_config
+from mcl_dist.config import load_config
 from mcl_dist.errors import UserError
 from mcl_dist.remote import without_credentials
 from monitoring.run_folder import RunFolder
 from monitoring.view import View
 
 CONFIG = "config.yaml"
+WITH_STYLE = (chart, report_evaluations, report_alignment, report_neighbours)
 STYLE = """
 :root{--good:#1a7f37;--bad:#b3261e}
 @media(prefers-color-scheme:dark){:root{--good:#5fd38a;--bad:#ff8a80}}
@@ -48,61 +50,54 @@ def report(folder: Path, num_videos: int, cache: str | None = None) -> str:
     Args:
         folder: of the run.
         num_videos: whose tubelets are shown.
-        cache: local folder for shards of sets that are elsewhere, instead of the run's.
+        cache: local folder for indices of sets that are elsewhere, instead of the run's.
 
     Raises:
         UserError: there is no run.
     """
     view = RunFolder(folder).view()
-    config = _config(folder, cache)
     lines = kept(folder)
-    parts: tuple[tuple[str, str, Callable[[PretrainConfig], Markup]], ...] = (
-        ("configuration", "Configuration", _configuration),
-        ("curves", "Curves", lambda _: curves(view)),
-        ("evaluations", "Evaluations", lambda _: evaluations(lines)),
-        ("tubelets", "Tubelets", lambda config: _tubelets(config, num_videos)),
-        ("alignment", "Where the alignment map looks", lambda config: _alignment(config, folder)),
-        ("neighbours", "Nearest neighbours", lambda config: neighbours(lines, config.data)),
-    )
-    links = (tag("a", title, href=f"#{name}") for name, title, _ in parts)
+    with TemporaryDirectory() as temporary:
+
+        def config() -> PretrainConfig:
+            return _config(folder, cache, temporary)
+
+        parts = (
+            ("configuration", "Configuration", lambda: _configuration(folder, config())),
+            ("curves", "Curves", lambda: curves(view)),
+            ("evaluations", "Evaluations", lambda: evaluations(lines)),
+            ("tubelets", "Tubelets", lambda: _tubelets(config(), num_videos)),
+            ("alignment", "Where the alignment map looks", lambda: _alignment(config(), folder)),
+            ("neighbours", "Nearest neighbours", lambda: neighbours(lines, config().data)),
+        )
+        sections = [_part(*part) for part in parts]
     return document(
         f"Run {view['run']}",
         _summary(view),
-        tag("nav", *links),
-        *(_part(name, title, make, config) for name, title, make in parts),
-        style="".join(
-            (
-                legend_style(),
-                STYLE,
-                chart.STYLE,
-                report_evaluations.STYLE,
-                report_alignment.STYLE,
-                report_neighbours.STYLE,
-            )
-        ),
+        tag("nav", *(tag("a", title, href=f"#{name}") for name, title, _ in parts)),
+        *sections,
+        style=legend_style() + STYLE + "".join(part.STYLE for part in WITH_STYLE),
     )
 
 
-def _config(folder: Path, cache: str | None) -> PretrainConfig | UserError:
-    """The run's configuration, or why it cannot be had."""
+def _config(folder: Path, cache: str | None, temporary: str) -> PretrainConfig:
+    """The run's configuration, with sets read where they lie, a few stills at a time.
+
+    Raises:
+        UserError: the run folder has none.
+        ConfigError: it is not one.
+    """
     path = folder / CONFIG
     if not path.is_file():
-        return UserError(f"{path}: missing; the run's own configuration says what there is to show")
-    try:
-        config = load_config(PretrainConfig, path)
-    except UserError as error:
-        return error
-    return config if cache is None else replace(config, data=replace(config.data, cache=cache))
+        raise UserError(f"{path}: missing; the run's own configuration says what there is to show")
+    config = load_config(PretrainConfig, path)
+    return replace(config, data=replace(config.data, fetch="ranges", cache=cache or config.data.cache or temporary))
 
 
-def _part(
-    name: str, title: str, make: Callable[[PretrainConfig], Markup], config: PretrainConfig | UserError
-) -> Markup:
+def _part(name: str, title: str, make: Callable[[], Markup]) -> Markup:
     """A part of the page; what keeps it from being there is told in its place."""
     try:
-        if isinstance(config, UserError) and name not in ("curves", "evaluations"):
-            raise config
-        content = make(config)  # type: ignore[arg-type]  # curves and evaluations ask for none
+        content = make()
     except UserError as error:
         content = tag("p", f"Not here: {without_credentials(str(error))}", class_="absent")
     return tag("section", tag("h2", title), content, class_="card", id=name)
@@ -129,7 +124,7 @@ def _moment(seconds: float | None) -> str:
     return UNKNOWN if seconds is None else time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
-def _configuration(config: PretrainConfig) -> Markup:
+def _configuration(folder: Path, config: PretrainConfig) -> Markup:
     train, encoder, optimizer, data = config.train, config.encoder, config.optimizer, config.data
     losses, rate = config.objective, optimizer.base_rate(train.global_batch)
     length = f"{train.steps:,} steps" if train.steps else f"{train.epochs:,} epochs"
@@ -146,7 +141,7 @@ def _configuration(config: PretrainConfig) -> Markup:
         ("precision", train.precision),
         ("seed", config.run.seed),
     ]  # fmt: skip
-    everything = without_credentials(dump_config(config))
+    everything = without_credentials((folder / CONFIG).read_text())
     return joined(facts(rows, "wide"), tag("details", tag("summary", "all of it, as YAML"), tag("pre", everything)))
 
 

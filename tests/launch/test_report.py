@@ -7,10 +7,12 @@ import json
 import math
 import re
 import shutil
+import tempfile
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
@@ -256,3 +258,17 @@ def test_a_browser_draws_the_page_without_a_complaint_a_request_or_an_overflow(
     result = chromium(tmp_path / "profile", frame, *options, "--dump-dom")
     assert "CONSOLE" not in result.stderr
     assert f"<title>{width}</title>" in result.stdout
+
+
+def test_a_set_that_is_elsewhere_is_read_in_pieces_and_nothing_of_it_kept(
+    run: Path, synthetic_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.filesystem("memory").put(str(synthetic_shards), "/reported", recursive=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints", "report.html"))
+    told = dump_config(config_of(folder, Path("elsewhere"))).replace("elsewhere", "memory://reported")
+    (folder / "config.yaml").write_text(told)
+    assert main(["report", str(folder), "--videos", "1"]) == 0
+    assert "Motion-focused draws of 1 videos of memory://reported" in (folder / "report.html").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
