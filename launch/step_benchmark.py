@@ -95,6 +95,8 @@ def benchmark(config: PretrainConfig, steps: int, say: Callable[[str], None]) ->
                 loss=found.loss,
             )
         )
+        # Told at once: whoever stops what takes too long has what was measured.
+        say(f"{form.name}: {results[-1].videos_per_second:.2f} videos/s, {results[-1].speedup:.2f} times the first")
     return results
 
 
