@@ -49,13 +49,24 @@ class Meeting:
 
 def launcher_command(script: str, words: Sequence[str], meeting: Meeting) -> list[str]:
     """What runs a script once a rank of this node, with these words on its command line."""
-    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[: meeting.num_ranks]
-    local = devices if len(devices) == meeting.num_ranks and all(devices) else list(range(meeting.num_ranks))
-    world = json.dumps({f"node{node}": local for node in range(meeting.nodes)})
+    world = json.dumps({f"node{node}": _devices(meeting.num_ranks) for node in range(meeting.nodes)})
     command = [sys.executable, "-m", "deepspeed.launcher.launch", "--log_level", "critical"]
     command += ["--world_info", base64.urlsafe_b64encode(world.encode()).decode(), "--node_rank", str(meeting.node)]
     command += ["--master_addr", meeting.address, "--master_port", str(meeting.port or free_port())]
     return [*command, str(Path(script).resolve()), *words]
+
+
+def _devices(num_ranks: int) -> list[str]:
+    """What DeepSpeed's launcher is to make of CUDA_VISIBLE_DEVICES, an entry a rank; -1 shows a rank no GPU.
+
+    It overwrites the variable, so GPUs that somebody has hidden by it would be back in the ranks.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return ["-1"] * num_ranks
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[:num_ranks]
+    return chosen if len(chosen) == num_ranks and all(chosen) else [str(rank) for rank in range(num_ranks)]
 
 
 def launcher_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
