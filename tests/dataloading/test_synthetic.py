@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 
-from dataloading.scenes import DEMO_FRAMES, DEMO_SIZE, SCENES, render_alike
+from dataloading.scenes import DEMO_FRAMES, DEMO_SIZE, MOVING_FRAMES, SCENES, render_alike, render_distracting
 from dataloading.synthetic import write_synthetic
 
 CLASSES = SCENES["demo"].classes
@@ -66,3 +66,17 @@ def test_a_single_frame_does_not_tell_most_motions_apart() -> None:
         for name in ("across_slow", "orbit_fast")
     ]
     assert contrast[0] == pytest.approx(contrast[1], rel=0.1)
+
+
+def test_a_distracting_video_moves_for_a_while_in_each_half_and_hardly_else() -> None:
+    frames = render_distracting("across_fast", np.random.default_rng(0)).astype(int)
+    change = np.abs(np.diff(frames, axis=0)).max(axis=(1, 2, 3))  # the drift changes no pixel as much as the disc does
+    moving = change > 100
+    halves = moving[: len(frames) // 2], moving[len(frames) // 2 :]
+    for half in halves:
+        assert 0.5 * MOVING_FRAMES < half.sum() <= MOVING_FRAMES
+
+
+def test_distracting_videos_of_a_class_share_no_background() -> None:
+    first, second = (render_distracting("spin_slow", np.random.default_rng(seed))[0].astype(int) for seed in (0, 1))
+    assert np.abs(first - second).mean() > 20
