@@ -18,13 +18,15 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from launch import ssh
+from launch.ends import LOST, End
 from launch.fleet import Fleet
 from launch.hostfile import Host, read_hostfile
 from launch.local_ranks import RESTARTED
+from launch.nodes import DEFAULT_PORT
 from launch.travel import travelling
 from mcl_dist.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USAGE, ConfigError, UserError
 
@@ -77,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         launcher=launcher,
         least=least,
         wait_seconds=arguments.node_wait,
+        port=arguments.master_port or DEFAULT_PORT,
         environment=travelling(os.environ, arguments.export),
     )
     cluster.check(len(hosts))
@@ -97,6 +100,7 @@ class Cluster:
         launcher: `pdsh` or `ssh`.
         least: hosts to go on with.
         wait_seconds: for hosts that do not answer.
+        port: at which hosts meet on the first one.
         environment: what travels to the hosts.
     """
 
@@ -107,6 +111,7 @@ class Cluster:
     launcher: str
     least: int
     wait_seconds: float
+    port: int
     environment: Mapping[str, str]
     _name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -124,28 +129,29 @@ class Cluster:
     def run(self) -> int:
         """Start, and start again, until the run is done, stopped, or beyond mending by itself."""
         restarts = self.config.supervise.restarts
-        cause = ""
+        cause: End | None = None
         try:
             for attempt in range(restarts + 1):
                 hosts = self._layout()
                 if self._stop.is_set():
                     return EXIT_STOPPED
-                codes = self._attempt(hosts, attempt, cause)
+                codes, ends = self._attempt(hosts, attempt, cause)
                 if (end := _final(codes)) is not None:
                     return end
                 if self._stop.is_set():
                     return EXIT_STOPPED
-                cause = ", ".join(f"{name} {_told(code)}" for name, code in codes.items() if code)
-                _say(f"{cause}; attempt {attempt + 1} of {restarts + 1} has failed")
-            raise UserError(f"given up after {restarts} restarts: {cause}; see the lines above, then start it again")
+                cause = _cause(codes, ends)
+                _say(f"{cause.reason}; attempt {attempt + 1} of {restarts + 1} has failed")
+            why = cause.reason if cause else "none was made"
+            raise UserError(f"given up after {restarts} restarts: {why}; see the lines above, then start it again")
         finally:
             self._ended(self.hosts)
 
-    def _attempt(self, hosts: Sequence[Host], attempt: int, cause: str) -> dict[str, int]:
-        """Exit codes by host of those that ended before the attempt was over."""
+    def _attempt(self, hosts: Sequence[Host], attempt: int, cause: End | None) -> tuple[dict[str, int], dict[str, End]]:
+        """Exit codes by host of those that ended before the attempt was over, and what was said of it there."""
         told = {"MCL_RUN": self._name, **self.environment}
-        if attempt:
-            told |= _restarted(cause, attempt)
+        if cause:
+            told[RESTARTED] = json.dumps({"cause": cause.cause, "reason": cause.reason, "attempt": attempt})
         commands = {host: self._command(rank, hosts, told) for rank, host in enumerate(hosts)}
         _say(f"training on {', '.join(host.name for host in hosts)}, by {self.launcher}")
         asked = False
@@ -158,13 +164,14 @@ class Cluster:
                     fleet.wait(GRACE_SECONDS)
                     break
                 fleet.wait_for_news(0.2)
-            return dict(fleet.codes)
+            return dict(fleet.codes), dict(fleet.ends)
 
     def _command(self, rank: int, hosts: Sequence[Host], environment: Mapping[str, str]) -> str:
         words = ["-m", "mcl_dist", "pretrain", *self.words, "supervise.restarts=0", "--attached"]
         words += ["--ranks", str(hosts[0].slots), "--runtime", self._runtime(rank)]
         if len(hosts) > 1:
-            words += ["--nodes", str(len(hosts)), "--node-rank", str(rank), "--master-addr", hosts[0].address]
+            words += ["--nodes", str(len(hosts)), "--node-rank", str(rank)]
+            words += ["--master-addr", hosts[0].address, "--master-port", str(self.port)]
         settings = shlex.join(["env", *(f"{name}={value}" for name, value in environment.items())])
         return ssh.here_but_there(words, before=settings)
 
@@ -244,8 +251,14 @@ def _final(codes: Mapping[str, int]) -> int | None:
     return None
 
 
-def _restarted(cause: str, attempt: int) -> dict[str, str]:
-    return {RESTARTED: json.dumps({"cause": "lost", "reason": cause, "attempt": attempt})}
+def _cause(codes: Mapping[str, int], ends: Mapping[str, End]) -> End:
+    """Why an attempt failed: what a host's supervisor says of its ranks, unless a host was lost."""
+    if ssh.UNREACHABLE not in codes.values():
+        for name, end in ends.items():
+            if end.may_be_mended and end.cause != LOST:
+                return replace(end, reason=f"{name}: {end.reason}")
+    told = ", ".join(f"{name} {_told(code)}" for name, code in codes.items() if code)
+    return End(EXIT_FAILURE, LOST, told)
 
 
 def _told(code: int) -> str:

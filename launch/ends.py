@@ -15,6 +15,7 @@ DONE, STOPPED, USER = "done", "stopped", "user"
 KILLED, CRASHED, HUNG, LOST = "killed", "error", "hang", "lost"
 RETRIED = (KILLED, CRASHED, HUNG, LOST)
 WORST_FIRST = (USER, STOPPED, KILLED, CRASHED, LOST, DONE)  # which of several ranks' ends says what happened
+OUTCOME_LINE = "mcl-outcome"  # before the JSON that a node with --attached prints last
 END_FILE = re.compile(r"rank-(\d+)\.end")
 
 

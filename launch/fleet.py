@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import re
@@ -10,8 +11,10 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import IO
 
+from launch.ends import OUTCOME_LINE, End
 from launch.hostfile import Host
 from launch.ssh import UNREACHABLE, Ssh
 
@@ -26,10 +29,12 @@ class Fleet:
 
     Attributes:
         codes: exit codes of hosts that have ended, by the host's name; 255 where it was lost.
+        ends: what their supervisors said of it, where they could.
     """
 
     def __init__(self, commands: Mapping[Host, str], launcher: str, how: Ssh) -> None:
         self.codes: dict[str, int] = {}
+        self.ends: dict[str, End] = {}
         self._hosts = list(commands)
         self._news: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
         start = self._start_pdsh if launcher == "pdsh" else self._start_ssh
@@ -42,6 +47,8 @@ class Fleet:
         for process in self._processes:
             process.kill()
             process.wait()
+            if process.stdin:
+                process.stdin.close()
 
     def is_over(self) -> bool:
         """Whether every host has ended."""
@@ -70,8 +77,9 @@ class Fleet:
         return processes
 
     def _heed_ssh(self, host: Host, process: subprocess.Popen[str]) -> None:
-        for line in _lines(process.stdout):
-            print(f"{host.name}: {line}", end="", flush=True)
+        with _lines(process.stdout) as lines:
+            for line in lines:
+                self._hear(host.name, line)
         self._news.put((host.name, process.wait() if process.wait() >= 0 else UNREACHABLE))
 
     def _start_pdsh(self, commands: Mapping[Host, str], how: Ssh) -> list[subprocess.Popen[str]]:
@@ -85,17 +93,29 @@ class Fleet:
     def _heed_pdsh(self, process: subprocess.Popen[str]) -> None:
         by_address = {host.address: host.name for host in self._hosts}
         told = set()
-        for line in _lines(process.stdout):
-            if found := ENDED.match(line):
-                name = by_address.get(found["host"], found["host"])
-                told.add(name)
-                self._news.put((name, int(found["code"])))
-            else:
-                print(line, end="", flush=True)
+        with _lines(process.stdout) as lines:
+            for line in lines:
+                if found := ENDED.match(line):
+                    name = by_address.get(found["host"], found["host"])
+                    told.add(name)
+                    self._news.put((name, int(found["code"])))
+                else:
+                    address, _, text = line.partition(": ")
+                    self._hear(by_address.get(address, address), text)
         code = 0 if process.wait() >= 0 else UNREACHABLE
         for host in self._hosts:
             if host.name not in told:  # pdsh tells only of those that failed
                 self._news.put((host.name, code))
+
+    def _hear(self, name: str, line: str) -> None:
+        """Pass a line on, or keep what the supervisor of a host says last."""
+        word, _, text = line.partition(" ")
+        if word == OUTCOME_LINE:
+            with suppress(ValueError, KeyError):
+                end = json.loads(text)
+                self.ends[name] = End(end["exit_code"], end["cause"], end["reason"])
+                return
+        print(f"{name}: {line}", end="", flush=True)
 
     @staticmethod
     def _thread(target: object, *arguments: object) -> None:

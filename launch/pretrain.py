@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from launch import cluster
+from launch.ends import OUTCOME_LINE
 from launch.local_ranks import as_rank, heed_stop_file, this_birth, watched_rank
 from launch.nodes import add_node_arguments, meeting_of
 from mcl_dist.heartbeat import EVALUATING, Heartbeat
 from mcl_dist.stopping import StopRequest
 
 EXIT_AGAIN = 76  # to whoever launched this node with --attached: it failed, and another attempt may go better
-PID_FILE, OUTCOME_FILE, OUTCOME_LINE = "supervisor.pid", "outcome.json", "mcl-outcome"
+PID_FILE, OUTCOME_FILE = "supervisor.pid", "outcome.json"
 EXAMPLE = """example:
   mcl pretrain --config configs/pretrain/ucf101.yaml --ranks 4 data.train=s3://bucket/ucf101 run.dir=runs/ucf101
   deepspeed --num_gpus 4 launch/pretrain.py --config configs/pretrain/ucf101.yaml data.train=s3://bucket/ucf101

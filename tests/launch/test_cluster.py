@@ -1,8 +1,11 @@
-"""`mcl pretrain --hostfile` on hosts of their own: one loses power, a link is cut, and no bit is lost."""
+"""Runs on hosts of their own, with and without a hostfile: one loses power, a link is cut, and no bit is lost."""
 
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from launch.cluster import _cause
+from launch.ends import HUNG, KILLED, LOST, OUTCOME_LINE, End
+from launch.fleet import Fleet
+from launch.hostfile import Host
+from launch.ssh import UNREACHABLE, Ssh
 from tests.hosts import Rig, missing, running_hosts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -42,6 +50,22 @@ def start(rig: Rig, shards: Path, run: Path, *more: str) -> subprocess.Popen[str
         *LENGTH,
     ]
     return rig.head.popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def start_without_ssh(rig: Rig, shards: Path, run: Path) -> list[subprocess.Popen[str]]:
+    """The command of its own on every host."""
+    words = [sys.executable, "-m", "mcl_dist", "pretrain", "--config", CONFIG, "--ranks", "1", "--nodes", "2"]
+    words += ["--master-addr", "node1", "--master-port", "29700"]
+    settings = [f"data.train={shards}", f"run.dir={run}", *SMALL, *LENGTH]
+    return [
+        host.popen(
+            f"cd {REPOSITORY} && exec {shlex.join([*words, '--node-rank', str(node), *settings])}",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node, host in enumerate(rig.hosts)
+    ]
 
 
 def finished(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -79,6 +103,85 @@ def test_a_run_over_plain_ssh_is_the_run_over_pdsh(rig: Rig, whole: Path, synthe
     assert losses(rig.work / "plain") == losses(whole)
     assert weights(rig.work / "plain") == weights(whole)
     assert not any(host.processes() for host in rig.hosts)
+
+
+@needs_hosts
+@pytest.mark.slow
+def test_nodes_that_are_each_given_the_command_train_the_run_of_the_hostfile(
+    rig: Rig, whole: Path, synthetic_shards: Path
+) -> None:
+    run = rig.work / "headless"
+    for code, output in [finished(process) for process in start_without_ssh(rig, synthetic_shards, run)]:
+        assert code == 0, output
+    assert losses(run) == losses(whole)
+    assert weights(run) == weights(whole)
+    assert not any(host.processes() for host in rig.hosts)
+
+
+@needs_hosts
+@pytest.mark.slow
+def test_nodes_without_a_head_recover_by_themselves_when_the_ranks_of_one_are_killed(
+    rig: Rig, whole: Path, synthetic_shards: Path
+) -> None:
+    run = rig.work / "headless killed"
+    processes = start_without_ssh(rig, synthetic_shards, run)
+    has_saved(run)
+    ranks = [
+        pid
+        for pid, line in rig[1].processes().items()
+        if "launch/pretrain.py" in line and "deepspeed.launcher" not in line
+    ]
+    assert ranks
+    for pid in ranks:
+        os.kill(pid, signal.SIGKILL)
+    for code, output in [finished(process) for process in processes]:
+        assert code == 0, output
+    assert weights(run) == weights(whole)
+    events = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    assert [event["cause"] for event in events if event["event"] == "Restarted"] == [KILLED]
+    assert not any(host.processes() for host in rig.hosts)
+
+
+@needs_hosts
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_told_in_one_line_with_the_option_for_another(rig: Rig, synthetic_shards: Path) -> None:
+    listen = (
+        "import socket, time; taken = socket.create_server(('', 29800)); print('ready', flush=True); time.sleep(1e4)"
+    )
+    holder = rig[0].popen(f'exec {sys.executable} -c "{listen}"', stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "ready\n"
+    code, output = finished(start(rig, synthetic_shards, rig.work / "taken", "--master-port", "29800"))
+    holder.kill()
+    holder.communicate()
+    assert code == 1
+    (line,) = (line for line in output.splitlines() if "29800" in line and "waiting at" not in line)
+    assert line.endswith("port 29800: cannot be listened on (Address already in use); choose another --master-port")
+
+
+class Here(Ssh):
+    """Runs what is for a host on this machine."""
+
+    def command(self, host: str, command: str) -> list[str]:  # noqa: ARG002
+        return ["sh", "-c", command]
+
+
+def test_why_an_attempt_failed_is_what_the_supervisors_say_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    hung, missed = End(1, HUNG, "step 9 takes 80 s"), End(1, LOST, "node 1 has gone")
+    commands = {
+        Host(name, 1): f"echo told; echo '{OUTCOME_LINE} {json.dumps(vars(end) | {'retry': True})}'; exit 76"
+        for name, end in (("node1", missed), ("node2", hung))
+    }
+    with Fleet(commands, "ssh", Here()) as fleet:
+        fleet.wait(SECONDS)
+    assert fleet.codes == {"node1": 76, "node2": 76}
+    assert _cause(fleet.codes, fleet.ends) == End(1, HUNG, "node2: step 9 takes 80 s")
+    assert sorted(capsys.readouterr().out.splitlines()) == ["node1: told", "node2: told"]
+
+
+def test_a_host_that_is_lost_is_the_cause_whatever_the_others_say() -> None:
+    codes, ends = {"node1": 76, "node2": UNREACHABLE}, {"node1": End(1, KILLED, "rank 0 left")}
+    assert _cause(codes, ends) == End(1, LOST, "node1 left with 76, node2 was lost")
 
 
 @needs_hosts
