@@ -71,6 +71,17 @@ def test_a_run_that_nothing_hurts_loses_its_start_and_its_checkpoints(run: Run) 
     assert run.last(Accounts) == Accounts(10 / 25, 25.0, 10.0, lost, {})
 
 
+def test_time_for_which_a_step_stands_still_for_a_checkpoint_is_counted_once(run: Run) -> None:
+    run.start(0)
+    run.now += 3.0
+    run.tell(StepDone(1, 0, STEPS, {"loss": 1.0}, 0.1, 4, 3.0, 0.0, phases={"forward": 2.0, "checkpoint": 1.0}))
+    run.tell(CheckpointWritten(1, "somewhere", 2.0, stall_seconds=1.0, bytes=1))
+    run.tell(Finished(STEPS, 0))
+    accounts = run.last(Accounts)
+    assert isinstance(accounts, Accounts)
+    assert (accounts.productive_seconds, accounts.lost_seconds["checkpoint"]) == (2.0, 1.0)
+
+
 def test_steps_that_are_repeated_count_once_and_what_was_lost_has_its_cause(run: Run) -> None:
     run.start(0)
     run.train(1, 2)
