@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch.local_ranks import Meeting, as_rank, launch_ranks, this_birth, watched_rank
 from launch.subject import RANDOM, load_pretrain_config, load_subject
-from mcl_dist.errors import ConfigError
+from mcl_dist.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from launch.evaluate_settings import FrozenConfig, SupervisedEvaluation
@@ -225,10 +225,25 @@ def _supervised_work(job: Job) -> Callable[[], bool]:
                 return False
             splits += [outcome.scores] if outcome.scores else []
         if ranks.is_first:
-            _tell(job, splits, config)
+            tell_once(job, splits, config)
         return True
 
     return work
+
+
+def tell_once(job: Job, splits: Sequence[Scores], settings: SupervisedEvaluation) -> None:
+    """Print the scores of a supervised run, which is not to start again where nobody reads them (`mcl … | head`).
+
+    Raises:
+        UserError: nobody does.
+    """
+    try:
+        _tell(job, splits, settings)
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        raise UserError(
+            "whoever read the scores went away; the same command goes on from the last step and prints them again"
+        ) from error
 
 
 def _tell(job: Job, splits: Sequence[Scores], settings: FrozenConfig | SupervisedEvaluation) -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from launch.cli import main
+from launch.evaluate import Job, tell_once
+from launch.evaluate_settings import LinearEvaluation
+from mcl_dist.config import build_config
+from mcl_dist.errors import UserError
+from mcl_dist.evaluation.scores import Answers, BootstrapConfig, score
 
 PRETRAINED = """
 run: {dir: unused, seed: 5}
@@ -20,6 +27,8 @@ heads: {dim: 8}
 """
 SMALL = ("clips.frames=8", "clips.count=2", "train.global_batch=4")
 SECONDS = 300
+RIGHT = Answers({"top1": np.array([True])}, np.array([0]), np.array([0]))
+SCORES = score(RIGHT, ["walk"], BootstrapConfig())
 
 
 @pytest.fixture
@@ -109,3 +118,17 @@ def test_splits_share_no_folder() -> None:
     split = config.below("split-2")
     assert (split.run.dir, split.checkpoint.folder) == ("runs/a/split-2", "s3://bucket/a/split-2")
     assert load_config(LinearEvaluation, None, ["run.dir=runs/a"]).below("split-2").checkpoint.folder is None
+
+
+class Gone(io.StringIO):
+    """A terminal whose reader went away."""
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+
+def test_scores_that_nobody_reads_are_no_reason_to_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", Gone())
+    config = build_config(LinearEvaluation, {"run": {"dir": "unused"}})
+    with pytest.raises(UserError, match="prints them again"):
+        tell_once(Job("linear", "random", ["a"], ["b"]), [SCORES], config)
