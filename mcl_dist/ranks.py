@@ -92,18 +92,18 @@ class Ranks:
             permutation: int64 (B·W,) on the CPU, the same on every rank.
         """
         if self.count == 1:
-            return rows[_sent_to(rows.device, permutation)]
+            return rows[sent_to(rows.device, permutation)]
         size = len(rows)
         owners = permutation // size
         receivers = torch.arange(len(permutation)) // size
         leaving = permutation[owners == self.rank] % size
         to_whom = receivers[owners == self.rank]
         from_whom = owners[receivers == self.rank]
-        sent = rows[_sent_to(rows.device, leaving)]
+        sent = rows[sent_to(rows.device, leaving)]
         received = torch.empty_like(sent)
         distributed.all_to_all_single(received, sent, self._counts(from_whom), self._counts(to_whom))
         arrival = torch.argsort(torch.argsort(from_whom, stable=True))
-        return received[_sent_to(rows.device, arrival)]
+        return received[sent_to(rows.device, arrival)]
 
     def _counts(self, ranks: torch.Tensor) -> list[int]:
         counts: list[int] = torch.bincount(ranks, minlength=self.count).tolist()
@@ -122,6 +122,6 @@ def limit_waiting(seconds: float) -> int:
     return len(groups)
 
 
-def _sent_to(device: torch.device, indices: torch.Tensor) -> torch.Tensor:
-    """Indices from the CPU, from pinned memory where that keeps the sender from waiting for a GPU."""
-    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices
+def sent_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor from the CPU, from pinned memory where that keeps the sender from waiting for a GPU."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

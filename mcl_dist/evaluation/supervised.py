@@ -15,7 +15,7 @@ from mcl_dist.clock import PhaseClock
 from mcl_dist.evaluation.classifier import ClassifierLoss, LinearLayer, draw_kept
 from mcl_dist.guard import Suspects
 from mcl_dist.learner import Statistics, detached
-from mcl_dist.ranks import Ranks
+from mcl_dist.ranks import Ranks, sent_to
 from mcl_dist.readback import Readback
 from mcl_dist.trainer import Pending, Trainer
 
@@ -123,4 +123,4 @@ class SupervisedTrainer(Trainer[LabelledBatch]):
             return None
         everyone = draw_kept(num_videos * self.ranks.count, self.num_features, self.dropout, seed=self.seed, step=step)
         first = num_videos * self.ranks.rank
-        return everyone[first : first + num_videos].to(self.ranks.device)
+        return sent_to(self.ranks.device, everyone[first : first + num_videos])
