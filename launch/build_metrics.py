@@ -1,4 +1,4 @@
-"""What a build of a shard set serves to Prometheus while it runs."""
+"""What a build of a shard set shows to Prometheus."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataloading.shards import RefusedVideo
 from launch.short_lived import showing
 from mcl_dist.patience import Patience
 from monitoring.board import Board
+from monitoring.gateway import Gateway
 
 
 class BuildMetrics:
@@ -44,13 +45,15 @@ class BuildMetrics:
 
 
 @contextmanager
-def build_metrics(port: int | None, planned: int, patience: Patience) -> Iterator[BuildMetrics]:
-    """Metrics that are served on the loopback within, where there is a port.
+def build_metrics(
+    port: int | None, planned: int, patience: Patience, gateway: Gateway | None = None
+) -> Iterator[BuildMetrics]:
+    """Metrics that are served on the loopback within, where there is a port, and pushed to a gateway, if one is given.
 
     Raises:
         UserError: the port is taken.
     """
     board = Board(["build"])
     metrics = BuildMetrics(board, planned, patience)
-    with showing(board, port):
+    with showing(board, port, gateway, lambda: board.add("mcl_build_pushes_failed_total")):
         yield metrics

@@ -6,10 +6,12 @@ import argparse
 import json
 import math
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import inspect_shards
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from dataloading.shards import Manifest
     from dataloading.workers import Executor
     from mcl_dist.patience import Patience
+    from monitoring.gateway import Gateway
 
 BUILD_EXAMPLE = """\
 example:
@@ -88,9 +91,17 @@ def _add_build_arguments(build: argparse.ArgumentParser) -> None:
     )
     build.add_argument("--keep-every", type=int, default=1, help="of so many frames one is stored (1: all)")
     build.add_argument("--quality", type=int, default=90, help="JPEG quality of the frames (90)")
-    build.add_argument("--metrics-port", type=int, help="answer Prometheus on the loopback at this port meanwhile")
+    _add_monitoring_arguments(build)
     build.add_argument("--json", action="store_true", help="print the closing table as one JSON object")
     build.set_defaults(run=run_build)
+
+
+def _add_monitoring_arguments(build: argparse.ArgumentParser) -> None:
+    seen = build.add_argument_group("monitoring", "For Prometheus, which a short build may escape between two scrapes.")
+    seen.add_argument("--metrics-port", type=int, help="answer on the loopback at this port meanwhile")
+    seen.add_argument("--push-gateway", metavar="URL", help="push to this Pushgateway now and then, and at the end")
+    seen.add_argument("--push-credentials", metavar="FILE", type=Path, help="file with user:password for the gateway")
+    seen.add_argument("--push-ca", metavar="FILE", type=Path, help="PEM file of who signed the gateway's certificate")
 
 
 def _add_executor_arguments(build: argparse.ArgumentParser) -> None:
@@ -135,6 +146,7 @@ def run_build(args: argparse.Namespace) -> int:
 
     config = _build_config(args)
     progress = BuildProgress()
+    gateway = _gateway(args, progress.say)
     executor = _executor(args, progress.say)
     sources = scan_sources(args.source, _list_choice(args))
     duplicates = find_duplicates(sources)
@@ -156,7 +168,7 @@ def run_build(args: argparse.Namespace) -> int:
     start = time.monotonic()
     progress.total = len(sources.videos)
     try:
-        with build_metrics(args.metrics_port, len(sources.videos), patience) as metrics:
+        with build_metrics(args.metrics_port, len(sources.videos), patience, gateway) as metrics:
 
             def listen(outcome: Outcome | GoingOn) -> None:
                 progress(outcome)
@@ -327,6 +339,21 @@ def _executor(args: argparse.Namespace, tell: Callable[[str], None]) -> Executor
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device: found cuda, but PyTorch sees no GPU on this machine; give cpu")
     return LocalExecutor(args.workers)
+
+
+def _gateway(args: argparse.Namespace, tell: Callable[[str], None]) -> Gateway | None:
+    """The group of a set's metrics has the name of its folder; a build of it again replaces them."""
+    from monitoring.client import Client
+    from monitoring.gateway import Gateway
+
+    if args.push_gateway is None:
+        for option, value in (("--push-credentials", args.push_credentials), ("--push-ca", args.push_ca)):
+            if value is not None:
+                raise ConfigError(f"{option}: found {str(value)!r} without --push-gateway; give both")
+        return None
+    client = Client(args.push_gateway, args.push_credentials, args.push_ca, option="--push-")
+    labels = {"run": args.destination.rstrip("/").rpartition("/")[2], "instance": socket.gethostname()}
+    return Gateway(client, "mcl-build", labels, tell)
 
 
 def _patience(args: argparse.Namespace, tell: Callable[[str], None]) -> Patience:

@@ -181,6 +181,7 @@ BUILD = (
     _counter("mcl_build_frames_total", "build", "frames", "Frames stored."),
     _counter("mcl_build_bytes_total", "build", "bytes", "Bytes of the samples stored."),
     _counter("mcl_build_retries_total", "build", "requests", "Requests that had to be made again.", "reason", RETRIES),
+    _counter("mcl_build_pushes_failed_total", "build", "requests", "Pushes of these metrics to a gateway that failed."),
     _gauge("mcl_build_complete", "build", "", "1 once the set is complete, 0 before."),
 )  # fmt: skip
 

@@ -19,6 +19,8 @@ rank, for all of them; `rank` every rank; `node` the first rank of every machine
 its own. Counters of a process start at 0 with it, and for every value of their label; gauges are absent until they are
 known, those of a GPU where there is none. A label value that is not listed counts as `other`.
 Of a build there is the section Process, too, without a label `rank`. `mcl bench loader` exports Loader and Process.
+Pushed to a gateway, a build's series have the labels `job="mcl-build"`, `run`, the name of the set's folder, and
+`instance`, the machine.
 """
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.local_ranks import RUNTIME, Meeting, free_port, launcher_command, launcher_environment
+from launch.local_ranks import RUNTIME, Meeting, launcher_command, launcher_environment
 from mcl_dist.heartbeat import read_beats
 from tests.faultproxy import FaultProxy
 from tests.launch.test_pretrain import words
 from tests.monitoring.real_prometheus import Prometheus, until
+from tests.ports import free_ports
 from tests.processes import of_run
 from tests.stores import behind_http
 
@@ -67,7 +68,7 @@ def site(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     prometheus = Prometheus(folder / "prometheus")
     with behind_http(shards, folder / "nginx") as (url, store), ExitStack() as ends:
         ends.callback(prometheus.close)
-        settings = [f"monitoring.port={free_port()}", f"monitoring.targets={prometheus.targets}/run.json"]
+        settings = [f"monitoring.port={free_ports(2)}", f"monitoring.targets={prometheus.targets}/run.json"]
         settings += ["train.steps=99999", "train.max_nonfinite_steps=99999", "data.max_bad_fraction=1"]
         settings += [f"data.cache={folder}/cache", "data.fetch=ranges"]
         settings += [f"checkpoint.folder={disk}", "checkpoint.every=4", "checkpoint.max_failures=99999"]

@@ -123,3 +123,16 @@ def test_every_form_of_the_negatives_gives_one_loss(capsys: pytest.CaptureFixtur
 def test_a_queue_that_cannot_be_shared_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "negatives", "--queue", "3", "--world-size", "4"]) == 2
     assert "--queue: found 3, must be at least 4" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_exporting_costs_a_step_less_than_half_a_percent(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["data.crop=48", "data.frames=8", "train.global_batch=2"]
+    assert main(["bench", "exporter", "--steps", "5", "--json", *small]) == 0
+    report = json.loads(capsys.readouterr().out)
+    in_a_scrape = report["scrape_ms"] * report["step_ms"] / 15_000
+    share = (report["listener_us"] / 1e3 + in_a_scrape) / report["step_cpu_ms"]
+    assert report["overhead"] == pytest.approx(share)
+    assert 0 < report["listener_us"] / 1e3 < report["scrape_ms"]
+    assert report["wall_ratio"] > 0
+    assert report["overhead"] < 0.005

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from launch.local_ranks import free_port
 from mcl_dist.events import PHASES
 from monitoring.catalogue import SECTIONS, series_of
 from tests.launch.test_pretrain import kill_everything, metrics, start, words
+from tests.ports import free_ports
 
 SEEN = 10  # steps before the scrape
 SECONDS = 120.0
@@ -48,7 +48,7 @@ class Told:
 def told(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
     """Of a run that is killed once it has been asked."""
     run = tmp_path_factory.mktemp("exporting") / "run"
-    settings = (f"monitoring.port={free_port()}", "train.steps=9999", "checkpoint.every=4")
+    settings = (f"monitoring.port={free_ports(2)}", "train.steps=9999", "checkpoint.every=4")
     process = start(*words(synthetic_shards, run, *settings), "--ranks", "2")
     try:
         deadline = time.monotonic() + SECONDS

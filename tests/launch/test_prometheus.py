@@ -17,6 +17,7 @@ from launch.local_ranks import free_port
 from tests.launch.test_pretrain import kill_everything, start, words
 from tests.monitoring.queries import BOARDS, INTERVAL, operands, panel_queries, rules
 from tests.monitoring.real_prometheus import SCRAPE_SECONDS, Prometheus, faster, until
+from tests.ports import free_ports
 
 SECONDS = 150.0
 NO_GPU = "there is no GPU"
@@ -29,7 +30,9 @@ CHOICES = {choice["name"]: choice for board in BOARDS.values() for choice in boa
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed"),
+    pytest.mark.skipif(
+        None in map(shutil.which, ("prometheus", "prometheus-pushgateway")), reason="prometheus is not installed"
+    ),
 ]
 
 
@@ -64,11 +67,18 @@ class Watched:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def started_build(videos: Path, destination: Path, port: int) -> subprocess.Popen[bytes]:
+def started_gateway(port: int) -> subprocess.Popen[bytes]:
+    """A real Pushgateway."""
+    command = ["prometheus-pushgateway", f"--web.listen-address=127.0.0.1:{port}", "--log.level=error"]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL)
+
+
+def started_build(videos: Path, destination: Path, port: int, gateway: int) -> subprocess.Popen[bytes]:
     """A build of these videos and of one that cannot be read."""
     source = Path(shutil.copytree(videos, destination.with_name("videos")))
     (next(source.iterdir()) / "broken.mp4").write_bytes(b"no video")
     options = ["--workers", "1", "--short-side", "0", "--metrics-port", str(port)]
+    options += ["--push-gateway", f"http://127.0.0.1:{gateway}"]
     command = [sys.executable, "-m", "launch.cli", "shards", "build", str(source), str(destination), *options]
     with destination.with_name("build.log").open("w") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -83,10 +93,11 @@ def started_bench(shards: Path, port: int) -> subprocess.Popen[bytes]:
 
 @pytest.fixture(scope="module")
 def watched(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    folder, port, bench_port = tmp_path_factory.mktemp("watched"), free_port(), free_port()
+    folder, port, bench_port, gateway_port = tmp_path_factory.mktemp("watched"), *(free_port() for _ in range(3))
     run = folder / "run"
-    prometheus = Prometheus(folder / "prometheus", {9500: port, 9600: bench_port})
-    settings = [f"monitoring.port={free_port()}", f"monitoring.targets={prometheus.targets}/run.json"]
+    prometheus = Prometheus(folder / "prometheus", {9500: port, 9600: bench_port, 9091: gateway_port})
+    gateway = started_gateway(gateway_port)
+    settings = [f"monitoring.port={free_ports(2)}", f"monitoring.targets={prometheus.targets}/run.json"]
     settings += ["monitoring.peak_tflops=1", "train.steps=99999", "checkpoint.every=4"]
     settings += ["evaluate.every=4", f"evaluate.test={synthetic_shards}", "evaluate.clips=1"]
     bench = started_bench(synthetic_shards, bench_port)
@@ -95,7 +106,7 @@ def watched(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
         try:
             # It looks for new targets every five seconds, for which a small build would hardly last.
             assert until(lambda: bool(prometheus.series('up{job="mcl-build"}')), SECONDS)
-            build = started_build(synthetic_shards.parent / "train", folder / "set", port)
+            build = started_build(synthetic_shards.parent / "train", folder / "set", port, gateway_port)
             try:
                 yield Watched(prometheus, run, build)
             finally:
@@ -104,8 +115,9 @@ def watched(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
         finally:
             kill_everything(training, run)
     finally:
-        bench.kill()
-        bench.wait()
+        for process in (bench, gateway):
+            process.kill()
+            process.wait()
         prometheus.close()
 
 
@@ -138,6 +150,12 @@ def test_what_a_panel_draws_has_the_labels_of_its_legend(watched: Watched) -> No
             assert named <= set(labels), name
 
 
+def test_a_build_that_has_ended_is_seen_to_be_complete(watched: Watched) -> None:
+    assert watched.build.wait(SECONDS) == 0
+    query = 'mcl_build_complete{job="mcl-build",run="set"} == 1'
+    assert until(lambda: bool(watched.prometheus.series(query)), SECONDS)
+
+
 @pytest.mark.parametrize("board", BOARDS.values(), ids=BOARDS)
 def test_a_dashboard_offers_what_there_is(watched: Watched, board: dict[str, dict[str, list[dict[str, str]]]]) -> None:
     offered = {}
@@ -150,7 +168,7 @@ def test_a_dashboard_offers_what_there_is(watched: Watched, board: dict[str, dic
     elif "rank" in offered:
         assert offered == {"job": ["mcl"], "run": ["run"], "rank": ["0", "1"]}
     else:
-        assert (offered["job"], offered["run"], len(offered["instance"])) == (["mcl-build"], ["build"], 1)
+        assert (offered["job"], offered["run"], len(offered["instance"])) == (["mcl-build"], ["build", "set"], 2)
 
 
 def test_the_loader_of_a_bench_is_seen_while_it_runs(watched: Watched) -> None:

@@ -51,6 +51,13 @@ def test_keys_are_unit_vectors_of_the_three_key_views_without_gradient() -> None
     torch.testing.assert_close(momentum.encode(changed, step=0).inter, keys.inter)
 
 
+def test_what_a_rank_computes_is_told_apart_from_what_ranks_exchange() -> None:
+    momentum = MomentumEncoder(network(), Ranks(), seed=0, autocast=False)
+    phases: list[str] = []
+    momentum.encode(torch.zeros(2, 4, 4, 16, 16, 3, dtype=torch.uint8), 0, phases.append)
+    assert phases == ["keys", "keys", "keys", "exchange"]
+
+
 def test_the_shuffle_changes_with_the_step_and_the_key() -> None:
     momentum = MomentumEncoder(network(), Ranks(), seed=0, autocast=False)
     shuffles = [momentum._permutation(64, step, key).tolist() for step in range(2) for key in range(3)]
