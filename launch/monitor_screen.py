@@ -33,7 +33,7 @@ STATE_STYLES = {
     "failed": "bold red",
 }
 LEVEL_STYLES = {"info": "", "warning": "yellow", "error": "red"}
-PHASE_STYLES = ("red", "blue", "green", "magenta", "cyan", "yellow")
+PHASE_STYLES = ("red", "blue", "green", "magenta", "cyan", "yellow", "white")
 FIGURES: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
     ("videos_per_second", "videos/s", number),
     ("seconds", "step", duration),

@@ -62,13 +62,13 @@ export function chart(title, unit, steps, curves) {
   svg.append(drawn("text", {x: LEFT, y: HEIGHT - 6}, `step ${first.toLocaleString("en")}`),
     drawn("text", {x: WIDTH - RIGHT, y: HEIGHT - 6, "text-anchor": "end"}, steps[steps.length - 1].toLocaleString("en")));
   curves.forEach((curve, index) =>
-    svg.append(drawn("path", {class: `curve s${index % 6}`, d: path(steps, curve.values, across, up)})));
+    svg.append(drawn("path", {class: `curve s${index % 7}`, d: path(steps, curve.values, across, up)})));
   const cursor = drawn("line", {class: "cursor", y1: TOP, y2: HEIGHT - BOTTOM, visibility: "hidden"});
   svg.append(cursor);
   const legend = element("div", {class: "legend"});
   const show = (index) => {
     legend.replaceChildren(...curves.map((curve, order) => element("span", {},
-      element("i", {class: `s${order % 6}`}), `${curve.name} ${number(curve.values[index])}`)));
+      element("i", {class: `s${order % 7}`}), `${curve.name} ${number(curve.values[index])}`)));
     if (index !== steps.length - 1) legend.prepend(element("span", {}, `step ${steps[index].toLocaleString("en")}:`));
   };
   show(steps.length - 1);

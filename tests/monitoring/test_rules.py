@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from launch.settings import PretrainConfig
+from mcl_dist.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RULES = REPOSITORY / "monitoring" / "prometheus"
@@ -68,3 +72,17 @@ def test_a_section_of_the_runbook_says_how_to_see_it_what_it_means_and_what_to_d
     for part in ("See", "Means", "Do"):
         assert f"- **{part}:**" in section
     assert "`" in section.split("- **Do:**")[1]
+
+
+def test_the_runbook_names_keys_and_choices_that_configurations_have() -> None:
+    sections = "|".join(field.name for field in fields(PretrainConfig))
+    found = set(re.findall(rf"\b(?:{sections})\.\w+(?:=[a-z]+)?\b", RUNBOOK.read_text()))
+    found -= {name for name in found if Path(name).suffix in (".yaml", ".jsonl")}
+    assert len(found) > 10
+    config = load_config(PretrainConfig, None, ["data.train=set", "run.dir=run"])
+    for name in found:
+        path, _, choice = name.partition("=")
+        section, key = path.split(".")
+        assert hasattr(getattr(config, section), key), name
+        if choice:
+            load_config(PretrainConfig, None, ["data.train=set", "run.dir=run", name])
