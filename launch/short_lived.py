@@ -39,7 +39,7 @@ def showing(
     with ExitStack() as ends:
         exporter = None
         if port is not None:
-            exporter = Exporter(registry, MonitoringConfig(port=port))
+            exporter = Exporter(registry, MonitoringConfig(port=port), option="--metrics-port")
             ends.callback(exporter.close)
         if gateway is not None:
             ends.enter_context(gateway.pushing(registry, count_failed_push))

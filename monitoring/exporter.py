@@ -68,6 +68,7 @@ class Exporter:
         registry: what `/metrics` shows.
         config: where, and to whom.
         offset: of the port from the configured one.
+        option: what sets the port, for who has to set another.
 
     Attributes:
         port: that it listens on.
@@ -76,18 +77,20 @@ class Exporter:
         UserError: the port is taken, or a certificate, key or password file cannot be used.
     """
 
-    def __init__(self, registry: CollectorRegistry, config: MonitoringConfig, offset: int = 0) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, config: MonitoringConfig, offset: int = 0, option: str = "monitoring.port"
+    ) -> None:
         self.port = (config.port or 0) + offset
         self._passwords = None if config.password_file is None else Passwords.read(Path(config.password_file))
         self._mounted: dict[str, Application] = {"/metrics": make_wsgi_app(registry)}
         self._open: set[str] = set()
         where = f"{config.address}:{self.port}"
         if self.port > LARGEST_PORT:
-            raise UserError(f"{where}: no such port; set monitoring.port to a lower one")
+            raise UserError(f"{where}: no such port; set {option} to a lower one")
         try:
             self._server = _Server(config.address, self.port, _tls(config))
         except OSError as error:
-            raise UserError(f"{where}: {error.strerror or error}; set monitoring.port to another port") from error
+            raise UserError(f"{where}: {error.strerror or error}; set {option} to another port") from error
         self._server.set_app(self._answer)
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, name="exporter", daemon=True).start()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 import urllib.request
 
 import pytest
@@ -8,6 +9,7 @@ from dataloading.build import GoingOn
 from dataloading.shards import RefusedVideo
 from launch.build_metrics import build_metrics
 from launch.local_ranks import free_port
+from mcl_dist.errors import UserError
 from mcl_dist.patience import Patience
 
 
@@ -28,3 +30,15 @@ def test_a_build_answers_while_it_runs() -> None:
         "mcl_build_complete 0.0",
     ):
         assert line in lines
+
+
+def test_a_port_that_is_taken_is_named_with_the_option_that_sets_it() -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with (
+            pytest.raises(UserError, match=f"127.0.0.1:{port}: .*set --metrics-port"),
+            build_metrics(port, 1, Patience()),
+        ):
+            pass
