@@ -126,7 +126,7 @@ def pretrain(config_path: str, overrides: Sequence[str], stop: StopRequest, hear
                 stop_file.unlink(missing_ok=True)
         if is_done and ranks.is_first and config.run.report:
             heartbeat.enters(EVALUATING)
-            report_at_the_end(config)
+            report_at_the_end(config.run.dir)
     return is_done
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from launch.settings import PretrainConfig
 
 FILE = "report.html"
+AT_MOST_SECONDS = 900.0  # that a run's end waits for its report
 EXAMPLE = """\
 example:
   mcl report runs/first
@@ -66,9 +65,20 @@ def write_report(folder: Path, out: Path | None = None, num_videos: int = 3, cac
     return out
 
 
-def report_at_the_end(config: PretrainConfig) -> None:
-    """The report of a run that is done, by its first rank; the run counts as done whatever becomes of it."""
+def report_at_the_end(folder: str) -> None:
+    """The report of a run that is done, by its first rank; the run counts as done whatever becomes of it.
+
+    In a process of its own: in a rank's, once the others had left, files that it read were seen closed under it (EBADF).
+    """
+    command = [sys.executable, "-m", "mcl_dist", "report", folder]
     try:
-        print(f"report written to {write_report(Path(config.run.dir))}", flush=True)
-    except Exception as error:  # a page is not worth a finished run
-        print(f"mcl: no report written ({type(error).__name__}: {error}); `mcl report {config.run.dir}`", flush=True)
+        result = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=AT_MOST_SECONDS, check=False
+        )
+        said = (
+            (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1] if result.returncode else ""
+        )
+    except subprocess.TimeoutExpired:
+        said = f"not done after {AT_MOST_SECONDS:.0f} s"
+    told = f"no report written ({said}); `mcl report {folder}` tries again" if said else f"report: {folder}/{FILE}"
+    print(told, flush=True)
