@@ -68,7 +68,7 @@ def write_report(folder: Path, out: Path | None = None, num_videos: int = 3, cac
 def report_at_the_end(folder: str) -> None:
     """The report of a run that is done, by its first rank; the run counts as done whatever becomes of it.
 
-    In a process of its own: in a rank's, once the others had left, files that it read were seen closed under it (EBADF).
+    In a process of its own: in a rank's, once the others had left, files that it read were seen closed under it.
     """
     command = [sys.executable, "-m", "mcl_dist", "report", folder]
     try:
