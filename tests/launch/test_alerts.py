@@ -24,9 +24,9 @@ from tests.ports import free_ports
 from tests.processes import of_run
 from tests.stores import behind_http
 
-STARTS_WITHIN = 120.0
-FIRES_WITHIN = 90.0
-GOES_WITHIN = 90.0
+STARTS_WITHIN = 240.0
+FIRES_WITHIN = 120.0
+GOES_WITHIN = 120.0
 SMALL_DISK = 'mount -t tmpfs -o size=16m none "$0" && exec "$@"'
 
 pytestmark = [
