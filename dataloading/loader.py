@@ -17,7 +17,17 @@ from dataloading.data_config import DataConfig, LabelledConfig, check_blur, chec
 from dataloading.draw import added, too_many_bad
 from dataloading.prefetch import Prefetcher
 from dataloading.side_stream import arrived, beside_training
-from dataloading.steps import BatchWorker, MadeStep, ReadStep, ReadWorker, Share, Spent, StepReader, decode_step
+from dataloading.steps import (
+    HERE,
+    BatchWorker,
+    MadeStep,
+    ReadStep,
+    ReadWorker,
+    Share,
+    Spent,
+    StepReader,
+    decode_step,
+)
 from mcl_dist.batch import Batch, LabelledBatch, TubeletBatch
 from mcl_dist.events import LoaderReport
 
@@ -81,7 +91,13 @@ class Loader(Generic[Delivered]):
         self._crew: Crew | None = None
         self._maker: BatchMaker | None = None
         steps = itertools.count(start_step) if self.num_steps is None else range(start_step, self.num_steps)
-        self._ahead = Prefetcher(self._chain(share, steps, device), depth=config.prefetch, name="loader")
+        self._ahead = Prefetcher(
+            self._chain(share, steps, device),
+            depth=config.prefetch,
+            name="loader",
+            meanwhile=self._tell,  # of requests that fail, while no batch can come for them
+            seconds=REPORT_SECONDS,
+        )
 
     def __iter__(self) -> Iterator[Delivered]:
         ahead = iter(self._ahead)
@@ -99,7 +115,10 @@ class Loader(Generic[Delivered]):
     def report(self) -> LoaderReport:
         """What has been done so far, workers included."""
         total: dict[str, Any] = {}
-        for each in self._spent.values():
+        spent = self._spent
+        if self._crew is None:  # what this process reads is known at any time, what workers read with their batches
+            spent = {HERE: {**spent.get(HERE, {}), "storage": self._source.counters()}}
+        for each in spent.values():
             total = added(total, each)
         return LoaderReport(
             expected=self._expected,

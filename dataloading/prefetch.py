@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
-from queue import SimpleQueue
+from collections.abc import Callable, Iterable, Iterator
+from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -13,11 +13,21 @@ Item = TypeVar("Item")
 class Prefetcher(Generic[Item]):
     """Runs an iterable in a thread, at most `depth` items ahead of whoever takes them.
 
-    What the iterable raises is raised where the items are taken.
+    What the iterable raises is raised where the items are taken. While an item is awaited, `meanwhile` is called after
+    every so many `seconds`.
     """
 
-    def __init__(self, items: Iterable[Item], *, depth: int, name: str) -> None:
+    def __init__(
+        self,
+        items: Iterable[Item],
+        *,
+        depth: int,
+        name: str,
+        meanwhile: Callable[[], None] = lambda: None,
+        seconds: float | None = None,
+    ) -> None:
         self._items = items
+        self._meanwhile, self._seconds = meanwhile, seconds
         self._ready: SimpleQueue[Item | _End] = SimpleQueue()
         self._slots = threading.Semaphore(depth)
         self._closed = False
@@ -26,7 +36,11 @@ class Prefetcher(Generic[Item]):
 
     def __iter__(self) -> Iterator[Item]:
         while True:
-            item = self._ready.get()
+            try:
+                item = self._ready.get(timeout=self._seconds)
+            except Empty:
+                self._meanwhile()
+                continue
             if isinstance(item, _End):
                 # Whoever comes again finds the same end, not an empty queue to wait for.
                 self._ready.put(item)

@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from dataloading import batches as batches_module
+from dataloading import loader as loader_module
 from dataloading.augment import AugmentConfig
 from dataloading.data_config import DataConfig
+from dataloading.draw import VideoSource
 from dataloading.loader import TubeletLoader
 from dataloading.stream import ShardSet
 from mcl_dist.batch import QUERY, TubeletBatch
 from mcl_dist.errors import ConfigError, UserError
+from mcl_dist.events import LoaderReport
 from tests.shard_sets import reseal
 
 WriteSet = Callable[..., Path]
@@ -262,3 +265,26 @@ def test_draws_of_a_sample_do_not_depend_on_its_neighbours(make_loader: MakeLoad
 
     few, all_of_them = by_sample
     assert all(np.array_equal(views, all_of_them[sample]) for sample, views in few.items())
+
+
+def test_what_reading_takes_is_told_while_no_batch_comes(
+    make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_module, "REPORT_SECONDS", 0.01)
+    counted: dict[str, Any] = {"retries": {"busy": 0}}
+    is_told = threading.Event()
+
+    def videos(source: VideoSource, step: int) -> Any:
+        counted["retries"]["busy"] = 3
+        assert is_told.wait(10)
+        return read(source, step)
+
+    def listen(report: LoaderReport) -> None:
+        if report.storage["retries"] == {"busy": 3}:
+            is_told.set()
+
+    read = VideoSource.videos
+    monkeypatch.setattr(VideoSource, "videos", videos)
+    monkeypatch.setattr(VideoSource, "counters", lambda _source: counted)
+    (batch,) = take(make_loader(listen=listen), 1)
+    assert len(batch.samples) == GLOBAL_BATCH

@@ -61,3 +61,14 @@ def test_closing_early_leaves_no_thread() -> None:
     ahead.close()
 
     assert threading.active_count() == before
+
+
+def test_whoever_waits_for_an_item_does_something_else_now_and_then() -> None:
+    has_waited = threading.Event()
+
+    def items() -> Iterator[bool]:
+        yield has_waited.wait(10)
+
+    ahead = Prefetcher(items(), depth=1, name="test", meanwhile=has_waited.set, seconds=0.01)
+    assert list(ahead) == [True]
+    ahead.close()
