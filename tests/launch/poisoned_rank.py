@@ -29,6 +29,6 @@ class Poisoned(Pretrainer):
 
 
 if __name__ == "__main__":
-    loader.REPORT_SECONDS = 0.0
+    loader.REPORT_SECONDS = 0.2
     assembly.Pretrainer = Poisoned  # type: ignore[misc]
     pretrain.main()
