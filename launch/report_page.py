@@ -36,7 +36,8 @@ STYLE = """
 h2{margin-top:.2rem}
 details{margin:.6rem 0}summary{margin-bottom:.4rem}.card>.grid{margin-top:.6rem}.grid>figure{min-width:0}
 .absent{border-left:.25rem solid var(--line);padding-left:.7rem;color:var(--soft);overflow-wrap:anywhere}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+.scroll{overflow-x:auto}.scroll+.grid{margin-top:1rem}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.2rem .7rem .2rem 0;border-bottom:1px solid var(--line);text-align:right}
 th{color:var(--soft);font-weight:500}th:first-child,td:first-child{text-align:left}
 pre{overflow:auto;max-height:30rem;font-size:.8rem}
