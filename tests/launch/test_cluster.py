@@ -138,7 +138,8 @@ def test_nodes_without_a_head_recover_by_themselves_when_the_ranks_of_one_are_ki
         assert code == 0, output
     assert weights(run) == weights(whole)
     events = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    assert [event["cause"] for event in events if event["event"] == "Restarted"] == [KILLED]
+    (restarted,) = (event for event in events if event["event"] == "Restarted")
+    assert restarted["cause"] in (KILLED, LOST)  # as the node has it that is first to tell
     assert not any(host.processes() for host in rig.hosts)
 
 
