@@ -48,6 +48,7 @@ class Run:
         number: of the attempt, "" before the node has part in one.
         port: where its ranks meet.
         end: how it ended, once it has.
+        before: how the attempt before it ended, as the node has it that saw more than others missing.
         pauses: whether a rank of any node is at what may take long.
         missing: nodes that are waited for.
         refusal: why this node can have no part.
@@ -56,6 +57,7 @@ class Run:
     number: str = ""
     port: int = 0
     end: dict[str, Any] | None = None
+    before: dict[str, Any] | None = None
     pauses: bool = False
     missing: list[int] = field(default_factory=list)
     refusal: str = ""
@@ -110,6 +112,7 @@ class Host:
         self._lock = threading.Lock()
         self._nodes: dict[int, tuple[Lines, Node]] = {}
         self._members: dict[int, Lines] = {}
+        self._said: dict[int, End] = {}  # how the attempt ended, by node
         self._run = Run()
         try:
             self._server = socket.create_server(("", port), backlog=num_nodes)
@@ -156,15 +159,22 @@ class Host:
             if known is not lines and node.node in self._members:
                 self._end(End(EXIT_FAILURE, LOST, f"node {node.node} came back anew"))
             if node.number == self._run.number and node.end:
-                self._end(End(**node.end))
+                self._said[node.node] = End(**node.end)
+                self._end(self._said[node.node])
             self._begin_if_all_are_ready()
             is_outside = self._members.get(node.node) is not lines and not self._run.end
             run = Run(pauses=any(node.pauses for _, node in self._nodes.values()), missing=self._missing())
-            return run if is_outside else replace(run, number=self._run.number, port=self._run.port, end=self._run.end)
+            if is_outside:
+                return run
+            now = self._run
+            return replace(run, number=now.number, port=now.port, end=now.end, before=now.before)
 
     def _begin_if_all_are_ready(self) -> None:
         if not self._missing() and (self._run.end or not self._run.number):
-            self._run = Run(number=secrets.token_hex(8), port=free_port())
+            seen = [end for end in self._said.values() if end.may_be_mended and end.cause != LOST]
+            self._said = {}
+            before = asdict(seen[0]) if seen else None
+            self._run = Run(number=secrets.token_hex(8), port=free_port(), before=before)
             self._members = {node: lines for node, (lines, _) in self._nodes.items()}
 
     def _end(self, end: End) -> None:
@@ -235,6 +245,11 @@ class Member:
             return 0
         self._node = replace(self._node, state=RUNNING, number=run.number, end=None)
         return run.port
+
+    @property
+    def before(self) -> End | None:
+        """How the attempt before this one ended, where a node saw more than others missing."""
+        return End(**self._run.before) if self._run.before else None
 
     def over(self) -> End | None:
         """How the run ended for good on another node, told to one that is ready."""

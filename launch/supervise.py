@@ -75,6 +75,8 @@ class Supervisor:
             meeting = self._joined()
             if isinstance(meeting, End):
                 return meeting
+            if cause and cause.cause == LOST and self.member and self.member.before:
+                cause = self.member.before  # what this node could but miss, another has seen
             end, step = self._attempt(meeting, cause)
             if self._stop.is_asked and end.may_be_mended:
                 self._say(f"{end.reason}, before all was saved; the run will go on from its newest checkpoint")

@@ -21,6 +21,24 @@ def awaited(ask: Callable[[], Answer]) -> Answer:
     return answer
 
 
+def test_a_node_that_only_missed_others_learns_what_ended_the_attempt() -> None:
+    port = free_port()
+    host = Host(port, 2, PATIENCE)
+    first, second = (Member("127.0.0.1", port, node, 2, PATIENCE) for node in range(2))
+    killed, missed = End(1, "killed", "rank 1 was ended by SIGKILL"), End(1, "lost", "rank 0: a rank has gone")
+    for before in (None, killed):
+        first.ready()
+        second.ready()
+        assert awaited(first.begun) == awaited(second.begun) > 0
+        assert first.before == second.before == before
+        first.ended(missed)
+        assert awaited(lambda: second.news(pauses=False)) == missed
+        second.ended(killed)
+    first.close()
+    second.close()
+    host.close()
+
+
 def test_nodes_begin_at_one_port_hear_of_a_failure_begin_again_and_finish() -> None:
     port = free_port()
     host = Host(port, 2, PATIENCE)
