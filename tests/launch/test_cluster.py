@@ -139,7 +139,7 @@ def test_nodes_without_a_head_recover_by_themselves_when_the_ranks_of_one_are_ki
     assert weights(run) == weights(whole)
     events = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     (restarted,) = (event for event in events if event["event"] == "Restarted")
-    assert restarted["cause"] in (KILLED, LOST)  # as the node has it that is first to tell
+    assert restarted["cause"] == KILLED
     assert not any(host.processes() for host in rig.hosts)
 
 
@@ -147,17 +147,19 @@ def test_nodes_without_a_head_recover_by_themselves_when_the_ranks_of_one_are_ki
 @pytest.mark.slow
 def test_a_port_that_is_taken_is_told_in_one_line_with_the_option_for_another(rig: Rig, synthetic_shards: Path) -> None:
     listen = (
-        "import socket, time; taken = socket.create_server(('', 29800)); print('ready', flush=True); time.sleep(1e4)"
+        "import socket, sys; taken = socket.create_server(('', 29800)); print('ready', flush=True); sys.stdin.read()"
     )
-    holder = rig[0].popen(f'exec {sys.executable} -c "{listen}"', stdout=subprocess.PIPE, text=True)
+    holder = rig[0].popen(
+        f'exec {sys.executable} -c "{listen}"', stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "ready\n"
     code, output = finished(start(rig, synthetic_shards, rig.work / "taken", "--master-port", "29800"))
-    holder.kill()
     holder.communicate()
     assert code == 1
     (line,) = (line for line in output.splitlines() if "29800" in line and "waiting at" not in line)
-    assert line.endswith("port 29800: cannot be listened on (Address already in use); choose another --master-port")
+    assert "port 29800: cannot be listened on (Address already in use" in line
+    assert line.endswith("; choose another --master-port")
 
 
 class Here(Ssh):
