@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dataloading.loader import Delivered, Loader, TubeletLoader
+from launch.evaluate_settings import SupervisedEvaluation
 from launch.exporting import exporting
 from launch.settings import PretrainConfig
 from mcl_dist.accounts import Birth, Ledger
@@ -25,6 +26,7 @@ from mcl_dist.heads import Network
 from mcl_dist.heartbeat import Heartbeat
 from mcl_dist.learner import Learner
 from mcl_dist.listeners import Console, EventLog, MetricsFile
+from mcl_dist.loss_module import LossModule
 from mcl_dist.momentum import NUM_KEYS, MomentumEncoder
 from mcl_dist.negatives import Queue
 from mcl_dist.objective import Objective
@@ -67,15 +69,7 @@ def assembled(
                 autocast=autocast,
                 alignment_layer=config.objective.alignment_layer,
             )
-            engine = Engine(
-                objective,
-                config.optimizer,
-                batch_per_rank=config.train.batch_per_rank(ranks.count),
-                accumulate=config.train.accumulate,
-            )
-            limit_waiting(config.supervise.collective_seconds)
-            if snapshot:
-                engine.load_optimizer_state(snapshot.optimizer, start)
+            engine = engine_of(objective, config, ranks, snapshot)
             schedule = schedule_of(config.train, config.optimizer, loader.steps_per_epoch)
             if loader.num_left_out:
                 tell(listeners, Notice(f"{loader.num_left_out} videos are too short for a clip, left out"))
@@ -101,6 +95,22 @@ def assembled(
                 evaluate=evaluate,
                 evaluate_every=config.evaluate.every,
             )
+
+
+def engine_of(
+    objective: LossModule, config: PretrainConfig | SupervisedEvaluation, ranks: Ranks, snapshot: Snapshot | None
+) -> Engine:
+    """What steps a run's parameters, with the optimizer's state where the run goes on; no group waits for ever then."""
+    engine = Engine(
+        objective,
+        config.optimizer,
+        batch_per_rank=config.train.batch_per_rank(ranks.count),
+        accumulate=config.train.accumulate,
+    )
+    limit_waiting(config.supervise.collective_seconds)
+    if snapshot:
+        engine.load_optimizer_state(snapshot.optimizer, snapshot.step)
+    return engine
 
 
 def schedule_of(train: TrainConfig, optimizer: OptimizerConfig, steps_per_epoch: int) -> Schedule:

@@ -16,7 +16,7 @@ from dataloading.clips import ClipBatch, ClipGeometry, ProbeClips
 from dataloading.data_config import LabelledConfig
 from dataloading.loader import LabelledLoader
 from dataloading.stream import ShardSet
-from launch.assembly import batches_of, listening, of_rank, resume, schedule_of, tell_start
+from launch.assembly import batches_of, engine_of, listening, of_rank, resume, schedule_of, tell_start
 from launch.evaluate_settings import FinetuneConfig, FinetuneEvaluation, LinearEvaluation, SupervisedEvaluation
 from launch.frozen import check_split, num_threads, recalibration_clips, told_by
 from launch.local_ranks import heed_stop_file
@@ -27,7 +27,6 @@ from mcl_dist.accounts import Birth
 from mcl_dist.checkpoint import Checkpoints, Progress
 from mcl_dist.config import dump_config
 from mcl_dist.encoder import Encoder, normalise
-from mcl_dist.engine import Engine
 from mcl_dist.evaluation.classifier import Classifier, ClassifierLoss, LinearLayer
 from mcl_dist.evaluation.feature_cache import digest_of
 from mcl_dist.evaluation.features import gather_features, mean_over_clips, recalibrate, share_of
@@ -36,7 +35,7 @@ from mcl_dist.evaluation.supervised import ClassifierLearner, SupervisedTrainer
 from mcl_dist.events import Listener, tell
 from mcl_dist.heartbeat import EVALUATING, Heartbeat
 from mcl_dist.listeners import Console
-from mcl_dist.ranks import Ranks, limit_waiting
+from mcl_dist.ranks import Ranks
 from mcl_dist.stopping import StopRequest
 from mcl_dist.storage import Folder
 
@@ -192,15 +191,7 @@ def assembled(pupil: Pupil, lesson: Lesson, described: dict[str, Any], rank: Ran
             pupil.encoder.compile()
         with _loading(lesson, ranks, start, listeners) as loader:
             objective = ClassifierLoss(pupil.network, autocast=config.train.precision == "bfloat16")
-            engine = Engine(
-                objective,
-                config.optimizer,
-                batch_per_rank=config.train.batch_per_rank(ranks.count),
-                accumulate=config.train.accumulate,
-            )
-            limit_waiting(config.supervise.collective_seconds)
-            if snapshot:
-                engine.load_optimizer_state(snapshot.optimizer, start)
+            engine = engine_of(objective, config, ranks, snapshot)
             schedule = schedule_of(config.train, config.optimizer, loader.steps_per_epoch)
             tell_start(listeners, snapshot, schedule, checkpoints)
             yield SupervisedTrainer(
