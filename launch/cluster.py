@@ -60,6 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
     from launch.settings import PretrainConfig
     from mcl_dist.config import load_config
 
+    # The hostfile says all of this; either of two answers would be silently ignored.
+    for option in ("ranks", "nodes", "node_rank", "master_addr"):
+        if (given := getattr(arguments, option)) is not None:
+            name = f"--{option.replace('_', '-')}"
+            raise ConfigError(f"{name}: found {given} beside --hostfile, which says who trains; leave one of them out")
     hosts = read_hostfile(arguments.hostfile)
     if len({host.slots for host in hosts}) > 1:
         found = ", ".join(f"{host.name} slots={host.slots}" for host in hosts)

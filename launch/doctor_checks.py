@@ -245,10 +245,13 @@ def link(answers: Mapping[str, list[Facts]], world: int, on_gpus: bool) -> Itera
             yield Row("all-reduce", node, FAIL, errors[0] if errors else "no answer", remedy)
     if len(ended) < world or any(rank["error"] for rank in ended):
         return
+    if world == 1:
+        yield Row("all-reduce", ALL, OK, f"one rank by {backend}: it starts, and has nobody to send to")
+        return
     speed = min((rank["bytes_per_second"] for rank in ended), default=math.inf)
     seconds = max(rank["seconds"] for rank in ended)
     found = f"{world} ranks by {backend}: 16.0 MiB in {seconds * 1e3:.0f} ms, {speed / 1e6:.0f} MB/s"
-    if world > 1 and len(answers) > 1 and speed < LINK_BYTES_PER_SECOND:
+    if len(answers) > 1 and speed < LINK_BYTES_PER_SECOND:
         remedy = f"check the links' speed (ethtool) and that {variable} names the fast one; 100 MB/s is 1 Gbit/s"
         yield Row("all-reduce", ALL, FAIL, found, remedy)
     else:

@@ -35,7 +35,8 @@ EXAMPLE = """example:
   mcl bench method --scene distracting --dir runs/distracting --seeds 3 --jobs 2
   mcl bench method --scene alike --dir runs/alike --variants contrastive,full train.steps=600
 
-The folder keeps videos, shard sets, runs and results.json. The same command goes on where it was stopped.
+The folder keeps videos, shard sets, runs and results.json. The same command goes on where it was stopped; other
+settings need another folder.
 """
 
 
@@ -214,6 +215,9 @@ def _outcomes(study: Study, say: Callable[[str], None]) -> Iterator[Outcome]:
 def _outcome(study: Study, say: Callable[[str], None], wanted: tuple[str, int]) -> Outcome:
     variant, seed = wanted
     settings = study.settings(variant, seed)
+    record = study.folder / f"{variant}-{seed}.json"
+    if record.exists() and (kept := json.loads(record.read_text()))["settings"] == settings:
+        return Outcome(**kept["outcome"])
     mcl = partial(_mcl, study, f"{variant}-{seed}")
     changes = [f"clips.count={NUMBERS[study.scene].clips}", f"features.folder={study.folder / 'features'}"]
     if variant == UNTRAINED:
@@ -228,7 +232,11 @@ def _outcome(study: Study, say: Callable[[str], None], wanted: tuple[str, int]) 
         for protocol in PROTOCOLS
     }
     say(f"{variant}, seed {seed}: " + ", ".join(f"{name} {score:.1%}" for name, score in scores.items()))
-    return Outcome(variant, seed, **scores)
+    outcome = Outcome(variant, seed, **scores)
+    whole = record.with_suffix(".part")  # a record that exists is whole, however the command ended
+    whole.write_text(json.dumps({"settings": settings, "outcome": asdict(outcome)}))
+    whole.replace(record)
+    return outcome
 
 
 def _mcl(study: Study, log: str, *words: str) -> str:

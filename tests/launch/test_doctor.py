@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch.doctor import LOOK_SECONDS
-from launch.doctor_checks import ALL, FAIL, Row
+from launch.doctor_checks import ALL, FAIL, OK, Row, link
 from launch.doctor_node import DALI
 from launch.hostfile import read_hostfile
 from mcl_dist.errors import ConfigError
@@ -74,6 +74,11 @@ def test_a_slow_link_is_measured_and_told(whole: Rig) -> None:
     whole[1].run("tc qdisc del dev eth0 root")
     assert code == 1
     assert "MB/s; check the links' speed" in failing(found, "all-reduce")[ALL]
+
+
+def test_a_rank_that_is_alone_is_told_no_speed() -> None:
+    (row,) = link({"here": [{"error": "", "seconds": 0.0, "bytes_per_second": 0.0}]}, world=1, on_gpus=False)
+    assert (row.state, row.found) == (OK, "one rank by gloo: it starts, and has nobody to send to")
 
 
 def test_a_node_without_this_folder_or_a_key_or_an_answer_is_told_with_what_to_do(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,11 @@ def test_a_comparison_trains_probes_and_keeps_its_results(tmp_path: Path, capsys
     assert outcome == json.loads((tmp_path / "results.json").read_text())[0]
     assert 0 <= outcome["svm"] <= 1
     assert (tmp_path / "runs" / "full-0" / "metrics.jsonl").read_text().count("\n") == 2
+
+    shutil.rmtree(tmp_path / "runs")
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out) == [outcome], "what was finished is not done again"
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_variant_that_is_none_is_refused_with_those_that_are(

@@ -213,3 +213,14 @@ def test_a_configuration_that_cannot_run_is_refused_before_anything_starts(
     assert line.startswith("mcl: ")
     assert message in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "option", [("--ranks", "2"), ("--nodes", "2"), ("--node-rank", "0"), ("--master-addr", "node1")]
+)
+def test_an_option_that_a_hostfile_answers_is_refused_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, str]
+) -> None:
+    assert main(["pretrain", *words(tmp_path, tmp_path / "run"), "--hostfile", str(tmp_path / "hosts"), *option]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"mcl: {option[0]}: found {option[1]} beside --hostfile")
