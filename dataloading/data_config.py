@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from dataloading.augment import AugmentConfig, blur_radius
 from dataloading.fetch import FetchConfig
 from dataloading.tubelets import CutConfig
-from mcl_dist.config import number
+from mcl_dist.config import choice, number
 from mcl_dist.errors import ConfigError
 
 
@@ -28,10 +28,12 @@ class LoaderConfig(FetchConfig):
             batch, the ranks divide them. None: one lane for each video of the global batch.
         shuffle_window: videos of a lane that an epoch shuffles among themselves.
         max_bad_fraction: of a rank's samples that may be bad, and be replaced, before the run stops.
-        workers: processes of a rank that make batches (on a GPU: that read and draw what it decodes); 0: a
-            thread of the rank itself.
+        workers: processes of a rank that make batches (where a GPU decodes: that read and draw for it); 0: a thread
+            of the rank itself.
         threads: decoding threads of a rank or of each worker.
         prefetch: batches made ahead, besides the one that each worker is at.
+        decode_on: what makes the batches of a training on GPUs: the `gpu` itself, which keeps most cores free, or the
+            `cpu`, which takes all that `workers` give and leaves the GPU to the training.
         hardware_share: of a GPU's decoding that its hardware decoder takes, where it has one.
         cache: local folder for the shards of a set that is elsewhere, shared by the processes of a machine.
     """
@@ -42,6 +44,7 @@ class LoaderConfig(FetchConfig):
     workers: int = number(0, minimum=0)
     threads: int = number(1, minimum=1)
     prefetch: int = number(2, minimum=1)
+    decode_on: str = choice("gpu", "cpu")
     hardware_share: float = number(0.65, minimum=0, maximum=1)
     cache: str | None = None
 

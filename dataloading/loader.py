@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -148,6 +149,14 @@ class Loader(Generic[Delivered]):
         self._tell()
 
     def _chain(self, share: Share, steps: Iterable[int], device: torch.device) -> Iterable[MadeStep]:
+        """Batches on the device, made there or copied to it; on a GPU in a stream of its own."""
+        where = torch.device("cpu") if self._config.decode_on == "cpu" else device
+        made = self._made(share, steps, where)
+        if where != device:
+            made = (replace(each, batch=each.batch.to(device)) for each in made)
+        return beside_training(made, device) if device.type == "cuda" else made
+
+    def _made(self, share: Share, steps: Iterable[int], device: torch.device) -> Iterable[MadeStep]:
         """From steps to batches: read and drawn, then decoded, each in the workers or here."""
         config, num_workers = self._config, self._config.workers
         if num_workers and device.type == "cpu":
@@ -158,8 +167,7 @@ class Loader(Generic[Delivered]):
         if num_workers:
             self._crew = Crew(ReadWorker(config, share), num_workers, steps)
             read = map(ReadWorker.received, self._crew)
-        made = (decode_step(each, maker, self._source) for each in read)
-        return beside_training(made, device) if device.type == "cuda" else made
+        return (decode_step(each, maker, self._source) for each in read)
 
     def _take_in(self, made: MadeStep) -> None:
         """Count a batch, and hold its bad samples against the budget."""

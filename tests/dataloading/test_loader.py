@@ -48,7 +48,7 @@ def make_loader(folder: Path) -> Iterator[MakeLoader]:
         )
         config = replace(config, **options.pop("config", {}))
         asked = {"rank": 0, "num_ranks": 1, "seed": 5, "grid": (1, 7, 7), "global_batch": GLOBAL_BATCH}
-        made = TubeletLoader(config, device=torch.device("cpu"), **(asked | options))
+        made = TubeletLoader(config, **({"device": torch.device("cpu")} | asked | options))
         loaders.append(made)
         return made
 
@@ -68,6 +68,20 @@ def assert_equal(batch: TubeletBatch, other: TubeletBatch) -> None:
 
 def joined(batches: tuple[TubeletBatch, ...]) -> TubeletBatch:
     return TubeletBatch(*(torch.cat(parts) for parts in zip(*(vars(b).values() for b in batches), strict=True)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def test_what_cpus_decode_for_another_device_is_copied_there(
+    make_loader: MakeLoader, device: str, workers: int
+) -> None:
+    config = {"decode_on": "cpu", "workers": workers}
+    here = take(make_loader(), 2)
+    for batch, other in zip(take(make_loader(device=torch.device(device), config=config), 2), here, strict=True):
+        assert {part.device for part in vars(batch).values()} == {torch.device(device)}
+        assert {name: part.shape for name, part in vars(batch).items()} == {k: v.shape for k, v in vars(other).items()}
+        if device != "meta":  # which holds no values
+            assert_equal(batch.to(torch.device("cpu")), other)
 
 
 def test_a_batch_has_the_shapes_and_types_of_its_contract(make_loader: MakeLoader) -> None:
