@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a user's mistake becomes one line on standard error and its exit code."""
-    parsed = parser().parse_args(arguments)
+    parsed = _parsed(arguments)
     try:
         return int(parsed.run(parsed))
     except UserError as error:
@@ -37,6 +37,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone (`mcl … | head`): nothing is left to say.
         sys.stderr.close()
         return EXIT_FAILURE
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; `key=value` may stand anywhere, where argparse takes one row of them alone."""
+    root = parser()
+    parsed, left = root.parse_known_args(arguments)
+    if left:
+        if not hasattr(parsed, "overrides") or any(word.startswith("-") or "=" not in word for word in left):
+            root.error(f"unrecognized arguments: {' '.join(left)}")
+        parsed.overrides = [*parsed.overrides, *left]
+    return parsed
 
 
 if __name__ == "__main__":
