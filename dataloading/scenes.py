@@ -26,7 +26,7 @@ DEMO_PAN = 1.5  # pixels a frame at most; a steady camera's share of the flow, w
 
 DISTRACTING_FRAMES = 128
 DISTRACTING_SIZE = 64
-DISTRACTING_STRIPE = 5.0
+DISTRACTING_STRIPE = 6.0
 DISTRACTING_PAN = 0.1
 MOVING_FRAMES = 32  # of each half; the disc rests before and after
 NUM_SHAPES = 8
@@ -89,8 +89,8 @@ def render_distracting(name: str, rng: np.random.Generator) -> NDArray[np.uint8]
     """
     motion, speed = name.split("_")
     step = 2 * np.pi / (PERIODS[speed] * rng.uniform(*PERIOD_SPREAD))
-    start, reach, sign = rng.uniform(0, 2 * np.pi), rng.uniform(6, 9), int(rng.choice((-1, 1)))
-    radius, home = rng.uniform(6, 8), rng.uniform(18, DISTRACTING_SIZE - 18, size=2)
+    start, reach, sign = rng.uniform(0, 2 * np.pi), rng.uniform(7, 10), int(rng.choice((-1, 1)))
+    radius, home = rng.uniform(8, 10), rng.uniform(20, DISTRACTING_SIZE - 20, size=2)
     phases = start + step * np.cumsum(_moving(rng))
     canvas = _distracting_canvas(rng, _canvas_size(DISTRACTING_SIZE, DISTRACTING_PAN, DISTRACTING_FRAMES))
     frames = np.empty((DISTRACTING_FRAMES, DISTRACTING_SIZE, DISTRACTING_SIZE, 3), np.uint8)
