@@ -218,6 +218,7 @@ def _outcome(study: Study, say: Callable[[str], None], wanted: tuple[str, int]) 
     settings = study.settings(variant, seed)
     record = study.folder / f"{variant}-{seed}.json"
     if record.exists() and (kept := json.loads(record.read_text()))["settings"] == settings:
+        say(f"{variant}, seed {seed}: taken from {record}")
         return Outcome(**kept["outcome"])
     mcl = partial(_mcl, study, f"{variant}-{seed}")
     changes = [f"clips.count={NUMBERS[study.scene].clips}", f"features.folder={study.folder / 'features'}"]

@@ -50,7 +50,9 @@ def test_a_comparison_trains_probes_and_keeps_its_results(tmp_path: Path, capsys
 
     shutil.rmtree(tmp_path / "runs")
     assert main(command) == 0
-    assert json.loads(capsys.readouterr().out) == [outcome], "what was finished is not done again"
+    said = capsys.readouterr()
+    assert json.loads(said.out) == [outcome], "what was finished is not done again"
+    assert said.err == f"full, seed 0: taken from {tmp_path / 'full-0.json'}\n"
     assert not (tmp_path / "runs").exists()
 
 
