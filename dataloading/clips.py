@@ -51,7 +51,7 @@ class ClipBatch:
     """The clips of V videos.
 
     Attributes:
-        clips: uint8 (V, clips x crops of a video, T, H, W, 3), RGB, on the device.
+        clips: uint8 (V, clips x crops of a video, T, H, W, 3), RGB, on the device asked for.
         labels: int64 (V,), the set's class of each video.
         positions: int64 (V,), of each video in the set.
     """
@@ -65,6 +65,8 @@ class ProbeClips:
     """Videos of a shard set in its order, a few at a time, as `num_clips` clips of `num_crops` crops each.
 
     Args:
+        device: of the clips.
+        decoder_device: where they are decoded; None for there.
         positions: of the videos in the set; None for all.
 
     Raises:
@@ -77,6 +79,7 @@ class ProbeClips:
         geometry: ClipGeometry,
         *,
         device: torch.device,
+        decoder_device: torch.device | None = None,
         num_clips: int = NUM_CLIPS,
         num_crops: int = 1,
         positions: range | None = None,
@@ -90,6 +93,7 @@ class ProbeClips:
         self._shard_set = shard_set
         self._positions = range(len(shard_set)) if positions is None else positions
         self._device = device
+        self._decoder_device = decoder_device or device
         self._batch_videos = batch_videos
         self._threads = threads
 
@@ -100,7 +104,7 @@ class ProbeClips:
     def __iter__(self) -> Iterator[ClipBatch]:
         """Decode batch by batch; errors of storage and of damaged stills are `UserError`."""
         crop = self.geometry.crop
-        decoder = StillDecoder(size=(crop, crop), grey=False, device=self._device, threads=self._threads)
+        decoder = StillDecoder(size=(crop, crop), grey=False, device=self._decoder_device, threads=self._threads)
         self._shard_set.expect(self._positions)
         try:
             for first in range(0, len(self._positions), self._batch_videos):
@@ -111,7 +115,7 @@ class ProbeClips:
     def _batch(self, decoder: StillDecoder, positions: np.ndarray) -> ClipBatch:
         clips = torch.stack([self._clips(decoder, self._shard_set.read(int(position))) for position in positions])
         labels = torch.from_numpy(np.asarray(self._shard_set.labels)[positions])
-        return ClipBatch(clips, labels, torch.from_numpy(positions))
+        return ClipBatch(clips.to(self._device), labels, torch.from_numpy(positions))
 
     def _clips(self, decoder: StillDecoder, video: StoredVideo) -> torch.Tensor:
         """(num_clips x num_crops, T, H, W, 3) of one video; a still that several clips share is decoded once."""

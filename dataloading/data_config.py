@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from dataloading.augment import AugmentConfig, blur_radius
 from dataloading.fetch import FetchConfig
 from dataloading.tubelets import CutConfig
@@ -20,8 +22,26 @@ class SetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoaderConfig(FetchConfig):
-    """Who does the work, in which order; how sets are fetched, see `FetchConfig`.
+class ReadingConfig(FetchConfig):
+    """How sets become pixels; how they are fetched, see `FetchConfig`.
+
+    Attributes:
+        decode_on: what decodes for a GPU: the `gpu` itself, which keeps most cores free, or the `cpu`, whose pixels are
+            copied, and which leaves the GPU to the encoder.
+        cache: local folder for the shards of a set that is elsewhere, shared by the processes of a machine.
+    """
+
+    decode_on: str = choice("gpu", "cpu")
+    cache: str | None = None
+
+    def decoder_device(self, device: torch.device) -> torch.device:
+        """Where that is decoded which is wanted on `device`."""
+        return torch.device("cpu") if self.decode_on == "cpu" else device
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig(ReadingConfig):
+    """Who makes the batches, in which order. Where CPUs decode, they do all that is done to pixels.
 
     Attributes:
         lanes: into which the samples are cut, and of which every rank reads its own; they divide the global
@@ -32,10 +52,7 @@ class LoaderConfig(FetchConfig):
             of the rank itself.
         threads: decoding threads of a rank or of each worker.
         prefetch: batches made ahead, besides the one that each worker is at.
-        decode_on: what makes the batches of a training on GPUs: the `gpu` itself, which keeps most cores free, or the
-            `cpu`, which takes all that `workers` give and leaves the GPU to the training.
         hardware_share: of a GPU's decoding that its hardware decoder takes, where it has one.
-        cache: local folder for the shards of a set that is elsewhere, shared by the processes of a machine.
     """
 
     lanes: int | None = number(None, minimum=1)
@@ -44,9 +61,7 @@ class LoaderConfig(FetchConfig):
     workers: int = number(0, minimum=0)
     threads: int = number(1, minimum=1)
     prefetch: int = number(2, minimum=1)
-    decode_on: str = choice("gpu", "cpu")
     hardware_share: float = number(0.65, minimum=0, maximum=1)
-    cache: str | None = None
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ class Loader(Generic[Delivered]):
 
     def _chain(self, share: Share, steps: Iterable[int], device: torch.device) -> Iterable[MadeStep]:
         """Batches on the device, made there or copied to it; on a GPU in a stream of its own."""
-        where = torch.device("cpu") if self._config.decode_on == "cpu" else device
+        where = self._config.decoder_device(device)
         made = self._made(share, steps, where)
         if where != device:
             made = (replace(each, batch=each.batch.to(device)) for each in made)

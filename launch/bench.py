@@ -42,7 +42,7 @@ example:
 STEP_EXAMPLE = """\
 example:
   mcl bench step --config configs/pretrain/tiny.yaml --json
-  mcl bench step --config configs/pretrain/kinetics400.yaml train.global_batch=64"""
+  mcl bench step --config configs/pretrain/kinetics400.yaml --forms plain,trainer train.global_batch=64"""
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -137,6 +137,9 @@ def _add_step(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     step.add_argument("--config", help="configuration of a pre-training run (default: the demo's)")
     step.add_argument("overrides", nargs="*", metavar="key=value", help="override it, e.g. train.global_batch=8")
     step.add_argument("--steps", type=int, default=10, help="steps measured of every form, after three others (10)")
+    step.add_argument(
+        "--forms", type=lambda text: text.split(","), default=[], help="of plain,closed_form,...,trainer (all)"
+    )
     step.add_argument("--json", action="store_true", help="print one JSON list on standard output")
     step.set_defaults(run=run_step)
 
@@ -269,7 +272,7 @@ def run_step(args: argparse.Namespace) -> int:
     """Measure every form of the step; a line each."""
     from launch.step_benchmark import PHASES, benchmark
 
-    results = benchmark(_config_of_steps(args, least=1), args.steps, _say)
+    results = benchmark(_config_of_steps(args, least=1), args.steps, _say, args.forms)
     if args.json:
         print(json.dumps([vars(result) for result in results]))
         return 0

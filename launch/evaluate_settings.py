@@ -6,8 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from dataloading.clips import ClipsConfig
-from dataloading.data_config import SupervisedConfig
-from dataloading.fetch import FetchConfig
+from dataloading.data_config import ReadingConfig, SupervisedConfig
 from launch.hangs import SuperviseConfig
 from launch.settings import RunConfig
 from mcl_dist.checkpoint import CheckpointConfig
@@ -25,13 +24,6 @@ Evaluation = TypeVar("Evaluation", bound="SupervisedEvaluation")
 
 
 @dataclass(frozen=True)
-class SetsConfig(FetchConfig):
-    """How sets are fetched (see `FetchConfig`); `cache` is a local folder for shards of sets that are elsewhere."""
-
-    cache: str | None = None
-
-
-@dataclass(frozen=True)
 class FrozenConfig:
     """What all protocols on frozen features have.
 
@@ -41,7 +33,7 @@ class FrozenConfig:
 
     recalibrate: bool | None = None
     clips: ClipsConfig = field(default_factory=ClipsConfig)
-    data: SetsConfig = field(default_factory=SetsConfig)
+    data: ReadingConfig = field(default_factory=ReadingConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
 

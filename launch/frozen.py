@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from dataloading.clips import ClipGeometry, ProbeClips
+from dataloading.data_config import ReadingConfig
 from dataloading.lists import UNLABELLED
 from dataloading.stream import ShardSet
 from launch.build_shards import num_cores
@@ -61,7 +62,7 @@ def evaluate_frozen(
         encoder = subject.encoder.to(ranks.device)
         geometry = subject.shown(config.clips)
         if subject.is_untrained if config.recalibrate is None else config.recalibrate:
-            recalibrate(encoder, recalibration_clips(train, geometry, ranks))
+            recalibrate(encoder, recalibration_clips(train, geometry, config.data, ranks))
         features = [
             _features(encoder, shard_set, geometry, config, ranks, what)
             for shard_set, what in ((train, "training features"), (test, "test features"))
@@ -136,6 +137,7 @@ def _features(
         shard_set,
         geometry,
         device=ranks.device,
+        decoder_device=config.data.decoder_device(ranks.device),
         num_clips=config.clips.count,
         num_crops=config.clips.crops,
         positions=share_of(len(shard_set), ranks),
@@ -160,10 +162,18 @@ def told_by(ranks: Ranks) -> Iterator[None]:
         raise RankError(f"rank {ranks.rank}: {error}" if ranks.count > 1 else str(error)) from error
 
 
-def recalibration_clips(train: ShardSet, geometry: ClipGeometry, ranks: Ranks) -> Iterator[torch.Tensor]:
+def recalibration_clips(
+    train: ShardSet, geometry: ClipGeometry, data: ReadingConfig, ranks: Ranks
+) -> Iterator[torch.Tensor]:
     """Batches of one clip each of as many videos; a set's order is random, so its first ones are a fair share."""
     batches = ProbeClips(
-        train, geometry, device=ranks.device, num_clips=1, batch_videos=RECALIBRATION_VIDEOS, threads=num_threads()
+        train,
+        geometry,
+        device=ranks.device,
+        decoder_device=data.decoder_device(ranks.device),
+        num_clips=1,
+        batch_videos=RECALIBRATION_VIDEOS,
+        threads=num_threads(),
     )
     for batch in islice(batches, RECALIBRATION_BATCHES):
         yield batch.clips[:, 0]

@@ -51,6 +51,7 @@ class HeldOut:
             self._sets = [opened.enter_context(closing(ShardSet(url, config.data.cache, config.data))) for url in urls]
             train, test = self._sets
             check_split(urls[0], train, urls[1], test)
+            self._decoder_device = config.data.decoder_device(ranks.device)
             geometry = ClipGeometry(config.data.frames, config.data.stride, config.data.crop)
             self._clips = [self._own_clips(shard_set, geometry) for shard_set in self._sets]
             self._opened = opened.pop_all()
@@ -107,6 +108,7 @@ class HeldOut:
             shard_set,
             geometry,
             device=self._ranks.device,
+            decoder_device=self._decoder_device,
             num_clips=self._config.clips,
             positions=share_of(self._num_videos(shard_set), self._ranks),
             batch_videos=1,

@@ -221,7 +221,11 @@ def _outcome(study: Study, say: Callable[[str], None], wanted: tuple[str, int]) 
         say(f"{variant}, seed {seed}: taken from {record}")
         return Outcome(**kept["outcome"])
     mcl = partial(_mcl, study, f"{variant}-{seed}")
-    changes = [f"clips.count={NUMBERS[study.scene].clips}", f"features.folder={study.folder / 'features'}"]
+    changes = [
+        f"clips.count={NUMBERS[study.scene].clips}",
+        f"features.folder={study.folder / 'features'}",
+        "data.decode_on=cpu",
+    ]
     if variant == UNTRAINED:
         subject = ["random", "--pretrain", str(CONFIG)]
         changes += [f"pretrain.{setting}" for setting in settings]

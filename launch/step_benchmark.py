@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from launch.settings import PretrainConfig
 from launch.step_forms import Form, GrowingStep, TrainerStep, forms, noise
 from mcl_dist.clock import PhaseClock
 from mcl_dist.engine import pick_device
-from mcl_dist.errors import UserError
+from mcl_dist.errors import ConfigError, UserError
 from mcl_dist.operations import operations_per_video
 from mcl_dist.trainer import peak_bytes
 
@@ -40,7 +40,7 @@ class StepResult:
         peak_bytes: the most memory held, of the GPU's or of the process.
         tflops: 10¹² floating-point operations a second, of the convolutions and matrix products that the step needs.
         matmul_share: of the rate of one large matrix product in the step's precision, measured beside it.
-        speedup: the plain form's time over its own. On a CPU speedup and share go by the processors' time, in which
+        speedup: the first form's time over its own. On a CPU speedup and share go by the processors' time, in which
             what else runs there does not count.
         loss: of the first step, where all forms hold the same weights.
     """
@@ -66,10 +66,13 @@ class _Measured:
     loss: float
 
 
-def benchmark(config: PretrainConfig, steps: int, say: Callable[[str], None]) -> list[StepResult]:
-    """Measure every form on videos of noise, the global batch on one device.
+def benchmark(
+    config: PretrainConfig, steps: int, say: Callable[[str], None], names: Sequence[str] = ()
+) -> list[StepResult]:
+    """Measure forms on videos of noise, the global batch on one device; those of these names, or all.
 
     Raises:
+        ConfigError: no form has such a name here.
         UserError: when a process dies, which is mostly for want of memory.
     """
     device = pick_device()
@@ -78,7 +81,7 @@ def benchmark(config: PretrainConfig, steps: int, say: Callable[[str], None]) ->
     operations = config.train.global_batch * operations_per_video(config.encoder, config.heads, *clip)
     costs: list[float] = []
     results: list[StepResult] = []
-    for form in forms(config, device):
+    for form in _named(forms(config, device), names):
         say(f"measuring {form.name}")
         found = in_a_process(_measure, config, form, steps)
         costs.append(found.cpu_ms if device.type == "cpu" else found.milliseconds)
@@ -98,6 +101,13 @@ def benchmark(config: PretrainConfig, steps: int, say: Callable[[str], None]) ->
         # Told at once: whoever stops what takes too long has what was measured.
         say(f"{form.name}: {results[-1].videos_per_second:.2f} videos/s, {results[-1].speedup:.2f} times the first")
     return results
+
+
+def _named(found: list[Form], names: Sequence[str]) -> list[Form]:
+    for name in names:
+        if name not in (form.name for form in found):
+            raise ConfigError(f"--forms: found {name}, must be of {', '.join(form.name for form in found)}")
+    return [form for form in found if form.name in names or not names]
 
 
 def _measure(config: PretrainConfig, form: Form, steps: int) -> _Measured:

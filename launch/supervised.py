@@ -146,7 +146,7 @@ def pupil_of(subject: Subject, lesson: Lesson, ranks: Ranks) -> Pupil:
     recalibrates = config.recalibrate if isinstance(config, LinearEvaluation) else None
     encoder = subject.encoder.to(ranks.device)
     if subject.is_untrained if recalibrates is None else recalibrates:
-        recalibrate(encoder, recalibration_clips(lesson.train, lesson.geometry, ranks))
+        recalibrate(encoder, recalibration_clips(lesson.train, lesson.geometry, config.data, ranks))
     return _on_frozen(encoder, lesson, ranks)
 
 
@@ -245,6 +245,7 @@ def _test_clips(lesson: Lesson, ranks: Ranks) -> ProbeClips:
         lesson.test,
         lesson.geometry,
         device=ranks.device,
+        decoder_device=lesson.config.data.decoder_device(ranks.device),
         num_clips=lesson.config.clips.count,
         num_crops=lesson.config.clips.crops,
         positions=share_of(len(lesson.test), ranks),

@@ -50,6 +50,18 @@ def test_every_video_comes_once_in_the_order_of_the_set(write_set: WriteSet) -> 
     assert found[0].clips.dtype == torch.uint8
 
 
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def test_clips_that_a_cpu_decodes_for_another_device_are_copied_there(write_set: WriteSet, device: str) -> None:
+    shard_set = ShardSet(str(write_set([20, 24])))
+    there = ProbeClips(
+        shard_set, ClipGeometry(4, 2, 24), device=torch.device(device), decoder_device=CPU, num_clips=3, batch_videos=2
+    )
+    (batch,), (here,) = there, _batches(shard_set, ClipGeometry(4, 2, 24))
+    assert (batch.clips.device, batch.clips.shape) == (torch.device(device), here.clips.shape)
+    if device != "meta":  # which holds no values
+        assert torch.equal(batch.clips.cpu(), here.clips)
+
+
 def test_a_clip_shows_the_centre_of_the_frames_it_names(write_set: WriteSet) -> None:
     shard_set = ShardSet(str(write_set([20])))
     (batch,) = _batches(shard_set, ClipGeometry(4, 2, 24))

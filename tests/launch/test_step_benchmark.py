@@ -38,6 +38,16 @@ def test_every_form_takes_the_same_step_and_the_last_is_the_trainers(capsys: pyt
         assert each["tflops"] > 0
 
 
+@pytest.mark.slow
+def test_forms_can_be_chosen_and_what_is_none_is_told_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "step", *SMALL, "--steps", "1", "--json", "--forms", "fused,one_pass"]) == 0
+    assert [each["name"] for each in json.loads(capsys.readouterr().out)] == ["one_pass", "fused"]
+    assert main(["bench", "step", *SMALL, "--forms", "fused,slow"]) == 2
+    said = capsys.readouterr().err
+    assert "--forms: found slow, must be of plain, closed_form" in said
+    assert "measuring" not in said
+
+
 def test_a_gpu_gains_by_two_more_changes() -> None:
     from launch.settings import PretrainConfig
 
