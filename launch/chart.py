@@ -10,7 +10,7 @@ from launch.markup import Markup, joined, tag
 from launch.readable import number
 
 WIDTH, HEIGHT = 480, 240
-LEFT, RIGHT, TOP, BOTTOM = 60, 12, 22, 40
+LEFT, RIGHT, TOP, BOTTOM = 60, 24, 22, 40
 NUM_TICKS, STEP_TICKS = 4, 6
 NUM_COLOURS = 6
 FLAT = 0.1  # of its value to both sides of a line that never moves

@@ -35,8 +35,8 @@ EXAMPLE = """example:
   mcl bench method --scene distracting --dir runs/distracting --seeds 3 --jobs 2
   mcl bench method --scene alike --dir runs/alike --variants contrastive,full train.steps=600
 
-The folder keeps videos, shard sets, runs and results.json. The same command goes on where it was stopped; other
-settings need another folder.
+The folder keeps videos, shard sets, runs, results.json and results.html, a page with the runs' curves. The same command
+goes on where it was stopped; other settings need another folder.
 """
 
 
@@ -141,6 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
     outcomes = list(_outcomes(study, _say))
     report = [asdict(outcome) for outcome in outcomes]
     (study.folder / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    _write_page(study, outcomes)
     print(json.dumps(report) if arguments.json else table(outcomes))
     return 0
 
@@ -160,6 +161,19 @@ def table(outcomes: Sequence[Outcome]) -> str:
                 line = f"{line:<50}{mean(gains):+6.1f}  ({min(gains):+.1f} to {max(gains):+.1f})"
             lines.append(line)
     return "\n".join(lines)
+
+
+def _write_page(study: Study, outcomes: Sequence[Outcome]) -> None:
+    """Of the runs that are still there; finished ones may have been removed."""
+    from launch.method_page import page
+
+    runs: dict[str, list[Path]] = {}
+    for each in outcomes:
+        if (folder := study.run_folder(each.variant, each.seed)).exists():
+            runs.setdefault(each.variant, []).append(folder)
+    path = study.folder / "results.html"
+    path.write_text(page(study.scene, runs, table(outcomes)))
+    _say(f"the runs' curves: {path}")
 
 
 def _variants(text: str) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from launch.cli import main
 from launch.method_benchmark import BASELINE, CONFIG, VARIANTS, Outcome, table
+from launch.method_page import page
 from launch.settings import PretrainConfig
 from mcl_dist.config import load_config
 
@@ -38,6 +40,23 @@ def test_gains_are_over_the_baseline_of_the_same_seed() -> None:
     assert f"{BASELINE} 15.0 (10.0, 20.0)" in lines
 
 
+def test_the_page_shows_of_each_variant_the_mean_course_of_its_seeds(tmp_path: Path) -> None:
+    runs = {}
+    for variant, losses in {BASELINE: [5.0, 4.0], "full": [3.0, 1.0]}.items():
+        runs[variant] = [tmp_path / f"{variant}-{seed}" for seed in range(2)]
+        for folder, loss in zip(runs[variant], losses, strict=True):
+            folder.mkdir()
+            lines = [{"step": step, "epoch": 0, "loss_inter": loss + 100 / step} for step in range(1, 101)]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = page("alike", runs, "svm <1>")
+    (inter,) = (part for part in shown.split("<h3>") if part.startswith("Inter loss"))
+    rows = re.findall(r"</i>(\w+)</td><td>([\d.]+)</td><td>([\d.]+)</td>", inter)
+    # The last two steps and the first two, 99 and 100, 1 and 2.
+    assert rows == [(BASELINE, "5.51", "79.5"), ("full", "3.01", "77.0")]
+    assert "<pre>svm &lt;1&gt;</pre>" in shown
+    assert "kNN of held-out videos" not in shown, "what was not evaluated on the way has no chart"
+
+
 @pytest.mark.slow
 def test_a_comparison_trains_probes_and_keeps_its_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--train-per-class", "2", "--test-per-class", "1", "--seeds", "1", "--variants", "full"]
@@ -47,12 +66,13 @@ def test_a_comparison_trains_probes_and_keeps_its_results(tmp_path: Path, capsys
     assert outcome == json.loads((tmp_path / "results.json").read_text())[0]
     assert 0 <= outcome["svm"] <= 1
     assert (tmp_path / "runs" / "full-0" / "metrics.jsonl").read_text().count("\n") == 2
+    assert 'data-name="full"' in (tmp_path / "results.html").read_text()
 
     shutil.rmtree(tmp_path / "runs")
     assert main(command) == 0
     said = capsys.readouterr()
     assert json.loads(said.out) == [outcome], "what was finished is not done again"
-    assert said.err == f"full, seed 0: taken from {tmp_path / 'full-0.json'}\n"
+    assert said.err.startswith(f"full, seed 0: taken from {tmp_path / 'full-0.json'}\n")
     assert not (tmp_path / "runs").exists()
 
 
