@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.svm import LinearSVC
 
 from mcl_dist.config import number
 from mcl_dist.errors import UserError
@@ -28,6 +27,8 @@ def svm_answers(train: Features, test: Features, config: SvmConfig) -> Answers:
     Raises:
         UserError: training videos of fewer than two classes.
     """
+    from sklearn.svm import LinearSVC  # takes as long as PyTorch, and ranks that train import this module
+
     if len(np.unique(train.labels)) < 2:
         raise UserError("the training set has videos of fewer than two classes; a probe needs two")
     svm = LinearSVC(C=config.cost, loss="squared_hinge", penalty="l2", max_iter=MAX_ITERATIONS, random_state=0)
