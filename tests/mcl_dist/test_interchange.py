@@ -100,12 +100,11 @@ def test_equal_weights_give_equal_bytes(run: str, form: str) -> None:
 
 @pytest.mark.slow
 def test_torchscript_of_equal_weights_is_equal_from_process_to_process(run: str, tmp_path: Path) -> None:
-    files = [tmp_path / "first.pt", tmp_path / "second.pt"]
-    for file in files:
-        words = ["export", run, "--format", "torchscript", "--out", str(file)]
-        subprocess.run([sys.executable, "-m", "launch.cli", *words], check=True, capture_output=True)
-    assert files[0].read_bytes() == files[1].read_bytes() == exported(run, "torchscript")
-    assert str(Path(mcl_dist.__file__).parent).encode() not in files[0].read_bytes()
+    file = tmp_path / "encoder.pt"
+    words = ["export", run, "--format", "torchscript", "--out", str(file)]
+    subprocess.run([sys.executable, "-m", "launch.cli", *words], check=True, capture_output=True)
+    assert file.read_bytes() == exported(run, "torchscript")
+    assert str(Path(mcl_dist.__file__).parent).encode() not in file.read_bytes()
 
 
 def test_the_references_names_are_those_of_its_checkpoints(run: str, tmp_path: Path, golden: Path) -> None:
