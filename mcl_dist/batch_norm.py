@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import batch_norm
 
 from mcl_dist.ranks import Ranks
+from mcl_dist.uncompiled import uncompiled
 
 AXES = (0, 2, 3, 4)  # all but the channels of (B, C, T, H, W)
 
@@ -26,7 +27,7 @@ class SynchronizedBatchNorm3d(nn.BatchNorm3d):
             return outputs
         return super().forward(inputs)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def _over_ranks(self, inputs: torch.Tensor) -> torch.Tensor:
         mean, variance = statistics(self, inputs.detach())
         if self.track_running_stats:

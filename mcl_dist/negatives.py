@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 from mcl_dist.errors import ConfigError
 from mcl_dist.log_sum_exp import Form, LogSumExp, log_sum_exp
 from mcl_dist.ranks import Ranks
+from mcl_dist.uncompiled import uncompiled
 
 
 class Queue:
@@ -68,7 +69,7 @@ class Queue:
         queue.vectors = queue.vectors.to(device)
         return queue
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def against(self, queries: torch.Tensor, temperature: float) -> torch.Tensor:
         """log Σ_k exp(q·v_k/τ) of this rank's queries (B, d) over all K vectors: (B,), differentiable.
 
@@ -77,7 +78,7 @@ class Queue:
         result: torch.Tensor = _Against.apply(queries, self, temperature)  # type: ignore[no-untyped-call]
         return result
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     @torch.no_grad()
     def mean(self) -> torch.Tensor:
         """Mean of all K vectors: (d,). When the queue is sharded, all ranks must call it together."""

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mcl_dist.batch_norm import SynchronizedBatchNorm3d
+from mcl_dist.uncompiled import uncompiled
 
 
 def recomputed(owner: nn.Module, function: Callable[[torch.Tensor], Any], inputs: torch.Tensor) -> Any:
@@ -28,7 +29,7 @@ def recomputed(owner: nn.Module, function: Callable[[torch.Tensor], Any], inputs
     return _statistics_held_meanwhile(owner, function, inputs)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def _statistics_held_meanwhile(owner: nn.Module, function: Callable[[torch.Tensor], Any], inputs: torch.Tensor) -> Any:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _statistics_held(owner)
