@@ -121,8 +121,14 @@ def test_every_command_has_help_with_an_example(words: str, capsys: pytest.Captu
     assert ("example:" in capsys.readouterr().out) == bool(words)
 
 
-def test_help_loads_no_heavy_library() -> None:
-    heavy = "{'torch', 'deepspeed', 'nvidia', 'cv2', 'sklearn'}"
-    code = f"import sys, launch.cli; launch.cli.parser(); sys.exit(str({heavy} & set(sys.modules) or ''))"
+@pytest.mark.parametrize(
+    ("what", "heavy"),
+    [
+        ("import launch.cli; launch.cli.parser()", {"torch", "deepspeed", "nvidia", "cv2", "sklearn"}),
+        ("import launch.settings", {"torch._dynamo", "deepspeed", "nvidia", "sklearn"}),
+    ],
+)
+def test_help_and_settings_load_no_heavy_library(what: str, heavy: set[str]) -> None:
+    code = f"import sys; {what}; sys.exit(str({heavy} & set(sys.modules) or ''))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stderr.strip() == ""
