@@ -66,7 +66,7 @@ class ProbeClips:
 
     Args:
         device: of the clips.
-        decoder_device: where they are decoded; None for there.
+        decoder_device: where they are decoded; None: on `device`, too.
         positions: of the videos in the set; None for all.
 
     Raises:
