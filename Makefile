@@ -1,9 +1,11 @@
 # Each target works alone on a fresh clone and makes its own .venv. Settings: PYTHON (3.10 to 3.13),
-# CUDA (13, or 12 for older drivers), TORCH_INDEX (a wheel index for torch alone, README.md "Install").
+# CUDA (13, or 12 for older drivers), TORCH_INDEX (a wheel index for torch alone, README.md "Install"), JOBS.
 PYTHON ?= python3
 VENV := .venv
 CUDA ?= $(or $(patsubst $(VENV)/.installed-cuda%,%,$(firstword $(wildcard $(VENV)/.installed-cuda*))),13)
 TORCH_INDEX ?=
+# Test files at the same time: many wait for what they killed or cut off to come back.
+JOBS ?= 2
 # The stamp is written last and names the choice of CUDA: a half-made .venv has none.
 STAMP := $(VENV)/.installed-cuda$(CUDA)
 BIN := $(VENV)/bin
@@ -22,7 +24,7 @@ demo: $(STAMP)
 	$(BIN)/mcl demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP)
 	$(BIN)/ruff check .
