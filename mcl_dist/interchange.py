@@ -76,7 +76,13 @@ def load_encoder(path: str) -> Encoder:
 
 
 def is_file(path: str) -> bool:
-    """Whether a path names a weights file rather than a checkpoint folder."""
+    """Whether a path names a weights file rather than a checkpoint folder.
+
+    Raises:
+        UserError: it is a file, but its name does not say of which format.
+    """
+    if Path(path).suffix not in FILES and Path(path).is_file():
+        raise UserError(f"{path}: ends in none of {', '.join(FILES)}; rename the file, or name a run folder")
     return Path(path).suffix in FILES
 
 

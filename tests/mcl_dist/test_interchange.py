@@ -137,5 +137,8 @@ def test_what_lacks_the_wanted_part_is_refused_in_one_line(run: str, tmp_path: P
     save_file({"inter.first.weight": torch.zeros(2, 2)}, tmp_path / "heads.safetensors")
     with pytest.raises(UserError, match="holds no encoder"):
         mcl_dist.load_encoder(str(tmp_path / "heads.safetensors"))
+    (tmp_path / "encoder.reference").touch()
+    with pytest.raises(UserError, match=r"encoder\.reference: ends in none of \.safetensors, .*; rename the file"):
+        load_subject(str(tmp_path / "encoder.reference"))
     with pytest.raises(UserError, match="no such file"):
         mcl_dist.load_encoder(str(tmp_path / "none.safetensors"))
