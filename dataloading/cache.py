@@ -79,6 +79,7 @@ class FileCache:
                     # Shared, since it becomes the lock of a reader, which is no reason to wait.
                     if (file := locked(partial, shared=True)) is not None:
                         file.close()
+                        _removed(partial)  # of one who came too late, and whom our lock kept from his own
                 elif self._filled(file, digest, size, fill, ahead=False):
                     return file
 
