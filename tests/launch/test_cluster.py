@@ -24,7 +24,6 @@ from tests.hosts import Rig, missing, running_hosts
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = str(REPOSITORY / "configs" / "pretrain" / "tiny.yaml")
 SMALL = ("data.crop=48", "encoder.width=4", "heads.dim=8", "objective.queue=64", "train.global_batch=4")
-ANY_NUMBER = "encoder.batch_norm=synchronized"  # of ranks trains the same run
 NO_REPORT = "run.report=false"  # what it costs is another test's matter
 LENGTH = ("train.steps=24", "checkpoint.every=8")
 SECONDS = 150
@@ -47,7 +46,6 @@ def start(rig: Rig, shards: Path, run: Path, *more: str) -> subprocess.Popen[str
         f"data.train={shards}",
         f"run.dir={run}",
         NO_REPORT,
-        ANY_NUMBER,
         *SMALL,
         *LENGTH,
     ]
@@ -58,7 +56,7 @@ def start_without_ssh(rig: Rig, shards: Path, run: Path) -> list[subprocess.Pope
     """The command of its own on every host."""
     words = [sys.executable, "-m", "mcl_dist", "pretrain", "--config", CONFIG, "--ranks", "1", "--nodes", "2"]
     words += ["--master-addr", "node1", "--master-port", "29700"]
-    settings = [f"data.train={shards}", f"run.dir={run}", NO_REPORT, ANY_NUMBER, *SMALL, *LENGTH]
+    settings = [f"data.train={shards}", f"run.dir={run}", *SMALL, *LENGTH]
     return [
         host.popen(
             f"cd {REPOSITORY} && exec {shlex.join([*words, '--node-rank', str(node), *settings])}",
@@ -92,7 +90,6 @@ def has_saved(run: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(rig: Rig, synthetic_shards: Path) -> Path:
-    """A run over pdsh that nothing happens to."""
     code, output = finished(start(rig, synthetic_shards, rig.work / "whole", "--launcher", "pdsh"))
     assert code == 0, output
     return rig.work / "whole"
@@ -100,7 +97,30 @@ def whole(rig: Rig, synthetic_shards: Path) -> Path:
 
 @needs_hosts
 @pytest.mark.slow
-def test_nodes_that_are_each_given_the_command_train_the_run_of_the_hostfile_though_the_ranks_of_one_are_killed(
+def test_a_run_over_plain_ssh_is_the_run_over_pdsh(rig: Rig, whole: Path, synthetic_shards: Path) -> None:
+    code, output = finished(start(rig, synthetic_shards, rig.work / "plain", "--launcher", "ssh"))
+    assert code == 0, output
+    assert losses(rig.work / "plain") == losses(whole)
+    assert weights(rig.work / "plain") == weights(whole)
+    assert not any(host.processes() for host in rig.hosts)
+
+
+@needs_hosts
+@pytest.mark.slow
+def test_nodes_that_are_each_given_the_command_train_the_run_of_the_hostfile(
+    rig: Rig, whole: Path, synthetic_shards: Path
+) -> None:
+    run = rig.work / "headless"
+    for code, output in [finished(process) for process in start_without_ssh(rig, synthetic_shards, run)]:
+        assert code == 0, output
+    assert losses(run) == losses(whole)
+    assert weights(run) == weights(whole)
+    assert not any(host.processes() for host in rig.hosts)
+
+
+@needs_hosts
+@pytest.mark.slow
+def test_nodes_without_a_head_recover_by_themselves_when_the_ranks_of_one_are_killed(
     rig: Rig, whole: Path, synthetic_shards: Path
 ) -> None:
     run = rig.work / "headless killed"
@@ -116,7 +136,6 @@ def test_nodes_that_are_each_given_the_command_train_the_run_of_the_hostfile_tho
         os.kill(pid, signal.SIGKILL)
     for code, output in [finished(process) for process in processes]:
         assert code == 0, output
-    assert losses(run) == losses(whole)
     assert weights(run) == weights(whole)
     events = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     (restarted,) = (event for event in events if event["event"] == "Restarted")
@@ -184,9 +203,7 @@ def test_a_host_that_loses_power_and_comes_back_costs_no_bit(rig: Rig, whole: Pa
 
 @needs_hosts
 @pytest.mark.slow
-def test_a_link_that_is_cut_for_a_while_costs_a_run_over_plain_ssh_no_bit(
-    rig: Rig, whole: Path, synthetic_shards: Path
-) -> None:
+def test_a_link_that_is_cut_for_a_while_costs_no_bit(rig: Rig, whole: Path, synthetic_shards: Path) -> None:
     run = rig.work / "link"
     process = start(rig, synthetic_shards, run, "--launcher", "ssh")
     has_saved(run)
@@ -206,18 +223,19 @@ def test_a_link_that_is_cut_for_a_while_costs_a_run_over_plain_ssh_no_bit(
 
 @needs_hosts
 @pytest.mark.slow
-def test_a_host_that_stays_away_is_left_out_where_the_run_may_have_fewer(
-    rig: Rig, whole: Path, synthetic_shards: Path
-) -> None:
-    run = rig.work / "one left"
-    process = start(rig, synthetic_shards, run, "--min-nodes", "1", "--node-wait", "5")
-    has_saved(run)
+def test_a_host_that_stays_away_is_left_out_where_the_run_may_have_fewer(rig: Rig, synthetic_shards: Path) -> None:
+    runs = rig.work / "two", rig.work / "one left"
+    together = "encoder.batch_norm=synchronized"
+    code, output = finished(start(rig, synthetic_shards, runs[0], together))
+    assert code == 0, output
+    process = start(rig, synthetic_shards, runs[1], "--min-nodes", "1", "--node-wait", "5", together)
+    has_saved(runs[1])
     rig[1].kill()
     code, output = finished(process)
     rig[1].boot()
     assert code == 0, output
     assert "going on without node2, on 1 of 2 hosts" in output
-    assert losses(run) == pytest.approx(losses(whole), abs=1e-4)
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), abs=1e-4)
     assert not any(host.processes() for host in rig.hosts)
 
 
