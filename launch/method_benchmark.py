@@ -141,8 +141,8 @@ def run(arguments: argparse.Namespace) -> int:
     outcomes = list(_outcomes(study, _say))
     report = [asdict(outcome) for outcome in outcomes]
     (study.folder / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-    _write_page(study, outcomes)
     print(json.dumps(report) if arguments.json else table(outcomes))
+    _write_page(study, outcomes)
     return 0
 
 
