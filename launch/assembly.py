@@ -46,7 +46,8 @@ def assembled(
 ) -> Iterator[Pretrainer]:
     """The run's parts, put together and brought to where the newest checkpoint left off."""
     autocast = config.train.precision == "bfloat16"
-    learner = _learner(config, ranks, device, autocast=autocast)
+    network, at_random = _network(config)
+    learner = _learner(config, network, ranks, device, autocast=autocast)
     folder = config.checkpoint.folder or f"{config.run.dir}/checkpoints"
     checkpoints = Checkpoints(folder, ranks, config.checkpoint)
     exported = nullcontext() if config.monitoring.port is None else exporting(config, ranks, device)
@@ -71,6 +72,8 @@ def assembled(
             )
             engine = engine_of(objective, config, ranks, snapshot)
             schedule = schedule_of(config.train, config.optimizer, loader.steps_per_epoch)
+            if config.initial.weights and not snapshot:
+                tell(listeners, Notice(_taken(config.initial.weights, at_random)))
             if loader.num_left_out:
                 tell(listeners, Notice(f"{loader.num_left_out} videos are too short for a clip, left out"))
             tell_start(listeners, snapshot, schedule, checkpoints)
@@ -129,12 +132,24 @@ def tell_start(
     tell(listeners, Started(start, schedule.total_steps, checkpoints.step_url(start) if snapshot else None))
 
 
-def _learner(config: PretrainConfig, ranks: Ranks, device: torch.device, *, autocast: bool) -> Learner:
-    """Networks and queue as the seed makes them, equal on all ranks."""
-    seed = config.run.seed
-    torch.manual_seed(seed)
+def _network(config: PretrainConfig) -> tuple[Network, list[str]]:
+    """As the seed or the initial weights make it, equal on all ranks; and the names that keep their random start."""
+    torch.manual_seed(config.run.seed)
     network = Network(config.encoder, config.heads)
-    initialise(network, config.initial)
+    return network, initialise(network, config.initial)
+
+
+def _taken(file: str, at_random: Sequence[str]) -> str:
+    """A line on what a run takes from a weights file."""
+    parts = dict.fromkeys(name.partition(".")[0] for name in at_random)
+    return f"initial weights from {file}; random: {', '.join(parts) or 'none'}"
+
+
+def _learner(
+    config: PretrainConfig, network: Network, ranks: Ranks, device: torch.device, *, autocast: bool
+) -> Learner:
+    """The network with its momentum encoder and queue, equal on all ranks."""
+    seed = config.run.seed
     network.to(device).train()
     momentum = MomentumEncoder(network, ranks, seed=seed, autocast=autocast)
     queue = Queue.random(

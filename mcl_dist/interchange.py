@@ -23,7 +23,7 @@ from torch import nn
 from mcl_dist.checkpoint import load_network
 from mcl_dist.encoder import Encoder, EncoderConfig
 from mcl_dist.errors import UserError
-from mcl_dist.weights import State, read_state, to_reference, under_our_names
+from mcl_dist.weights import read_state, to_reference, under_our_names
 
 FILES = (".safetensors", ".pth", ".pt", ".tar")
 CLIPS = "clips"  # key of a file's only metadata; several would be written in any order
@@ -59,10 +59,10 @@ def load_encoder(path: str) -> Encoder:
     if not is_file(path):
         network, _ = load_network(path)
         return network.encoder.eval()
-    state = {name: value for name, value in _of_file(path).items() if name.startswith("encoder.")}
+    state = under_our_names(read_state(Path(path)), mlp_head=False)
     encoder = Encoder(_architecture(state, path))
     own = encoder.state_dict()
-    given = {name.removeprefix("encoder."): value for name, value in state.items()}
+    given = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
     for name, value in own.items():
         if name not in given and name.endswith("num_batches_tracked"):
             given[name] = value
@@ -183,14 +183,6 @@ def _onnx(extractor: FeatureExtractor, sample: torch.Tensor) -> bytes:
             dynamic_axes={"clips": {0: "batch"}, "features": {0: "batch"}},
         )
     return file.getvalue()
-
-
-def _of_file(path: str) -> State:
-    """A file's tensors under our names, whoever wrote it."""
-    state = read_state(Path(path))
-    if any(name.startswith("encoder.") for name in state):
-        return state
-    return under_our_names(state, mlp_head=False)
 
 
 def _architecture(state: Mapping[str, Any], path: str) -> EncoderConfig:

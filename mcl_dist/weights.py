@@ -42,8 +42,8 @@ class InitialConfig:
     """Weights to start from.
 
     Attributes:
-        weights: a `.safetensors` or `.pth` file, a 2-D ResNet (MoCo-v2's) to inflate or a checkpoint under the
-            reference's names; none starts from random weights.
+        weights: a `.safetensors` or `.pth` file: what `mcl export` wrote as `safetensors` or `reference`, a checkpoint
+            of the reference, or a 2-D ResNet (MoCo-v2's) to inflate; none starts from random weights.
         mlp_head: take the 2-D network's MLP head into the inter head too (Kinetics does, UCF101 does not).
     """
 
@@ -55,7 +55,8 @@ def initialise(network: Network, config: InitialConfig) -> list[str]:
     """Load the configured weights into the network; returns the names that keep their random start.
 
     Raises:
-        UserError: when the file cannot be read, or a tensor of it has no place here or another shape.
+        UserError: when the file cannot be read, a tensor of it has no place here or another shape, or it lacks one of
+            the encoder's.
     """
     if config.weights is None:
         return list(network.state_dict())
@@ -70,12 +71,19 @@ def initialise(network: Network, config: InitialConfig) -> list[str]:
                 "set encoder.width, encoder.blocks and heads.dim to those of the file"
             )
     network.load_state_dict(renamed, strict=False)
-    return [name for name in own if name not in renamed and not name.endswith("num_batches_tracked")]
+    left = [name for name in own if name not in renamed and not name.endswith("num_batches_tracked")]
+    if left and left[0].startswith("encoder."):
+        raise UserError(
+            f"{path}: has no {left[0]}, which this architecture needs; set encoder.blocks to those of the file"
+        )
+    return left
 
 
 def under_our_names(state: State, *, mlp_head: bool) -> State:
-    """The reference's tensors renamed, or a 2-D ResNet's inflated."""
+    """Our export's tensors as they are, the reference's renamed, or a 2-D ResNet's inflated."""
     state = unwrapped(state)
+    if any(name.startswith("encoder.") for name in state):
+        return state
     if any(name.startswith("backbone.") for name in state):
         return from_reference(state)
     return inflated(state, mlp_head=mlp_head)
@@ -148,6 +156,8 @@ def read_state(path: Path) -> State:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; name another (initial.weights, where a run starts from it)") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path}: is a folder; `mcl export` makes a file of a run's newest checkpoint") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: holds more than tensors, which could run code; save it as safetensors") from error
     except Exception as error:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from launch.cli import main
 from tests.processes import of_run
@@ -144,6 +146,28 @@ def test_a_run_folder_of_another_run_is_refused(
     code, output = finished(start(*words(synthetic_shards, run, *LENGTH, change)))
     assert code == 1
     assert [line for line in output.splitlines() if line.startswith("mcl: ") and message in line]
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_what_another_exported(
+    synthetic_shards: Path, finished_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    first, second, unmoved = (
+        tmp_path / "first.safetensors",
+        tmp_path / "second.safetensors",
+        "optimizer.learning_rate=0",
+    )
+    assert main(["export", str(finished_run[0]), "--format", "safetensors", "--out", str(first)]) == 0
+    settings = words(synthetic_shards, tmp_path / "run", "train.steps=1", unmoved, f"initial.weights={first}")
+    code, output = finished(start(*settings))
+    assert code == 0, output
+    assert f"initial weights from {first}; random: none" in output
+    assert main(["export", str(tmp_path / "run"), "--format", "safetensors", "--out", str(second)]) == 0
+    given, taken = load_file(first), load_file(second)
+    assert given.keys() == taken.keys()
+    for name in given:
+        if "running_" not in name and "num_batches" not in name:  # BatchNorm saw a step
+            assert torch.equal(given[name], taken[name]), name
 
 
 @pytest.mark.slow

@@ -55,6 +55,14 @@ def test_moco_checkpoints_load_through_their_wrappers_and_leave_the_heads_random
         )
 
 
+def test_exported_safetensors_load_whole(tmp_path: Path) -> None:
+    source, target = network(seed=1), network(seed=2)
+    save_file(source.state_dict(), tmp_path / "exported.safetensors")
+    assert initialise(target, InitialConfig(str(tmp_path / "exported.safetensors"))) == []
+    for name, value in source.state_dict().items():
+        assert torch.equal(value, target.state_dict()[name]), name
+
+
 def test_the_references_checkpoints_load_whole(tmp_path: Path) -> None:
     source, target = network(seed=1), network(seed=2)
     state = {f"module.{name}": value for name, value in to_reference(source.state_dict()).items()}
@@ -91,3 +99,14 @@ def test_weights_of_another_size_are_refused_with_both_shapes(tmp_path: Path) ->
     save_file(flat(EncoderConfig(width=8, blocks=(1, 1))), tmp_path / "wide.safetensors")
     with pytest.raises(UserError, match=r"encoder\.bn1\.bias is \(8,\), this architecture has \(4,\)"):
         initialise(network(), InitialConfig(str(tmp_path / "wide.safetensors")))
+
+
+def test_weights_that_leave_a_part_of_the_encoder_random_are_refused(tmp_path: Path) -> None:
+    save_file(flat(EncoderConfig(width=4, blocks=(1,))), tmp_path / "shallow.safetensors")
+    with pytest.raises(UserError, match=r"shallow\.safetensors: has no encoder\.layer2\.0\.conv1\.weight"):
+        initialise(network(), InitialConfig(str(tmp_path / "shallow.safetensors"), mlp_head=False))
+
+
+def test_a_run_folder_is_no_file_and_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a folder; `mcl export` makes a file"):
+        initialise(network(), InitialConfig(str(tmp_path)))
