@@ -93,7 +93,7 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     parser = argparse.ArgumentParser(prog="launch/pretrain.py", description="One rank of a pre-training run.")
     _add_arguments(parser)
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_intermixed_args(words)  # `deepspeed` hands over words as they were given
     stop, heartbeat = watched_rank()
     as_rank(lambda: pretrain(arguments.config, arguments.overrides, stop, heartbeat))
 

@@ -95,7 +95,7 @@ def test_the_deepspeed_launcher_alone_does_the_same(
     synthetic_shards: Path, finished_run: tuple[Path, str], tmp_path: Path
 ) -> None:
     launcher = Path(sys.executable).with_name("deepspeed")
-    arguments = words(synthetic_shards, tmp_path, *LENGTH)
+    arguments = [*LENGTH, *words(synthetic_shards, tmp_path)]  # on both sides of an option
     result = subprocess.run(
         [launcher, "--num_gpus", "2", REPOSITORY / "launch" / "pretrain.py", *arguments],
         env={**os.environ, "MASTER_PORT": "0", "PATH": f"{launcher.parent}:{os.environ['PATH']}"},
