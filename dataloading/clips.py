@@ -11,7 +11,8 @@ import torch
 from dataloading.pipeline import StillDecoder
 from dataloading.stream import ShardSet, StoredVideo
 from mcl_dist.config import number
-from mcl_dist.errors import ConfigError
+from mcl_dist.encoder import STEM_STRIDE
+from mcl_dist.errors import ConfigError, UserError
 
 NUM_CLIPS = 20
 
@@ -26,7 +27,7 @@ class ClipsConfig:
         crops: 1 takes the centre of a frame, 3 also both ends of its longer side.
     """
 
-    frames: int | None = number(None, minimum=1)
+    frames: int | None = number(None, minimum=STEM_STRIDE[0])
     stride: int | None = number(None, minimum=1)
     crop: int | None = number(None, minimum=16)
     count: int = number(NUM_CLIPS, minimum=1)
@@ -101,6 +102,10 @@ class ProbeClips:
         """Number of batches."""
         return -(-len(self._positions) // self._batch_videos)
 
+    def name_of(self, place: int) -> str:
+        """Shard and key of the video that comes at a place, from 0."""
+        return self._shard_set.name_of(self._positions[place])
+
     def __iter__(self) -> Iterator[ClipBatch]:
         """Decode batch by batch; errors of storage and of damaged stills are `UserError`."""
         crop = self.geometry.crop
@@ -124,7 +129,11 @@ class ProbeClips:
         needed, places = np.unique(wanted, return_inverse=True)
         windows = crop_windows(video.height, video.width, shape.crop, self.num_crops)
         still_of = np.tile(np.arange(len(needed)), self.num_crops)
-        cut = decoder(video.frames(needed), np.repeat(windows, len(needed), axis=0), still_of)
+        stills = video.frames(needed)
+        try:
+            cut = decoder(stills, np.repeat(windows, len(needed), axis=0), still_of)
+        except UserError as error:
+            raise video.undecodable(str(error)) from error
         crops = cut.view(self.num_crops, len(needed), *cut.shape[1:])
         return crops[:, torch.from_numpy(places.reshape(wanted.shape)).to(cut.device)].flatten(0, 1)
 

@@ -229,6 +229,10 @@ class StoredVideo:
         """Grey JPEG stills of these frames' flow, uint8 (bytes,) each, horizontal above vertical."""
         return self._stills("flow", indices, 2 * self.flow_height, self.flow_width)
 
+    def undecodable(self, what: str) -> BadSampleError:
+        """The error of a still that passed all checks and that the decoder refuses all the same."""
+        return self._bad("decode", what)
+
     def _stills(self, kind: StillKind, indices: Iterable[int], height: int, width: int) -> list[np.ndarray]:
         wanted = list(indices)
         places, crcs = self._index.stills(self._sample, kind), self._index.still_crcs(self._sample, kind)

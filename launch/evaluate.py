@@ -6,13 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch.local_ranks import Meeting, as_rank, launch_ranks, this_birth, watched_rank
-from launch.subject import RANDOM, load_pretrain_config, load_subject
+from launch.subject import RANDOM, load_pretrain_config, load_subject, settled
 from mcl_dist.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ SHORTHANDS = {
 }
 OF_PRETRAIN = "pretrain."
 LABELS = {"top1": "top-1", "top5": "top-5", "mean_class": "mean of classes"}
+PROBE_SECONDS = 86400.0  # that ranks wait for the first to fit its probe; one that dies ends them all at once
 MOST_LINES = 40  # of the table of classes on a terminal
 EXAMPLE = """example:
   mcl evaluate svm --checkpoint runs/ucf101 --train /data/ucf101/train --test /data/ucf101/test
@@ -57,6 +58,7 @@ class Job:
     Attributes:
         protocol: of `PROTOCOLS`.
         checkpoint: as for `load_subject`.
+        evaluated: what it stood for when the command began; empty: whatever it stands for.
         train, test: URLs of the splits' sets.
         config, overrides: of the evaluation.
         pretrain, pretrain_overrides: the pre-training whose start `random` is, and changes of it.
@@ -72,6 +74,7 @@ class Job:
     pretrain: str | None = None
     pretrain_overrides: Sequence[str] = ()
     as_json: bool = False
+    evaluated: str = ""
 
     def frozen(self) -> FrozenConfig:
         """The checked configuration of a protocol on frozen features; errors as of `load_config`."""
@@ -98,7 +101,7 @@ class Job:
     def subject(self) -> Subject:
         """What is evaluated; errors as of `load_subject`."""
         if self.pretrain is None:
-            return load_subject(self.checkpoint)
+            return load_subject(self.evaluated or self.checkpoint)
         return load_subject(self.checkpoint, load_pretrain_config(self.pretrain, self.pretrain_overrides))
 
 
@@ -134,6 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
     if job.protocol in SUPERVISED:
         return _supervise(job, arguments.ranks)
     job.frozen()  # what is wrong with it is told before ranks are started
+    job = replace(job, evaluated=settled(job.checkpoint))
     if arguments.ranks > 1:
         return launch_ranks(__file__, [json.dumps(asdict(job))], arguments.ranks)
     import torch
@@ -171,12 +175,13 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
 def _evaluate_as_rank(job: Job) -> None:
     from launch.orphans import stop_with_launcher
     from mcl_dist.engine import join_process_group, pick_device
-    from mcl_dist.ranks import Ranks
+    from mcl_dist.ranks import Ranks, limit_waiting
     from mcl_dist.stopping import StopRequest
 
     stop_with_launcher(StopRequest(), seconds=0)
     device = pick_device()
     join_process_group(device)
+    limit_waiting(PROBE_SECONDS)
     ranks = Ranks(device)
     evaluate(job, ranks)
     ranks.barrier()
@@ -189,6 +194,7 @@ def _supervise(job: Job, num_ranks: int) -> int:
     config = job.supervised(num_ranks)
     if job.pretrain is not None:
         load_pretrain_config(job.pretrain, job.pretrain_overrides)  # its mistakes, too, are told before ranks start
+    job = replace(job, evaluated=settled(job.checkpoint))
     with TemporaryDirectory(prefix="mcl-") as runtime:
         end = Supervisor(
             script=__file__,
@@ -252,7 +258,7 @@ def _tell(job: Job, splits: Sequence[Scores], settings: FrozenConfig | Supervise
 
     report = _report(job, splits)
     print(json.dumps(report) if job.as_json else _text(splits))
-    if line := keep(job.checkpoint, report, splits, settings):
+    if line := keep(job.checkpoint, job.evaluated, report, splits, settings):
         print(line, file=sys.stderr)
 
 
@@ -296,6 +302,10 @@ def _job(arguments: argparse.Namespace) -> Job:
     config, pretrain = arguments.config, arguments.pretrain
     if arguments.checkpoint == RANDOM and pretrain is None:
         config, pretrain, overrides, of_pretrain = None, config, [], [*overrides, *of_pretrain]
+    elif arguments.checkpoint != RANDOM and pretrain is not None:
+        raise ConfigError(
+            f"--pretrain: says what `{RANDOM}` is, and --checkpoint is {arguments.checkpoint}; leave one out"
+        )
     elif of_pretrain and pretrain is None:
         raise ConfigError(f"`{OF_PRETRAIN}{of_pretrain[0]}` overrides --pretrain, but none is named")
     return Job(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 FORMATS = ("safetensors", "torchscript", "onnx", "reference")
 EXAMPLE = """example:
@@ -25,17 +24,17 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument("checkpoint", metavar="C", help="run folder, step-… folder, or a weights file")
     parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--out", required=True, metavar="FILE")
+    parser.add_argument("--out", required=True, metavar="FILE", help="path or URL to write to")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Export as the command line says; returns 0."""
+    from launch.subject import settled
     from mcl_dist.interchange import exported
-    from mcl_dist.storage import Folder
+    from mcl_dist.storage import write_file
 
-    data = exported(arguments.checkpoint, arguments.format)
-    out = Path(arguments.out)
-    Folder(str(out.parent)).write(out.name, data)
-    print(f"{out}: {len(data)} bytes")
+    data = exported(settled(arguments.checkpoint), arguments.format)
+    write_file(arguments.out, data)
+    print(f"{arguments.out}: {len(data)} bytes")
     return 0

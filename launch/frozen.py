@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
@@ -24,7 +24,14 @@ from launch.subject import Subject
 from mcl_dist.encoder import Encoder
 from mcl_dist.errors import RankError, UserError
 from mcl_dist.evaluation.feature_cache import FeatureCache, digest_of
-from mcl_dist.evaluation.features import Features, extract_features, gather_features, recalibrate, share_of
+from mcl_dist.evaluation.features import (
+    Features,
+    check_finite,
+    extract_features,
+    gather_features,
+    recalibrate,
+    share_of,
+)
 from mcl_dist.evaluation.neighbours import knn_answers, neighbours_to_show, retrieval_answers
 from mcl_dist.evaluation.scores import Answers, Scores, score
 from mcl_dist.evaluation.svm import svm_answers
@@ -32,14 +39,6 @@ from mcl_dist.ranks import Ranks
 
 RECALIBRATION_BATCHES = 20
 RECALIBRATION_VIDEOS = 32  # a batch: as many as small pre-training runs use
-
-
-@dataclass(frozen=True)
-class Split:
-    """A training set and a test set with the same classes."""
-
-    train: ShardSet
-    test: ShardSet
 
 
 def evaluate_frozen(
@@ -58,7 +57,7 @@ def evaluate_frozen(
             opened.enter_context(closing(ShardSet(url, config.data.cache, config.data)))
             for url in (train_url, test_url)
         )
-        check_split(train_url, train, test_url, test)
+        check_split(train_url, train, test_url, test, told=ranks.is_first)
         encoder = subject.encoder.to(ranks.device)
         geometry = subject.shown(config.clips)
         if subject.is_untrained if config.recalibrate is None else config.recalibrate:
@@ -74,10 +73,10 @@ def evaluate_frozen(
     return replace(scores, neighbours=neighbours_to_show(*features))
 
 
-def check_split(train_url: str, train: ShardSet, test_url: str, test: ShardSet) -> None:
+def check_split(train_url: str, train: ShardSet, test_url: str, test: ShardSet, *, told: bool) -> None:
     """Whether a probe can learn from the one set and be tested on the other.
 
-    A class without a test video is told, and left out of the mean over classes.
+    A class without a test video is told, where this rank is to, and left out of the mean over classes.
 
     Raises:
         UserError: a set has no labels, the sets' classes differ, or a class to learn has no video.
@@ -94,7 +93,8 @@ def check_split(train_url: str, train: ShardSet, test_url: str, test: ShardSet) 
             what = f"{url}: class `{name}` has no video"
             if shard_set is train:
                 raise UserError(f"{what}, so nothing can learn it; add one, or leave the class out of both sets")
-            print(f"mcl: {what}; the mean over classes leaves it out", file=sys.stderr)
+            if told:
+                print(f"mcl: {what}; the mean over classes leaves it out", file=sys.stderr)
 
 
 def check_classes(train_url: str, train: tuple[str, ...], test_url: str, test: tuple[str, ...]) -> None:
@@ -147,6 +147,7 @@ def _features(
     told = watched(batches, len(batches), f"{what} of {len(shard_set)} videos") if ranks.is_first else batches
     with told_by(ranks):
         own = extract_features(encoder, ((batch.clips, batch.labels) for batch in told))
+        check_finite(own, batches.name_of)
     features = gather_features(own, len(shard_set), ranks)
     if ranks.is_first and (line := cache.write(made_of, features)):
         print(f"{what}: {line}", file=sys.stderr)

@@ -16,7 +16,7 @@ from launch.kept_evaluations import ON_THE_WAY, add
 from launch.settings import PretrainConfig
 from mcl_dist.encoder import Encoder
 from mcl_dist.errors import UserError
-from mcl_dist.evaluation.features import Features, extract_features, gather_features, share_of
+from mcl_dist.evaluation.features import Features, check_finite, extract_features, gather_features, share_of
 from mcl_dist.evaluation.neighbours import knn_answers, neighbours_to_show
 from mcl_dist.evaluation.scores import measures
 from mcl_dist.events import Evaluating, Event, Notice
@@ -50,7 +50,7 @@ class HeldOut:
         with ExitStack() as opened:
             self._sets = [opened.enter_context(closing(ShardSet(url, config.data.cache, config.data))) for url in urls]
             train, test = self._sets
-            check_split(urls[0], train, urls[1], test)
+            check_split(urls[0], train, urls[1], test, told=ranks.is_first)
             self._decoder_device = config.data.decoder_device(ranks.device)
             geometry = ClipGeometry(config.data.frames, config.data.stride, config.data.crop)
             self._clips = [self._own_clips(shard_set, geometry) for shard_set in self._sets]
@@ -68,7 +68,7 @@ class HeldOut:
         """
         own, trouble = [], ""
         try:
-            own = [extract_features(encoder, self._told(clips, step)) for clips in self._clips]
+            own = [self._features(encoder, clips, step) for clips in self._clips]
         except UserError as error:
             trouble = str(error)
         if trouble := self._ranks.first_word(trouble):
@@ -91,6 +91,12 @@ class HeldOut:
         except UserError as error:
             self._listen(Notice(f"step {step}: its evaluation is not kept for the report: {error}"))
         return found
+
+    def _features(self, encoder: Encoder, clips: ProbeClips, step: int) -> Features:
+        """Of this rank's share."""
+        own = extract_features(encoder, self._told(clips, step))
+        check_finite(own, clips.name_of)
+        return own
 
     def _told(self, clips: ProbeClips, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self._listen(Evaluating(step, 0, len(clips)))

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mcl_dist.checkpoint.format import COMMITTED, STEP_FOLDER, step_of
+from mcl_dist.checkpoint.format import STEP_FOLDER, step_of
+from mcl_dist.config import RUN_CONFIG
 from mcl_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ HOW = (
 
 def keep(
     checkpoint: str,
+    evaluated: str,
     report: Mapping[str, Any],
     splits: Sequence[Scores],
     settings: FrozenConfig | SupervisedEvaluation,
@@ -40,6 +42,7 @@ def keep(
 
     Args:
         checkpoint: as for `mcl_dist.load_encoder`.
+        evaluated: the `step-…` folder that it stood for.
         report: what was printed, or would have been with `--json`.
         splits: which it is of.
         settings: of the evaluation.
@@ -50,7 +53,7 @@ def keep(
     what = {name: value for name, value in asdict(settings).items() if name not in HOW}
     neighbours = [[each._asdict() for each in split.neighbours] for split in splits]
     try:
-        add(folder, {**report, "step": _step(Path(checkpoint)), "settings": what, "neighbours": neighbours})
+        add(folder, {**report, "step": step_of(evaluated), "settings": what, "neighbours": neighbours})
     except UserError as error:
         return f"not kept for the run's report ({error})"
     return ""
@@ -82,14 +85,7 @@ def run_folder(checkpoint: str) -> Path | None:
     """The run folder that a checkpoint is or lies in, on this machine; none for anything else."""
     path = Path(checkpoint)
     folder = path.parent.parent if STEP_FOLDER.fullmatch(path.name) else path
-    return folder if (folder / "config.yaml").is_file() else None
-
-
-def _step(checkpoint: Path) -> int | None:
-    """Steps done in it; in a run folder, in its newest."""
-    if STEP_FOLDER.fullmatch(checkpoint.name):
-        return step_of(str(checkpoint))
-    return max((step_of(str(file.parent)) for file in checkpoint.glob(f"checkpoints/step-*/{COMMITTED}")), default=None)
+    return folder if (folder / RUN_CONFIG).is_file() else None
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="run folder (run.dir)")
-    parser.add_argument("--out", metavar="FILE", type=Path, help=f"page to write (default: {FILE} in RUN)")
+    parser.add_argument("--out", metavar="FILE", help=f"path or URL of the page (default: {FILE} in RUN)")
     parser.add_argument("--videos", type=int, default=3, help="training videos whose tubelets are shown, at most (3)")
     parser.add_argument(
         "--cache", metavar="DIR", help="folder for what is kept of sets that are elsewhere (default: the run's)"
@@ -50,18 +50,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def write_report(folder: Path, out: Path | None = None, num_videos: int = 3, cache: str | None = None) -> Path:
+def write_report(folder: Path, out: str | None = None, num_videos: int = 3, cache: str | None = None) -> str:
     """Write a run's report, by default into its folder; returns where.
 
     Raises:
         UserError: there is no run, or the page cannot be written.
     """
     from launch.report_page import report
-    from mcl_dist.storage import Folder
+    from mcl_dist.storage import write_file
 
     page = report(folder, num_videos, cache)
-    out = out or folder / FILE
-    Folder(str(out.parent)).write(out.name, page.encode())
+    out = out or str(folder / FILE)
+    write_file(out, page.encode())
     return out
 
 

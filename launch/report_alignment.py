@@ -59,7 +59,7 @@ def alignment(config: PretrainConfig, checkpoints: str) -> Markup:
     steps = [step for step in steps_in(folder) if folder.exists(f"{step_folder(step)}/{COMMITTED}")]
     if not steps:
         raise UserError(f"{folder.url}: no complete checkpoint yet")
-    batch = _first_videos(config)
+    batch = _some_videos(config)
     looks = [look(read_snapshot(f"{folder.url}/{step_folder(step)}"), batch) for step in _some(steps)]
     return tag("div", _how_to_read(config, len(batch.order)), _agreements(looks), _videos(batch, looks))
 
@@ -83,12 +83,12 @@ def _restored(snapshot: Snapshot, side: str) -> Network:
     return network
 
 
-def _first_videos(config: PretrainConfig) -> TubeletBatch:
-    """The first videos of the run's first epoch, as it draws, cuts and colours them."""
+def _some_videos(config: PretrainConfig) -> TubeletBatch:
+    """A few videos of the run's first epoch, as it draws, cuts and colours them."""
     loader = TubeletLoader(
         replace(config.data, lanes=None, workers=0, prefetch=1),
         seed=config.run.seed,
-        global_batch=NUM_VIDEOS,
+        global_batch=min(NUM_VIDEOS, config.train.global_batch),
         rank=0,
         num_ranks=1,
         grid=config.encoder.grid(config.data.frames, config.data.crop),

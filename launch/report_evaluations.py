@@ -72,7 +72,8 @@ def evaluations(lines: Sequence[dict[str, Any]]) -> Markup:
     own = _newest(lines)
     if own:
         head = ("protocol", "set", "top-1", "top-5", "mean of classes", "videos", "checkpoint")
-        told = joined(_table(head, (_own(line) for line in own)), *(_classes(line) for line in own))
+        rows = (_own(line, _differing(line, own)) for line in own)
+        told = joined(_table(head, rows), *(_classes(line) for line in own))
     else:
         why = "This run has not been evaluated: `mcl evaluate svm --checkpoint RUN --train URL --test URL` does that."
         told = tag("p", why, class_="absent")
@@ -99,12 +100,31 @@ def _newest(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(reversed(by_kind.values()))
 
 
-def _own(line: dict[str, Any]) -> list[object]:
+def _differing(line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> dict[str, object]:
+    """Settings of an evaluation in which others of its protocol differ; clips are told of all."""
+    settings = [_flat(each.get("settings") or {}) for each in lines if each["protocol"] == line["protocol"]]
+    own = _flat(line.get("settings") or {})
+    return {
+        name: value
+        for name, value in own.items()
+        if not name.startswith("clips.") and any(each.get(name) != value for each in settings)
+    }
+
+
+def _flat(tree: dict[str, Any], path: str = "") -> dict[str, object]:
+    """Values by their full key."""
+    flat: dict[str, object] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{path}{name}.") if isinstance(value, dict) else {path + name: value}
+    return flat
+
+
+def _own(line: dict[str, Any], differing: dict[str, object]) -> list[object]:
     splits = line.get("splits", [])
     sets = without_credentials(", ".join(str(split.get("test")) for split in splits))
     step = line.get("step")
     return [
-        f"{NAMES.get(line['protocol'], line['protocol'])}{_how(line.get('settings'))}",
+        f"{NAMES.get(line['protocol'], line['protocol'])}{_how(line.get('settings'), differing)}",
         sets + (f" (mean of {len(splits)} splits)" if len(splits) > 1 else ""),
         *(_measure(line, name) for name in ("top1", "top5", "mean_class")),
         f"{line['videos']:,}" if "videos" in line else UNKNOWN,
@@ -112,11 +132,12 @@ def _own(line: dict[str, Any]) -> list[object]:
     ]
 
 
-def _how(settings: dict[str, Any] | None) -> str:
+def _how(settings: dict[str, Any] | None, differing: dict[str, object]) -> str:
     clips = (settings or {}).get("clips", {})
     words = [f"{clips[name]} {name}" for name in ("frames", "stride", "crop") if clips.get(name)]
     if "count" in clips:
         words.insert(0, f"{clips['count']} clips × {clips['crops']} crops")
+    words += [f"{name} {value}" for name, value in differing.items()]
     return f": {', '.join(words)}" if words else ""
 
 
@@ -129,8 +150,9 @@ def _measure(line: dict[str, Any], name: str) -> object:
 
 
 def _classes(line: dict[str, Any]) -> Markup:
-    """Every class of a single split, the worst first."""
-    found = [each for split in line.get("splits", [])[:1] for each in split.get("classes", [])]
+    """Every class of a single split, the worst first; of several none, as a class has another share in each."""
+    splits = line.get("splits", [])
+    found = splits[0].get("classes", []) if len(splits) == 1 else []
     known = sorted((each for each in found if each["accuracy"] is not None), key=lambda each: float(each["accuracy"]))
     if not known:
         return joined()

@@ -22,13 +22,12 @@ from launch.report_curves import curves
 from launch.report_evaluations import evaluations
 from launch.report_neighbours import neighbours
 from launch.settings import PretrainConfig
-from mcl_dist.config import load_config
+from mcl_dist.config import RUN_CONFIG, load_config
 from mcl_dist.errors import UserError
 from mcl_dist.remote import without_credentials
 from monitoring.run_folder import RunFolder
 from monitoring.view import View
 
-CONFIG = "config.yaml"
 WITH_STYLE = (chart, report_evaluations, report_alignment, report_neighbours)
 STYLE = """
 :root{--good:#1a7f37;--bad:#b3261e}
@@ -88,7 +87,7 @@ def _config(folder: Path, cache: str | None, temporary: str) -> PretrainConfig:
         UserError: the run folder has none.
         ConfigError: it is not one.
     """
-    path = folder / CONFIG
+    path = folder / RUN_CONFIG
     if not path.is_file():
         raise UserError(f"{path}: missing; the run's own configuration says what there is to show")
     config = load_config(PretrainConfig, path)
@@ -142,7 +141,7 @@ def _configuration(folder: Path, config: PretrainConfig) -> Markup:
         ("precision", train.precision),
         ("seed", config.run.seed),
     ]  # fmt: skip
-    everything = without_credentials((folder / CONFIG).read_text())
+    everything = without_credentials((folder / RUN_CONFIG).read_text())
     return joined(facts(rows, "wide"), tag("details", tag("summary", "all of it, as YAML"), tag("pre", everything)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -41,6 +42,25 @@ class Subject:
         return replace(self.geometry, **{name: value for name, value in wanted.items() if value is not None})
 
 
+def settled(checkpoint: str) -> str:
+    """What a name stands for now, so that all ranks and splits load the same however a run goes on meanwhile.
+
+    The newest good `step-…` folder of a run, told where a newer one is damaged; a file and `random` as they are.
+
+    Raises:
+        UserError: no such checkpoint.
+    """
+    from mcl_dist.checkpoint import resolve
+    from mcl_dist.interchange import is_file
+
+    if checkpoint == RANDOM or is_file(checkpoint):
+        return checkpoint
+    url, refused = resolve(checkpoint)
+    for damage in refused:
+        print(f"mcl: {damage.url}: {damage.reason}; {url} is taken instead", file=sys.stderr)
+    return url
+
+
 def load_subject(checkpoint: str, pretrain: PretrainConfig | None = None) -> Subject:
     """The encoder of a checkpoint, or the one that a pre-training run starts from.
 
@@ -66,8 +86,9 @@ def load_subject(checkpoint: str, pretrain: PretrainConfig | None = None) -> Sub
             )
         return Subject(RANDOM, _untrained(pretrain), _geometry(pretrain), is_untrained=True)
     if is_file(checkpoint):
+        encoder = load_weights(checkpoint)
         clips = clips_of_file(checkpoint) or {"frames": FRAMES, "stride": STRIDE, "crop": CROP}
-        return Subject(checkpoint, load_weights(checkpoint), ClipGeometry(**clips))
+        return Subject(checkpoint, encoder, ClipGeometry(**clips))
     encoder, stored = load_encoder(checkpoint)
     data = build_config(PretrainConfig, stored).data
     return Subject(checkpoint, encoder, ClipGeometry(data.frames, data.stride, data.crop))

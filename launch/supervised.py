@@ -25,11 +25,11 @@ from launch.run_lock import only_run
 from launch.subject import Subject
 from mcl_dist.accounts import Birth
 from mcl_dist.checkpoint import Checkpoints, Progress
-from mcl_dist.config import dump_config
+from mcl_dist.config import RUN_CONFIG, dump_config
 from mcl_dist.encoder import Encoder, normalise
 from mcl_dist.evaluation.classifier import Classifier, ClassifierLoss, LinearLayer
 from mcl_dist.evaluation.feature_cache import digest_of
-from mcl_dist.evaluation.features import gather_features, mean_over_clips, recalibrate, share_of
+from mcl_dist.evaluation.features import check_finite, gather_features, mean_over_clips, recalibrate, share_of
 from mcl_dist.evaluation.scores import Scores, answers_from_scores, score
 from mcl_dist.evaluation.supervised import ClassifierLearner, SupervisedTrainer
 from mcl_dist.events import Listener, tell
@@ -41,8 +41,8 @@ from mcl_dist.storage import Folder
 
 # What decides which samples a step holds, what they look like and what learns from them: changed, it is another run.
 COURSE = (
-    "run.seed", "train.global_batch", "data.lanes", "clips.frames", "clips.stride", "clips.crop",
-    "made_of.encoder", "made_of.train_set",
+    "run.seed", "train.global_batch", "data.lanes", "data.shuffle_window", "clips.frames", "clips.stride", "clips.crop",
+    "optimizer.name", "made_of.encoder", "made_of.train_set",
 )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def evaluate_supervised(
             opened.enter_context(closing(ShardSet(url, config.data.cache, config.data)))
             for url in (train_url, test_url)
         )
-        check_split(train_url, train, test_url, test)
+        check_split(train_url, train, test_url, test, told=rank.ranks.is_first)
         lesson = Lesson(train_url, train, test, subject.shown(config.clips), config)
         clips = _test_clips(lesson, rank.ranks)
         described = described_by(subject, lesson)
@@ -186,7 +186,7 @@ def assembled(pupil: Pupil, lesson: Lesson, described: dict[str, Any], rank: Ran
         snapshot = resume(learner, checkpoints, described, listeners, course=COURSE)
         start = snapshot.step if snapshot else 0
         if ranks.is_first:
-            Folder(config.run.dir).write("config.yaml", dump_config(config).encode())
+            Folder(config.run.dir).write(RUN_CONFIG, dump_config(config).encode())
         if config.train.compile:
             pupil.encoder.compile()
         with _loading(lesson, ranks, start, listeners) as loader:
@@ -266,6 +266,7 @@ def _tested(trainer: SupervisedTrainer, clips: ProbeClips, lesson: Lesson, rank:
     told = watched(clips, len(clips), f"{len(lesson.test)} test videos") if ranks.is_first else clips
     with told_by(ranks):
         own = mean_over_clips(probabilities, len(lesson.classes), _while_wanted(told, rank))
+        check_finite(own, clips.name_of)
     if ranks.sum(torch.tensor(float(rank.stop.is_asked), device=ranks.device)):
         return Outcome(is_done=False)
     means = gather_features(own, len(lesson.test), ranks)

@@ -10,6 +10,8 @@ from torch.nn.functional import adaptive_avg_pool3d, cosine_similarity
 from mcl_dist.batch_norm import AXES, mean_over_ranks, per_channel, statistics
 from mcl_dist.heads import Network, NetworkOutput, widened
 
+SMALLEST_NORM = 1e-12  # the reference's; maps of like views are products of tiny gradients
+
 
 class Alignment(NamedTuple):
     """Agreement of maps (B, T, H, W) with targets of the same shape.
@@ -86,9 +88,14 @@ def align(maps: torch.Tensor, targets: torch.Tensor) -> Alignment:
         _, frames, height, width = targets.shape
         maps = adaptive_avg_pool3d(maps, (frames, height, width))
     frame_weights = torch.softmax(targets.sum(dim=(2, 3)), dim=1)
-    per_frame = cosine_similarity(maps.flatten(2), targets.flatten(2), dim=2)
+    per_frame = _cosine(maps.flatten(2), targets.flatten(2))
     spatiotemporal = (frame_weights * per_frame).sum(dim=1)
-    spatial = cosine_similarity(maps.mean(dim=1).flatten(1), targets.mean(dim=1).flatten(1), dim=1)
-    temporal = cosine_similarity(maps.sum(dim=(2, 3)), targets.sum(dim=(2, 3)), dim=1)
+    spatial = _cosine(maps.mean(dim=1).flatten(1), targets.mean(dim=1).flatten(1))
+    temporal = _cosine(maps.sum(dim=(2, 3)), targets.sum(dim=(2, 3)))
     loss = (3 - spatiotemporal - spatial - temporal).mean()
     return Alignment(loss, spatiotemporal, spatial, temporal)
+
+
+def _cosine(maps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Along the last axis."""
+    return cosine_similarity(maps, targets, dim=-1, eps=SMALLEST_NORM)

@@ -19,6 +19,7 @@ import yaml
 from mcl_dist.errors import ConfigError
 
 Section = TypeVar("Section")
+RUN_CONFIG = "config.yaml"  # in a run's folder: its configuration as it was resolved
 _BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(?:([kKMGTP])(i?))?B?")
 
 

@@ -30,6 +30,7 @@ CLIPS = "clips"  # key of a file's only metadata; several would be written in an
 OPSET = 17
 CLASS_NUMBER = re.compile(rb"(?<=___torch_mangle_)\d+")
 OF_THE_PLACE = (".debug_pkl", "/serialization_id")  # records of where the source lay, and a digest of all
+HEADS = {"inter", "intra", "order", "order_classifier"}
 TRACED = (2, 3)  # clips and colours of the input that tracing runs; any number of clips goes through afterwards
 
 
@@ -79,8 +80,10 @@ def is_file(path: str) -> bool:
     """Whether a path names a weights file rather than a checkpoint folder.
 
     Raises:
-        UserError: it is a file, but its name does not say of which format.
+        UserError: it is a file, but its name does not say of which format; or it is elsewhere.
     """
+    if Path(path).suffix in FILES and "://" in path:
+        raise UserError(f"{path}: weights files are read from this machine's disks alone; copy it here")
     if Path(path).suffix not in FILES and Path(path).is_file():
         raise UserError(f"{path}: ends in none of {', '.join(FILES)}; rename the file, or name a run folder")
     return Path(path).suffix in FILES
@@ -103,19 +106,22 @@ def exported(checkpoint: str, form: str) -> bytes:
     normalised clips (B, 3, T, H, W) with the features (B, C), for the clips' own T, H and W and any B.
 
     Args:
-        checkpoint: a run folder or a `step-…` folder; for all but `reference` also a file, as for `load_encoder`.
+        checkpoint: a run folder, a `step-…` folder or a file, as for `load_encoder`.
         form: which.
 
     Raises:
         UserError: no such checkpoint, or one that lacks what the format needs.
     """
     if is_file(checkpoint):
-        if form == "reference":
-            raise UserError(
-                f"{checkpoint}: --format reference needs the heads too; name a run folder or a step-… folder"
-            )
         encoder, clips = load_encoder(checkpoint), clips_of_file(checkpoint)
-        state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+        given = under_our_names(read_state(Path(checkpoint)), mlp_head=True)
+        heads = {name: value for name, value in given.items() if name.partition(".")[0] in HEADS}
+        state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()} | heads
+        if form == "reference" and (missing := HEADS - {name.partition(".")[0] for name in heads}):
+            raise UserError(
+                f"{checkpoint}: --format reference needs all heads, and it lacks {', '.join(sorted(missing))}; name a "
+                "run folder or a step-… folder"
+            )
     else:
         network, config = load_network(checkpoint)
         encoder, state = network.encoder.eval(), network.state_dict()

@@ -35,7 +35,7 @@ class ObjectiveConfig:
         alignment_layer: layer of the encoder whose output the alignment looks at, as `layer4.1.conv3`, by
             differentiating twice; none is the method's, the last convolution, in closed form.
         intra, alignment: weights of the two terms; 0 leaves a term out of the total.
-        order: `ramp` weighs the order term by epoch/epochs (UCF101), `none` by 0 (Kinetics).
+        order: `ramp` weighs the order term by epoch/epochs, from 1/epochs to 1 (UCF101), `none` by 0 (Kinetics).
     """
 
     temperature: float = number(0.1, minimum=1e-3)

@@ -45,8 +45,8 @@ class Schedule:
     def loss_weights(self, step: int, config: ObjectiveConfig) -> LossWeights:
         """The terms' weights: alignment doubled while warming up, order growing with the epoch if it takes part."""
         warming = step < self.warmup_epochs * self.steps_per_epoch
-        epoch = step // self.steps_per_epoch
-        epochs = self.total_steps / self.steps_per_epoch
+        epoch = step // self.steps_per_epoch + 1  # the first is 1, as the reference counts
+        epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         return LossWeights(
             intra=config.intra,
             alignment=config.alignment * (WARMUP_ALIGNMENT if warming else 1.0),

@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mcl_dist.errors import UserError
 from mcl_dist.patience import Patience
-from mcl_dist.remote import asked, connected, failure
+from mcl_dist.remote import asked, connected, failure, without_credentials
 
 Result = TypeVar("Result")
 BLOCK_BYTES = 2**25  # of a file, in one request
@@ -200,6 +200,12 @@ class Folder:
         return named() if self.is_local else self.patience.until_it_works(named)
 
 
+def write_file(url: str, data: bytes) -> None:
+    """Write one file at any URL, as `Folder.write` does."""
+    folder, slash, name = url.rpartition("/")
+    Folder(folder + slash or ".").write(name, data)
+
+
 def _local_files(root: Path) -> Iterator[tuple[str, int]]:
     # Not fsspec's own walk, which takes a link to a folder for a file.
     waiting: list[tuple[Path, frozenset[Path]]] = [(root, frozenset())]
@@ -247,24 +253,27 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def naming(url: str) -> Iterator[None]:
-    """Turn errors of storage into one line that names the URL and what to do."""
+    """Turn errors of storage into one line that names the URL, without credentials, and what to do."""
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError(f"{url}: no such file or folder; check the path") from error
+        raise _told(url, "no such file or folder; check the path") from error
     except PermissionError as error:
-        raise UserError(f"{url}: permission denied; check its owner or your credentials") from error
+        raise _told(url, "permission denied; check its owner or your credentials") from error
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise UserError(f"{url}: no space left; free some, then run the same command again") from error
-        raise _told(url, error) from error
+            raise _told(url, "no space left; free some, then run the same command again") from error
+        raise _told(url, _reason(error)) from error
     except Exception as error:
         # A store's library has errors of its own; what Python itself raises beyond the above is a mistake of ours.
         if isinstance(error, UserError) or type(error).__module__ == "builtins":
             raise
-        raise _told(url, error) from error
+        raise _told(url, _reason(error)) from error
 
 
-def _told(url: str, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return UserError(f"{url}: {reason}")
+def _told(url: str, reason: str) -> UserError:
+    return UserError(without_credentials(f"{url}: {reason}"))
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

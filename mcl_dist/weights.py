@@ -67,8 +67,9 @@ def initialise(network: Network, config: InitialConfig) -> list[str]:
         if name not in own or own[name].shape != tensor.shape:
             expected = tuple(own[name].shape) if name in own else "no such tensor"
             raise UserError(
-                f"{path}: {name} is {tuple(tensor.shape)}, this architecture has {expected}; "
-                "set encoder.width, encoder.blocks and heads.dim to those of the file"
+                f"{path}: {name} is {tuple(tensor.shape)}, this architecture has {expected}; set encoder.width, "
+                "encoder.blocks and heads.dim to those of the file, or leave a 2-D network's head out "
+                "(initial.mlp_head=false)"
             )
     network.load_state_dict(renamed, strict=False)
     left = [name for name in own if name not in renamed and not name.endswith("num_batches_tracked")]
@@ -161,7 +162,9 @@ def read_state(path: Path) -> State:
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: holds more than tensors, which could run code; save it as safetensors") from error
     except Exception as error:
-        raise UserError(f"{path}: not a readable weights file ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"{path}: not a readable weights file ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        ) from error
     for container in CONTAINERS:
         if isinstance(content, dict) and isinstance(content.get(container), dict):
             content = content[container]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from mcl_dist.checkpoint.content import Snapshot, Tensors
@@ -21,11 +22,11 @@ from mcl_dist.checkpoint.format import (
     steps_in,
 )
 from mcl_dist.checkpoint.sealed import DamagedError, SealedFolder
-from mcl_dist.config import build_config
+from mcl_dist.config import RUN_CONFIG, build_config
 from mcl_dist.encoder import Encoder, EncoderConfig
 from mcl_dist.errors import UserError
 from mcl_dist.heads import HeadsConfig, Network
-from mcl_dist.storage import Folder
+from mcl_dist.storage import Folder, naming
 
 PIECE = re.compile(r"(.+)@(\d{1,15})")
 
@@ -63,21 +64,38 @@ def newest(folder: Folder, check: Check = lambda *_: None) -> tuple[int | None, 
     return None, refused
 
 
-def resolve(url: str) -> str:
+def resolve(url: str) -> tuple[str, list[DamagedError]]:
     """The `step-…` folder that a run folder, its `checkpoints` or a `step-…` folder stands for: the newest good one.
+
+    Returns:
+        Its URL, and why each newer one cannot be used.
 
     Raises:
         UserError: when there is none.
     """
     folder = Folder(url)
     if folder.exists(STATE):
-        read_snapshot(url)
-        return folder.url
-    for candidate in (folder, Folder(f"{url}/checkpoints")):
-        step, _ = newest(candidate)
+        return folder.url, []
+    refused: list[DamagedError] = []
+    for candidate in (folder, Folder(_checkpoints_of(folder))):
+        step, damaged = newest(candidate)
+        refused += damaged
         if step is not None:
-            return f"{candidate.url}/{step_folder(step)}"
-    raise UserError(f"{url}: no complete checkpoint; name a run folder or a step-… folder in it")
+            return f"{candidate.url}/{step_folder(step)}", refused
+    raise (
+        refused[0]
+        if refused
+        else UserError(f"{url}: no complete checkpoint; name a run folder or a step-… folder in it")
+    )
+
+
+def _checkpoints_of(run: Folder) -> str:
+    """Where a run of this folder keeps its checkpoints."""
+    elsewhere = None
+    if run.exists(RUN_CONFIG):
+        with naming(f"{run.url}/{RUN_CONFIG}"):
+            elsewhere = yaml.safe_load(run.read(RUN_CONFIG)).get("checkpoint", {}).get("folder")
+    return elsewhere or f"{run.url}/checkpoints"
 
 
 def restore(module: nn.Module, parameters: Tensors, statistics: Tensors, side: str, where: str) -> None:
@@ -118,7 +136,7 @@ def load_network(url: str) -> tuple[Network, dict[str, Any]]:
     Raises:
         UserError: when there is no such checkpoint or it is damaged.
     """
-    step_url = resolve(url)
+    step_url, _ = resolve(url)
     snapshot = read_snapshot(step_url)
     encoder, heads = (snapshot.config.get(section) for section in ("encoder", "heads"))
     if not isinstance(encoder, dict) or not isinstance(heads, dict):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mcl_dist.encoder import Encoder, normalise
+from mcl_dist.errors import UserError
 from mcl_dist.ranks import Ranks
 
 # Clips that go through the encoder at once: 16 of 16×224² keep R(2+1)D-50 under 2 GB of activations.
@@ -69,6 +70,24 @@ def mean_over_clips(
     if not vectors:
         return Features(np.empty((0, width), np.float32), np.empty(0, np.int64))
     return Features(torch.stack(vectors).cpu().numpy(), np.concatenate(labels))
+
+
+def check_finite(features: Features, name_of: Callable[[int], str]) -> None:
+    """See that every vector can be compared; with one that cannot, a probe's score would be wrong and look right.
+
+    Args:
+        features: of some videos.
+        name_of: their places to their names.
+
+    Raises:
+        UserError: naming the first video whose vector is not finite.
+    """
+    wrong = np.flatnonzero(~np.isfinite(features.vectors).all(axis=1))
+    if len(wrong):
+        raise UserError(
+            f"{name_of(int(wrong[0]))}: what the encoder gives for it is not finite, nor for {len(wrong) - 1} more of "
+            f"{len(features.labels)} videos; the training has diverged, name an earlier checkpoint"
+        )
 
 
 def gather_features(own: Features, num_videos: int, ranks: Ranks) -> Features:

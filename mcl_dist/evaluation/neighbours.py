@@ -50,13 +50,15 @@ def nearest(train: np.ndarray, test: np.ndarray, count: int) -> tuple[np.ndarray
 
 
 def knn_answers(train: Features, test: Features, num_classes: int, config: KnnConfig) -> Answers:
-    """The classes by their neighbours' votes, those that get none last."""
+    """The classes by their neighbours' votes; one that gets none is no hit, however few get any."""
     places, cosines = nearest(train.vectors, test.vectors, config.neighbours)
     votes = np.zeros((len(test.labels), num_classes))
     # The nearest one's weight is taken for 1: exp of the cosine itself may leave float's range.
     weights = np.exp((cosines - cosines[:, :1]).astype(np.float64) / config.temperature)
     np.add.at(votes, (np.arange(len(votes))[:, None], train.labels[places]), weights)
-    return answers_from_scores(votes, test.labels)
+    answers = answers_from_scores(votes, test.labels)
+    answers.hits["top5"] &= (train.labels[places] == test.labels[:, None]).any(axis=1)
+    return answers
 
 
 def retrieval_answers(train: Features, test: Features) -> Answers:

@@ -151,10 +151,17 @@ def interval(replicates: np.ndarray) -> list[float]:
 def mean_of_splits(splits: Sequence[Scores]) -> dict[str, Any]:
     """Measures of several splits' mean, and its intervals: the splits' sets are drawn independently."""
     names = splits[0].measures
+    rng = np.random.default_rng(0)
+
+    def replicates(name: str) -> np.ndarray:
+        # Splits of one size are drawn alike, by one seed: shuffled, the draws of one say nothing of another's.
+        means: np.ndarray = np.mean([rng.permutation(split.replicates[name]) for split in splits], axis=0)
+        return means
+
     return {
         **{name: float(np.mean([split.measures[name] for split in splits])) for name in names},
         "videos": sum(split.videos for split in splits),
-        "intervals": {name: interval(np.mean([split.replicates[name] for split in splits], axis=0)) for name in names},
+        "intervals": {name: interval(replicates(name)) for name in names},
     }
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from dataloading.bad_sample import BadSampleError
 from dataloading.clips import ClipGeometry, ClipsConfig, ProbeClips, clip_frames, clip_starts, crop_windows
 from dataloading.stream import ShardSet
-from mcl_dist.errors import ConfigError
+from mcl_dist.errors import ConfigError, UserError
 
 WriteSet = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -119,3 +120,15 @@ def test_a_video_shorter_than_a_clip_is_stretched_over_it(write_set: WriteSet) -
     (batch,) = _batches(ShardSet(str(write_set([3]))), ClipGeometry(4, 2, 24), num_clips=1)
     assert clip_frames(3, 4, 2, 1).tolist() == [[0, 0, 1, 2]]
     assert torch.equal(batch.clips[0, 0, 0], batch.clips[0, 0, 1])
+
+
+def test_a_still_that_only_the_decoder_refuses_is_told_with_shard_and_video(
+    write_set: WriteSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise UserError("DALI cannot decode a still (a reason)")
+
+    shard_set = ShardSet(str(write_set([20])))
+    monkeypatch.setattr("dataloading.clips.StillDecoder.__call__", refuse)
+    with pytest.raises(BadSampleError, match=rf"shard-.*, video {shard_set.keys[0]}: DALI cannot decode a still"):
+        list(_batches(shard_set, ClipGeometry(4, 2, 24)))

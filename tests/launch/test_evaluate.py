@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +12,14 @@ import torch
 
 from dataloading.shards import MANIFEST, manifest_from
 from launch.cli import main
-from launch.frozen import check_classes
+from launch.frozen import check_classes, evaluate_frozen
+from launch.kept_evaluations import kept
 from launch.settings import PretrainConfig
-from launch.subject import load_pretrain_config, load_subject
+from launch.subject import Subject, load_pretrain_config, load_subject
 from mcl_dist.config import build_config, dump_config
 from mcl_dist.errors import UserError
+from mcl_dist.evaluation.feature_cache import digest_of
+from mcl_dist.evaluation.scores import Scores
 from mcl_dist.heads import Network
 from mcl_dist.learner import Learner
 from mcl_dist.momentum import MomentumEncoder
@@ -40,17 +44,21 @@ def config_file(tmp_path: Path) -> str:
     return str(path)
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> str:
-    """A run folder with the checkpoint of an encoder that was never trained, of another seed than `CONFIG`."""
+def _save(run: str, step: int) -> None:
+    """A checkpoint of an encoder that was never trained, of a seed that the step tells."""
     from mcl_dist.checkpoint import Checkpoints
 
-    torch.manual_seed(11)
+    torch.manual_seed(8 + step)
     network = Network(CONFIG.encoder, CONFIG.heads)
     momentum = MomentumEncoder(network, Ranks(), seed=0, autocast=False)
     learner = Learner(network, momentum, Queue(torch.rand(4, 8)))
-    folder = tmp_path / "run" / "checkpoints"
-    Checkpoints(str(folder), Ranks()).save(learner.share(3, {}, dataclasses.asdict(CONFIG)))
+    Checkpoints(f"{run}/checkpoints", Ranks()).save(learner.share(step, {}, dataclasses.asdict(CONFIG)))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    """A run folder with a checkpoint of step 3, of another seed than `CONFIG`."""
+    _save(str(tmp_path / "run"), step=3)
     return str(tmp_path / "run")
 
 
@@ -106,6 +114,37 @@ def test_several_splits_are_told_with_their_mean(
     found = json.loads(capsys.readouterr().out)
     assert (len(found["splits"]), found["videos"]) == (2, 32)
     assert found["top1"] == found["splits"][0]["top1"]
+
+
+def test_all_splits_are_of_the_checkpoint_that_was_the_newest_at_the_start(
+    checkpoint: str, synthetic_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def while_the_run_goes_on(subject: Subject, *arguments: Any) -> Scores | None:
+        _save(checkpoint, step=4 + len(seen))
+        seen.append(digest_of(subject.encoder))
+        return evaluate_frozen(subject, *arguments)
+
+    (Path(checkpoint) / "config.yaml").write_text(dump_config(CONFIG))
+    monkeypatch.setattr("launch.frozen.evaluate_frozen", while_the_run_goes_on)
+    again = ("--train", str(synthetic_shards), "--test", str(synthetic_shards))
+    assert _evaluate(checkpoint, synthetic_shards, *again, protocol="knn") == 0
+    assert len(seen) == 2
+    assert len(set(seen)) == 1
+    assert [line["step"] for line in kept(Path(checkpoint))] == [3]
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_evaluated(
+    checkpoint: str, synthetic_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _save(checkpoint, step=5)
+    network = Path(checkpoint) / "checkpoints" / "step-000000005" / "network.safetensors"
+    network.write_bytes(network.read_bytes()[:-1])
+    assert _evaluate(checkpoint, synthetic_shards, protocol="knn") == 0
+    told = capsys.readouterr().err
+    assert "step-000000005: network.safetensors" in told
+    assert "step-000000003 is taken instead" in told
 
 
 def test_an_unequal_number_of_sets_is_wrong_usage(checkpoint: str, synthetic_shards: Path) -> None:
@@ -212,6 +251,13 @@ def test_random_without_a_configuration_is_wrong_usage(
     assert "--pretrain" in capsys.readouterr().err
 
 
+def test_a_pretraining_beside_a_checkpoint_is_wrong_usage(
+    checkpoint: str, config_file: str, synthetic_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _evaluate(checkpoint, synthetic_shards, "--pretrain", config_file) == 2
+    assert "--pretrain: says what `random` is" in capsys.readouterr().err
+
+
 def test_an_override_of_a_pretraining_that_is_not_named_is_wrong_usage(checkpoint: str, synthetic_shards: Path) -> None:
     assert _evaluate(checkpoint, synthetic_shards, "pretrain.data.crop=16") == 2
 
@@ -259,7 +305,9 @@ def test_a_class_without_a_test_video_is_told_and_left_out_of_the_mean(
     empty = _changed(synthetic_shards, tmp_path / "empty", (*_classes(synthetic_shards), "zz"))
     train, test = ShardSet(str(empty)), ShardSet(str(empty))
     train.labels, test.labels = np.arange(17), np.arange(16)
-    check_split("train", train, "test", test)
+    check_split("train", train, "test", test, told=False)
+    assert not capsys.readouterr().err
+    check_split("train", train, "test", test, told=True)
     assert "test: class `zz` has no video; the mean over classes leaves it out" in capsys.readouterr().err
 
 

@@ -21,6 +21,7 @@ from launch.cli import main
 from launch.kept_evaluations import ON_THE_WAY, add, kept
 from launch.readable import number
 from launch.report_alignment import look
+from launch.report_evaluations import evaluations
 from launch.settings import PretrainConfig
 from mcl_dist.alignment import align, alignment_map, automatic_gradient
 from mcl_dist.batch import FIRST_KEY, QUERY, TubeletBatch
@@ -208,6 +209,16 @@ def test_evaluations_on_the_way_have_one_row_and_may_be_the_source_of_neighbours
     (row,) = [row for row in Tables(html).rows if row and row[0].startswith("kNN, on the way")]
     assert row[2].startswith("20.00%")
     assert "From the evaluation on the way, after 20 steps" in html
+
+
+def test_evaluations_of_one_protocol_are_told_apart_by_the_settings_they_differ_in(run: Path) -> None:
+    (line,) = kept(run)
+    other = {**line, "settings": {**line["settings"], "knn": {**line["settings"]["knn"], "neighbours": 1}}}
+    split = line["splits"][0]
+    rows = [row[0] for row in Tables(evaluations([line, other])).rows if row and row[0].startswith("knn")]
+    assert rows == ["knn: 1 clips × 1 crops, knn.neighbours 1", "knn: 1 clips × 1 crops, knn.neighbours 20"]
+    assert "classes, worst first" in evaluations([line])
+    assert "classes, worst first" not in evaluations([{**line, "splits": [split, split]}])
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,12 @@ def test_maps_equal_to_their_targets_cost_nothing() -> None:
     assert align(maps, 3 * maps).loss.abs() < 1e-6
 
 
+def test_the_loss_does_not_depend_on_how_small_the_maps_are() -> None:
+    generator = torch.Generator().manual_seed(4)
+    maps, targets = torch.rand(2, 4, 7, 7, generator=generator), torch.rand(2, 4, 7, 7, generator=generator)
+    torch.testing.assert_close(align(1e-10 * maps, targets).loss, align(maps, targets).loss)
+
+
 def test_channels_are_weighted_by_their_own_frames_mean() -> None:
     gradient = torch.zeros(1, 1, 2, 1, 2)
     gradient[0, 0, 0] = torch.tensor([[1.0, 3.0]])

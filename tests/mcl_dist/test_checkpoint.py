@@ -121,6 +121,13 @@ def test_a_run_its_checkpoints_or_one_of_them_name_the_encoder(tmp_path: Path, n
     assert torch.equal(encoder.conv1.weight, share(5).network["encoder.conv1.weight"])
 
 
+def test_a_run_names_the_encoder_that_it_keeps_elsewhere(tmp_path: Path) -> None:
+    checkpoints(tmp_path / "store").save(share(5))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(f"checkpoint:\n  folder: {tmp_path}/store\n")
+    assert resolve(str(tmp_path / "run")) == (f"{tmp_path}/store/step-000000005", [])
+
+
 def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete checkpoint"):
         resolve(str(tmp_path))

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from mcl_dist.encoder import Encoder, EncoderConfig, normalise
+from mcl_dist.errors import UserError
 from mcl_dist.evaluation.feature_cache import FeatureCache, FeaturesConfig, digest_of
-from mcl_dist.evaluation.features import Features, extract_features, recalibrate
+from mcl_dist.evaluation.features import Features, check_finite, extract_features, recalibrate
 
 
 @pytest.fixture
@@ -36,6 +37,13 @@ def test_a_feature_does_not_depend_on_the_videos_beside_it(encoder: Encoder) -> 
     together = extract_features(encoder, [(clips, labels)])
     alone = extract_features(encoder, [(clips[3:4], labels[3:4])])
     assert np.array_equal(together.vectors[3:4], alone.vectors)
+
+
+def test_features_that_are_not_finite_are_refused_by_the_videos_name() -> None:
+    features = Features(np.array([[1, 2], [np.nan, 0], [0, np.inf]], np.float32), np.zeros(3, np.int64))
+    check_finite(Features(features.vectors[:1], features.labels[:1]), str)
+    with pytest.raises(UserError, match=r"video 1: .* not finite, nor for 1 more of 3 videos"):
+        check_finite(features, "video {}".format)
 
 
 def test_extraction_changes_nothing_of_the_encoder(encoder: Encoder) -> None:

@@ -27,6 +27,7 @@ from mcl_dist.learner import Learner
 from mcl_dist.momentum import MomentumEncoder
 from mcl_dist.negatives import Queue
 from mcl_dist.ranks import Ranks
+from mcl_dist.storage import Folder
 
 CONFIG = build_config(
     PretrainConfig,
@@ -65,10 +66,26 @@ def _features(encoder: Encoder, clips: torch.Tensor) -> torch.Tensor:
         return encoder(clips).pooled
 
 
+def _tensors(file: bytes) -> bytes:
+    """What follows a safetensors file's header."""
+    return file[8 + int.from_bytes(file[:8], "little") :]
+
+
 def _file(run: str, form: str, folder: Path) -> Path:
     out = folder / f"out.{'safetensors' if form == 'reference' else form}"
     assert main(["export", run, "--format", form, "--out", str(out)]) == 0
     return out
+
+
+@pytest.mark.parametrize("form", ["safetensors", "reference"])
+def test_an_export_of_an_export_is_that_of_the_run(run: str, tmp_path: Path, form: str) -> None:
+    assert exported(str(_file(run, "reference", tmp_path)), form).endswith(_tensors(exported(run, form)))
+    assert exported(str(_file(run, "safetensors", tmp_path)), form) == exported(run, form)
+
+
+def test_an_export_goes_to_a_store_as_well(run: str) -> None:
+    assert main(["export", run, "--format", "safetensors", "--out", "memory://exports/encoder.safetensors"]) == 0
+    assert Folder("memory://exports").read("encoder.safetensors") == exported(run, "safetensors")
 
 
 @pytest.mark.parametrize("form", ["safetensors", "reference"])
@@ -131,14 +148,32 @@ def test_an_exported_encoder_is_evaluated_on_the_clips_it_was_trained_on(run: st
 
 
 def test_what_lacks_the_wanted_part_is_refused_in_one_line(run: str, tmp_path: Path) -> None:
-    file = str(_file(run, "safetensors", tmp_path))
-    with pytest.raises(UserError, match="needs the heads too"):
-        exported(file, "reference")
+    encoder = {f"encoder.{name}": value for name, value in mcl_dist.load_encoder(run).state_dict().items()}
+    save_file(encoder, tmp_path / "encoder.safetensors")
+    with pytest.raises(UserError, match="lacks inter, intra, order, order_classifier"):
+        exported(str(tmp_path / "encoder.safetensors"), "reference")
     save_file({"inter.first.weight": torch.zeros(2, 2)}, tmp_path / "heads.safetensors")
     with pytest.raises(UserError, match="holds no encoder"):
         mcl_dist.load_encoder(str(tmp_path / "heads.safetensors"))
     (tmp_path / "encoder.reference").touch()
     with pytest.raises(UserError, match=r"encoder\.reference: ends in none of \.safetensors, .*; rename the file"):
         load_subject(str(tmp_path / "encoder.reference"))
-    with pytest.raises(UserError, match="no such file"):
-        mcl_dist.load_encoder(str(tmp_path / "none.safetensors"))
+    with pytest.raises(UserError, match=r"s3://bucket/encoder\.pth: weights files are read from this machine's"):
+        load_subject("s3://bucket/encoder.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.safetensors", None, "no such file"),
+        ("torn.safetensors", b"", "not a readable weights file"),
+        ("torn.pth", b"", "not a readable weights file"),
+    ],
+)
+def test_a_weights_file_that_cannot_be_read_is_told_in_one_line(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_subject(str(tmp_path / name))

@@ -54,6 +54,16 @@ def test_a_tiny_temperature_leaves_the_vote_to_the_nearest() -> None:
     assert np.array_equal(answers.chosen, train.labels[places[:, 0]])
 
 
+def test_a_class_that_no_neighbour_votes_for_is_no_hit() -> None:
+    train = Features(np.array([[1, 0], [1, 0.1], [0, 1]], np.float32), np.array([3, 3, 0]))
+    test = Features(np.array([[1, 0], [1, 0]], np.float32), np.array([3, 0]))
+    answers = knn_answers(train, test, 4, KnnConfig(neighbours=2))
+    assert {name: hits.tolist() for name, hits in answers.hits.items()} == {
+        "top1": [True, False],
+        "top5": [True, False],
+    }
+
+
 def test_recall_counts_a_video_of_the_class_among_the_nearest() -> None:
     train = Features(np.eye(6, dtype=np.float32), np.array([0, 0, 0, 0, 0, 1]))
     towards = np.array([[6, 5, 4, 3, 2, 1.0]], np.float32)

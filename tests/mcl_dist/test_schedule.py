@@ -25,7 +25,7 @@ def test_alignment_counts_double_while_warming_up() -> None:
 
 def test_order_grows_with_the_epoch_where_it_takes_part() -> None:
     config = ObjectiveConfig(order="ramp")
-    assert [SCHEDULE.loss_weights(step, config).order for step in (0, 10, 199)] == [0, 0.05, 0.95]
+    assert [SCHEDULE.loss_weights(step, config).order for step in (0, 9, 10, 199)] == [0.05, 0.05, 0.1, 1]
 
 
 def test_a_run_shorter_than_its_warmup_only_climbs() -> None:

@@ -110,3 +110,11 @@ def test_weights_that_leave_a_part_of_the_encoder_random_are_refused(tmp_path: P
 def test_a_run_folder_is_no_file_and_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a folder; `mcl export` makes a file"):
         initialise(network(), InitialConfig(str(tmp_path)))
+
+
+def test_a_classifier_that_is_no_mlp_head_is_refused_with_the_setting_that_leaves_it_out(tmp_path: Path) -> None:
+    state = {name: value for name, value in flat().items() if not name.startswith("fc.")}
+    save_file({**state, "fc.weight": torch.zeros(10, 16)}, tmp_path / "supervised.safetensors")
+    with pytest.raises(UserError, match=r"fc\.weight is .*initial\.mlp_head=false"):
+        initialise(network(), InitialConfig(str(tmp_path / "supervised.safetensors")))
+    initialise(network(), InitialConfig(str(tmp_path / "supervised.safetensors"), mlp_head=False))
