@@ -37,7 +37,8 @@ class Board(Collector):
     """Values to be scraped; any thread may change them.
 
     Counters are there from the start, at 0 for every known value of their label, so that the first increase counts;
-    gauges once they are known. Metrics of other scopes than the process's are not shown, whoever sets them.
+    gauges, and counters that span restarts, once they are known: a 0 before would make all that they have come to look
+    like an increase. Metrics of other scopes than the process's are not shown, whoever sets them.
     """
 
     def __init__(self, scopes: Collection[Scope]) -> None:
@@ -45,7 +46,7 @@ class Board(Collector):
         self._shown = {name: _Shown(metric) for name, metric in OWN.items() if metric.scope in scopes}
         self._before_scrape: list[Callable[[], None]] = []
         for name, shown in self._shown.items():
-            if shown.metric.kind == "counter":
+            if shown.metric.kind == "counter" and not shown.metric.spans_restarts:
                 self.update(name, dict.fromkeys(shown.metric.values, 0.0) if shown.metric.labels else 0.0)
 
     def at_once(self) -> AbstractContextManager[bool]:

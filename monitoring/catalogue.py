@@ -6,7 +6,7 @@ run, rank and node a series is of, Prometheus adds from `targets.json`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from mcl_dist.accounts import CAUSES
@@ -42,6 +42,7 @@ class Metric:
         labels, values: its label, where it has one, and what that can be besides `other`; several labels have no list
             of values, and one set of them a process.
         buckets: a histogram's upper bounds.
+        spans_restarts: whether a counter goes on over all starts of a run, so that a process has to learn it first.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Metric:
     labels: tuple[str, ...] = ()
     values: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    spans_restarts: bool = False
 
     @property
     def series(self) -> int:
@@ -66,6 +68,10 @@ def _gauge(name: str, scope: Scope, unit: str, text: str, label: str = "", value
 
 def _counter(name: str, scope: Scope, unit: str, text: str, label: str = "", values: tuple[str, ...] = ()) -> Metric:
     return Metric(name, "counter", scope, unit, text, (label,) if label else (), values)
+
+
+def _total_of_run(name: str, unit: str, text: str, label: str = "", values: tuple[str, ...] = ()) -> Metric:
+    return replace(_counter(name, "run", unit, text, label, values), spans_restarts=True)
 
 
 TRAINING = (
@@ -139,7 +145,8 @@ LOADER = (
 RELIABILITY = (
     _gauge("mcl_heartbeat_age_seconds", "rank", "seconds", "Time since this rank's last step, or its start, or its "
            "last sign of life in an evaluation; it grows while the rank hangs."),
-    _gauge("mcl_checkpoint_step", "run", "steps", "Step of the newest complete checkpoint."),
+    _gauge("mcl_checkpoint_step", "run", "steps", "Step that a crash would go back to: of the newest complete "
+           "checkpoint, 0 before the first."),
     _gauge("mcl_checkpoint_age_seconds", "run", "seconds", "Time since it was completed, or since the start where none "
            "has been."),
     _gauge("mcl_checkpoint_seconds", "run", "seconds", "Time that it took, mostly beside training."),
@@ -151,13 +158,13 @@ RELIABILITY = (
     _counter("mcl_checkpoints_refused_total", "run", "checkpoints", "Checkpoints that did not pass verification when "
              "the run started, and were left aside."),
     _gauge("mcl_stopping", "run", "", "1 once a rank was asked to stop; the run saves and leaves."),
-    _counter("mcl_restarts_total", "run", "restarts", "Restarts since the run first began, by what ended it before.",
-             "cause", CAUSES),
+    _total_of_run("mcl_restarts_total", "restarts", "Restarts since the run first began, by what ended it before.",
+                  "cause", CAUSES),
     _gauge("mcl_goodput_ratio", "run", "ratio", "Productive share of the time since the run first began."),
-    _counter("mcl_run_seconds_total", "run", "seconds", "Time since the run first began, over all restarts."),
-    _counter("mcl_productive_seconds_total", "run", "seconds", "Of it, time of steps that count: taken, and not "
-             "repeated since."),
-    _counter("mcl_lost_seconds_total", "run", "seconds", "The rest, by what it went into.", "cause", LOSSES),
+    _total_of_run("mcl_run_seconds_total", "seconds", "Time since the run first began, over all restarts."),
+    _total_of_run("mcl_productive_seconds_total", "seconds", "Of it, time of steps that count: taken, and not "
+                  "repeated since."),
+    _total_of_run("mcl_lost_seconds_total", "seconds", "The rest, by what it went into.", "cause", LOSSES),
 )  # fmt: skip
 
 MACHINE = (

@@ -16,8 +16,10 @@ Made from `monitoring/catalogue.py` by `python -m monitoring.catalogue_page > do
 Every rank answers at `monitoring.port` plus its number on the machine. Scope says who exports a metric: `run` the first
 rank, for all of them; `rank` every rank; `node` the first rank of every machine; `build` a build of a shard set.
 `run`, `rank` and `node` are labels of the targets, which Prometheus takes from `targets.json`; `job` and `instance` are
-its own. Counters of a process start at 0 with it, and for every value of their label; gauges are absent until they are
-known, those of a GPU where there is none. A label value that is not listed counts as `other`.
+its own. Counters of a process start at 0 with it, and for every value of their label. Those that go on over all
+restarts of a run (`mcl_restarts_total`, and the seconds of the run, productive and lost) are absent until a start has
+taken them up again, gauges until they are known, those of a GPU where there is none. A label value that is not listed
+counts as `other`.
 Of a build there is the section Process, too, without a label `rank`. `mcl bench loader` exports Loader and Process.
 Pushed to a gateway, a build's series have the labels `job="mcl-build"`, `run`, the name of the set's folder, and
 `instance`, the machine.

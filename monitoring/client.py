@@ -7,7 +7,7 @@ from base64 import b64encode
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_opener
 
 from mcl_dist.errors import ConfigError
@@ -32,13 +32,13 @@ class Client:
     def __init__(
         self, url: str, credentials: Path | None = None, certificates: Path | None = None, option: str = "--"
     ) -> None:
-        parts = urlsplit(url)
+        parts = _split(url)
         if parts.username is not None:
             raise ConfigError(
                 f"a URL with a password in it shows in process lists; give {option}credentials FILE instead"
             )
         if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ConfigError(f"{url}: no URL; must be http://HOST:PORT or https://HOST:PORT")
+            raise _no_url(url)
         self.url = url.rstrip("/")
         self._headers = {} if credentials is None else {"Authorization": _basic(credentials, f"{option}credentials")}
         try:
@@ -64,6 +64,18 @@ class Client:
 class _NoRedirect(HTTPRedirectHandler):
     def redirect_request(self, *_: object, **__: object) -> None:
         """Follow none."""
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError as error:
+        raise _no_url(url) from error
+
+
+def _no_url(url: str) -> ConfigError:
+    told = url.rpartition("@")[2]  # before it there may be a password
+    return ConfigError(f"{told}: no URL; must be http://HOST:PORT or https://HOST:PORT")
 
 
 def _basic(file: Path, option: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from mcl_dist.accounts import CAUSES
 from mcl_dist.events import (
     Accounts,
     CheckpointFailed,
@@ -20,6 +21,7 @@ from mcl_dist.events import (
     Stopping,
 )
 from monitoring.board import Board
+from monitoring.catalogue import LOSSES
 from monitoring.pulse import Pulse
 
 STORAGE_COUNTS = (
@@ -54,6 +56,7 @@ class TrainingMetrics:
             case Started(step, total_steps):
                 self._pulse.beat(step)
                 board.set("mcl_step", step)
+                board.set("mcl_checkpoint_step", step)
                 board.set("mcl_steps_planned", total_steps)
                 board.set("mcl_stopping", 0)
             case StepDone():
@@ -137,8 +140,8 @@ class TrainingMetrics:
         board.set("mcl_goodput_ratio", accounts.goodput)
         board.set("mcl_run_seconds_total", accounts.wall_seconds)
         board.set("mcl_productive_seconds_total", accounts.productive_seconds)
-        board.update("mcl_lost_seconds_total", accounts.lost_seconds)
-        board.update("mcl_restarts_total", accounts.restarts)
+        board.update("mcl_lost_seconds_total", dict.fromkeys(LOSSES, 0.0) | accounts.lost_seconds)
+        board.update("mcl_restarts_total", dict.fromkeys(CAUSES, 0) | accounts.restarts)
 
     def _ages(self) -> None:
         self._board.set("mcl_heartbeat_age_seconds", self._pulse.age)

@@ -82,26 +82,23 @@ LOSSES = [
     ),
     Panel(
         "Time lost by cause",
-        "Seconds in a second that brought nothing.",
+        "Seconds in a second of the last quarter of an hour that brought nothing.",
         "percentunit",
-        {"{{cause}}": "sum by (cause) (rate(mcl_lost_seconds_total{@run}[$__rate_interval]))"},
+        {"{{cause}}": "sum by (cause) (run:mcl_lost:ratio15m{@run})"},
         kind="stack",
     ),
     Panel(
         "Restarts by cause",
-        "Starts after the first, by what ended the run before.",
+        "Starts after the first, within the last hour, by what ended the run before.",
         "none",
-        {"{{cause}}": "sum by (cause) (increase(mcl_restarts_total{@run}[$__rate_interval]))"},
+        {"{{cause}}": "sum by (cause) (run:mcl_restarts:increase1h{@run})"},
         limit=1,
     ),
     Panel(
         "Productive time",
-        "Share of the last minutes that went into steps that count.",
+        "Share of the last quarter of an hour that went into steps that count, less what is to be repeated.",
         "percentunit",
-        {
-            "{{run}}": "sum by (run) (rate(mcl_productive_seconds_total{@run}[$__rate_interval])) "
-            "/ sum by (run) (rate(mcl_run_seconds_total{@run}[$__rate_interval]))"
-        },
+        {"{{run}}": "run:mcl_productive:ratio15m{@run}"},
         limit=0.8,
         good="above",
         top=1,

@@ -87,7 +87,7 @@ def site(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
         def is_seen() -> bool:
             assert training.poll() is None, (folder / "log").read_text()
-            return bool(prometheus.series("mcl_checkpoint_step"))
+            return bool(prometheus.series("mcl_checkpoints_written_total > 0"))
 
         assert until(is_seen, STARTS_WITHIN), (folder / "log").read_text()
         ranks = tuple(beat.pid for beat in sorted(read_beats(runtime), key=lambda beat: beat.rank))

@@ -115,6 +115,8 @@ def test_a_build_pushes_with_a_password_from_a_file_and_tells_it_nobody(
     [
         (["--push-gateway", "http://ada:canary@127.0.0.1:9091"], "--push-credentials FILE"),
         (["--push-gateway", "127.0.0.1:9091"], "must be http://HOST:PORT"),
+        (["--push-gateway", "ada:canary@127.0.0.1:9091"], "must be http://HOST:PORT"),
+        (["--push-gateway", "http://[bad"], "http://[bad: no URL"),
         (["--push-credentials", "secret"], "--push-credentials: found 'secret' without --push-gateway"),
     ],
 )

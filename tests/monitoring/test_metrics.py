@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from prometheus_client import CollectorRegistry
 
+from mcl_dist.accounts import CAUSES
 from mcl_dist.events import (
     PHASES,
     Accounts,
@@ -17,12 +18,13 @@ from mcl_dist.events import (
     Evaluating,
     LoaderReport,
     LossSpike,
+    Started,
     StepDone,
     StepSkipped,
     Stopping,
 )
 from monitoring.board import Board
-from monitoring.catalogue import Scope
+from monitoring.catalogue import LOSSES, Scope
 from monitoring.metrics import TrainingMetrics
 from monitoring.pulse import Pulse
 
@@ -125,6 +127,18 @@ def test_checkpoints_that_fail_or_are_refused_are_counted() -> None:
     assert value("mcl_checkpoints_failed_in_a_row") == 0
 
 
+@pytest.mark.parametrize(("step", "resumed_from"), [(0, None), (40, "there")])
+def test_before_its_first_checkpoint_a_crash_goes_back_to_where_the_run_started(
+    step: int, resumed_from: str | None
+) -> None:
+    metrics, registry = listening()
+    metrics(Started(step, 60, resumed_from))
+    assert registry.get_sample_value("mcl_step") == step
+    assert registry.get_sample_value("mcl_checkpoint_step") == step
+    metrics(CheckpointWritten(step + 10, "there", 1.5, 0.25, 4000))
+    assert registry.get_sample_value("mcl_checkpoint_step") == step + 10
+
+
 def test_what_feeds_a_run_is_exported_by_reason_and_stage() -> None:
     metrics, registry = listening()
     value = registry.get_sample_value
@@ -149,6 +163,28 @@ def test_counters_are_there_before_the_first_of_what_they_count() -> None:
     _, registry = listening()
     assert registry.get_sample_value("mcl_storage_retries_total", {"reason": "stall"}) == 0
     assert registry.get_sample_value("mcl_steps_skipped_total") == 0
+
+
+def test_totals_over_all_restarts_are_absent_until_they_are_known_and_then_there_for_every_cause() -> None:
+    metrics, registry = listening()
+    totals = {f"mcl_{what}_total" for what in ("restarts", "run_seconds", "productive_seconds", "lost_seconds")}
+
+    def exported() -> set[str]:
+        return totals & {sample.name for family in registry.collect() for sample in family.samples}
+
+    metrics(Started(40, 60, "there"))
+    assert exported() == set()
+    metrics(Accounts(0.9, 100.0, 90.0, {"starting": 10.0}, {"hang": 2}))
+    assert exported() == totals
+    value = registry.get_sample_value
+    assert {cause: value("mcl_restarts_total", {"cause": cause}) for cause in CAUSES} == {
+        **dict.fromkeys(CAUSES, 0),
+        "hang": 2,
+    }
+    assert {cause: value("mcl_lost_seconds_total", {"cause": cause}) for cause in LOSSES} == {
+        **dict.fromkeys(LOSSES, 0),
+        "starting": 10,
+    }
 
 
 def test_a_label_value_that_nobody_has_listed_makes_no_series_of_its_own() -> None:

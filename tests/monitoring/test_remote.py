@@ -71,6 +71,17 @@ def test_a_password_in_a_url_is_refused_untold(capsys: pytest.CaptureFixture[str
     assert "canary" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("url", ["http://[bad", "http://ada:canary@[bad"])
+def test_what_is_no_url_is_refused_in_one_line_without_its_password(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["monitor", url]) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert "[bad: no URL; must be http://HOST:PORT" in error
+    assert "canary" not in error
+    assert error.count("\n") == 1
+
+
 def test_nobody_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["monitor", "http://127.0.0.1:1"]) == EXIT_FAILURE
     error = capsys.readouterr().err

@@ -12,11 +12,14 @@ import pytest
 import yaml
 
 from launch.settings import PretrainConfig
+from mcl_dist.checkpoint.checkpoints import CheckpointConfig
 from mcl_dist.config import load_config
+from mcl_dist.errors import EXIT_FAILURE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RULES = REPOSITORY / "monitoring" / "prometheus"
 UNIT_TESTS = Path(__file__).parent / "rules" / "alerts.test.yml"
+RECORDING_TESTS = UNIT_TESTS.with_name("recording.test.yml")
 RUNBOOK = REPOSITORY / "docs" / "runbook.md"
 
 
@@ -33,7 +36,7 @@ ALERTS = {rule["alert"]: rule for rule in rules_of("alerts.yml")}
     [
         ("promtool", "check", "config", "--lint=all", "--lint-fatal", RULES / "prometheus.yml"),
         ("promtool", "check", "rules", "--lint=all", "--lint-fatal", RULES / "recording.yml", RULES / "alerts.yml"),
-        ("promtool", "test", "rules", UNIT_TESTS),
+        ("promtool", "test", "rules", UNIT_TESTS, RECORDING_TESTS),
         ("amtool", "check-config", RULES.parent / "alertmanager" / "alertmanager.yml"),
     ],
     ids=lambda words: " ".join(str(word) for word in words[:3]),
@@ -72,6 +75,12 @@ def test_a_section_of_the_runbook_says_how_to_see_it_what_it_means_and_what_to_d
     for part in ("See", "Means", "Do"):
         assert f"- **{part}:**" in section
     assert "`" in section.split("- **Do:**")[1]
+
+
+def test_the_runbook_says_after_how_many_failed_checkpoints_a_run_ends() -> None:
+    section = RUNBOOK.read_text().split("## MclCheckpointFailing")[1].split("## ")[0]
+    assert f"`checkpoint.max_failures` ({CheckpointConfig().max_failures})" in section
+    assert f"exit code {EXIT_FAILURE}" in section
 
 
 def test_the_runbook_names_keys_and_choices_that_configurations_have() -> None:
