@@ -53,7 +53,9 @@ class BatchMaker:
             )
             for grey in (False, True)
         )
-        self._threads = ThreadPoolExecutor(config.threads, "augment") if config.threads > 1 else None
+        # Not on a GPU: other threads' kernels would leave the stream of this one, and join that of training.
+        several = config.threads > 1 and device.type == "cpu"
+        self._threads = ThreadPoolExecutor(config.threads, "augment") if several else None
 
     def views_shape(self, num_videos: int) -> tuple[int, ...]:
         """(B, V, T, crop, crop, 3)"""

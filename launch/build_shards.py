@@ -319,7 +319,8 @@ def _build_config(args: argparse.Namespace) -> BuildConfig:
     try:
         return build_config(BuildConfig, {name: value for name, value in vars(args).items() if name in names})
     except ConfigError as error:
-        raise ConfigError(f"--{str(error).replace('_', '-')}") from error
+        name, colon, what = str(error).partition(":")
+        raise ConfigError(f"--{name.replace('_', '-')}{colon}{what}") from error
 
 
 def _executor(args: argparse.Namespace, tell: Callable[[str], None]) -> Executor:

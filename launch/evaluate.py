@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch.local_ranks import Meeting, as_rank, launch_ranks, this_birth, watched_rank
 from launch.subject import RANDOM, load_pretrain_config, load_subject, settled
-from mcl_dist.errors import ConfigError, UserError
+from mcl_dist.errors import EXIT_FAILURE, EXIT_USAGE, ConfigError, UserError
 
 if TYPE_CHECKING:
     from launch.evaluate_settings import FrozenConfig, SupervisedEvaluation
@@ -139,13 +139,25 @@ def run(arguments: argparse.Namespace) -> int:
     job.frozen()  # what is wrong with it is told before ranks are started
     job = replace(job, evaluated=settled(job.checkpoint))
     if arguments.ranks > 1:
-        return launch_ranks(__file__, [json.dumps(asdict(job))], arguments.ranks)
+        return _by_ranks(job, arguments.ranks)
     import torch
 
     from mcl_dist.ranks import Ranks
 
     evaluate(job, Ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     return 0
+
+
+def _by_ranks(job: Job, num_ranks: int) -> int:
+    """Evaluate over several ranks; returns their exit code.
+
+    Raises:
+        UserError: one ended in a way that it could not tell of itself.
+    """
+    code = launch_ranks(__file__, [json.dumps(asdict(job))], num_ranks)
+    if code not in (0, EXIT_FAILURE, EXIT_USAGE):
+        raise UserError(f"a rank was ended from outside (exit code {code}), as for want of memory; use fewer --ranks")
+    return code
 
 
 def evaluate(job: Job, ranks: Ranks) -> None:

@@ -84,6 +84,21 @@ def test_what_cpus_decode_for_another_device_is_copied_there(
             assert_equal(batch.to(torch.device("cpu")), other)
 
 
+@pytest.mark.gpu
+def test_augmentation_on_a_gpu_stays_in_the_stream_of_its_batch(
+    make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = set()
+
+    def seen(*_: object) -> None:
+        streams.add(torch.cuda.current_stream().cuda_stream)
+
+    monkeypatch.setattr("dataloading.batches.augment", seen)
+    take(make_loader(device=torch.device("cuda:0"), config={"threads": 2}), 1)
+    assert len(streams) == 1
+    assert torch.cuda.default_stream().cuda_stream not in streams
+
+
 def test_a_batch_has_the_shapes_and_types_of_its_contract(make_loader: MakeLoader) -> None:
     (batch,) = take(make_loader(), 1)
 

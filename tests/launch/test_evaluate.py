@@ -183,6 +183,14 @@ def test_ranks_make_the_features_of_one_process_though_they_do_not_divide_the_vi
     assert file.read_bytes() == expected
 
 
+def test_ranks_that_are_killed_are_told_in_one_line(
+    checkpoint: str, synthetic_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launch.evaluate.launch_ranks", lambda *_: 247)
+    assert _evaluate(checkpoint, synthetic_shards, "--ranks", "2") == 1
+    assert capsys.readouterr().err.endswith("for want of memory; use fewer --ranks\n")
+
+
 def test_an_evaluation_repeats_exactly(
     config_file: str, synthetic_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
