@@ -91,11 +91,12 @@ def resolve(url: str) -> tuple[str, list[DamagedError]]:
 
 def _checkpoints_of(run: Folder) -> str:
     """Where a run of this folder keeps its checkpoints."""
-    elsewhere = None
+    section = None
     if run.exists(RUN_CONFIG):
         with naming(f"{run.url}/{RUN_CONFIG}"):
-            elsewhere = yaml.safe_load(run.read(RUN_CONFIG)).get("checkpoint", {}).get("folder")
-    return elsewhere or f"{run.url}/checkpoints"
+            settings = yaml.safe_load(run.read(RUN_CONFIG))
+        section = settings.get("checkpoint") if isinstance(settings, dict) else None
+    return (section or {}).get("folder") or f"{run.url}/checkpoints"
 
 
 def restore(module: nn.Module, parameters: Tensors, statistics: Tensors, side: str, where: str) -> None:

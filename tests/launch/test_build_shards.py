@@ -101,6 +101,7 @@ def test_a_missing_source_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     ("option", "value", "message"),
     [
         ("--flow", "tvl2", "--flow: found 'tvl2'; did you mean `tvl1`?"),
+        ("--flow", "opencv_tvl", "--flow: found 'opencv_tvl'; did you mean"),
         ("--quality", "101", "--quality: found 101, must be a whole number at least 1 and at most 100"),
         ("--short-side", "-1", "--short-side: found -1"),
         ("--keep-every", "3", "--keep-every: found 3, must divide the window, 8 frames"),
