@@ -93,7 +93,7 @@ class DataConfig(LoaderConfig):
         if self.train is None and not self.sets:
             raise ConfigError("data.train: missing; set it in the file or as data.train=URL (or data.sets for several)")
         if self.train is not None and self.sets:
-            raise ConfigError(f"data.train: found {self.train} beside data.sets; give one of the two")
+            raise ConfigError("data.train: found beside data.sets; give one of the two")
 
     def cut(self, stored_stride: int) -> CutConfig:
         """How clips and crops are drawn from a set of whose stored frames a clip takes every `stored_stride`-th."""

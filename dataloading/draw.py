@@ -19,6 +19,7 @@ from dataloading.stream import ShardSet, StoredVideo
 from dataloading.tubelets import Box, CutConfig, Tubelet, draw_clip, draw_tubelets
 from mcl_dist.batch import QUERY
 from mcl_dist.errors import UserError
+from mcl_dist.remote import without_credentials
 
 # Steps whose samples storage is told of in advance.
 STEPS_EXPECTED = 32
@@ -155,7 +156,7 @@ class VideoSource:
         cut = config.cut(stored.stored_stride(config.stride, key="clips.stride" if is_labelled else "data.stride"))
         # A classifier sees short videos, too: they are repeated.
         least = 1 if isinstance(config, LabelledConfig) else config.min_windows * cut.window
-        return _OpenSet(stored, cut, np.flatnonzero(stored.num_frames >= least), given.url)
+        return _OpenSet(stored, cut, np.flatnonzero(stored.num_frames >= least), without_credentials(given.url))
 
     def _turns_of(self, step: int) -> list[tuple[Turn, int]]:
         """The turns of a step, each with its position in its set."""

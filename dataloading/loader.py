@@ -40,7 +40,8 @@ Delivered = TypeVar("Delivered", bound=Batch)
 class Loader(Generic[Delivered]):
     """One rank's batches from `start_step` on, to the end of `epochs` epochs or without end; made ahead.
 
-    What the global batch of a step holds depends on (seed, step, global_batch, data.lanes) and the sets alone.
+    What the global batch of a step holds depends on (seed, step, global_batch), the configured lanes, shuffle_window,
+    min_windows, frames and stride, and the sets with their weights alone.
     A bad sample is replaced by the next of its lane; the list of them is kept in the file `bad_samples`. `listen`
     hears of it all every 20 seconds, and at the end.
 

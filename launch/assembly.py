@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -266,8 +266,12 @@ def _other_schedule(stored: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 ARCHITECTURE = ("encoder", "heads", "classes")  # sections that say of which shapes the tensors are
-# What decides which samples a step holds and what shapes go through it: a run that changed these is another run.
-COURSE = ("run.seed", "train.global_batch", "data.lanes", "data.frames", "data.stride", "data.crop", "objective.queue")
+# What decides which samples a step holds, what shapes go through it and what the optimizer's state means: a run that
+# changed these is another run.
+COURSE = (
+    "run.seed", "train.global_batch", "data.lanes", "data.shuffle_window", "data.min_windows", "data.frames",
+    "data.stride", "data.crop", "objective.queue", "optimizer.name",
+)  # fmt: skip
 
 
 def _check_same_run(stored: dict[str, Any], now: dict[str, Any], url: str, course: Sequence[str]) -> None:
@@ -296,7 +300,8 @@ def listening(
                 everyone.append(Ledger(folder, everyone, birth))
             yield everyone
     except UserError as error:
-        tell(listeners, Failed(str(error)))
+        with suppress(UserError):  # of a disk that is full, perhaps for this very reason
+            tell(listeners, Failed(str(error)))
         raise
 
 

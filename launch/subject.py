@@ -52,12 +52,14 @@ def settled(checkpoint: str) -> str:
     """
     from mcl_dist.checkpoint import resolve
     from mcl_dist.interchange import is_file
+    from mcl_dist.remote import without_credentials
 
     if checkpoint == RANDOM or is_file(checkpoint):
         return checkpoint
     url, refused = resolve(checkpoint)
     for damage in refused:
-        print(f"mcl: {damage.url}: {damage.reason}; {url} is taken instead", file=sys.stderr)
+        told = without_credentials(f"mcl: {damage.url}: {damage.reason}; {url} is taken instead")
+        print(told, file=sys.stderr)
     return url
 
 

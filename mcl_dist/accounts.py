@@ -160,6 +160,15 @@ class Ledger:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file; a killed run may have left its last one without an end."""
+    """What a file's lines say, but for those that a kill or a full disk has cut off, with what was added to them."""
     if path.exists():
-        yield from (json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
+        parsed = map(_parsed, path.read_bytes().splitlines())
+        yield from (line for line in parsed if line is not None)
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None

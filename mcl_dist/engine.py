@@ -17,7 +17,7 @@ import torch
 from torch import distributed, nn
 
 from mcl_dist.config import choice, number
-from mcl_dist.errors import ConfigError
+from mcl_dist.errors import ConfigError, UserError
 from mcl_dist.lars import LARS
 from mcl_dist.loss_module import LossModule
 
@@ -240,8 +240,18 @@ class Engine:
     def load_optimizer_state(self, state: dict[str, torch.Tensor], step: int) -> None:
         """Take over the whole, `key/name`, that the ranks' shares make.
 
-        `step` is for states that do not tell how many steps were taken.
+        `step` is that of their checkpoint, for states that do not tell how many steps were taken.
+
+        Raises:
+            UserError: another optimizer made it.
         """
+        names = [f"{key}/{name}" for key in self._state_keys for name, _ in self._named_parameters()]
+        missing = next((name for name in names if name not in state), None)
+        if missing is not None:
+            raise UserError(
+                f"the checkpoint of step {step} has no {missing}: set optimizer.name and optimizer.momentum to what it "
+                "was made with, or start another run in another run.dir"
+            )
         for key in self._state_keys:
             full = {name: state[f"{key}/{name}"] for name, _ in self._named_parameters()}
             for owner, value in self._scattered(full):

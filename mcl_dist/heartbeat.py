@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -70,7 +71,7 @@ class Heartbeat:
         threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
 
     def at_every_beat(self, look: Callable[[], None]) -> None:
-        """Also call this, twice a second, in the thread."""
+        """Also call this, twice a second, in the thread; an `OSError` of it is forgotten, the next beat asks again."""
         self._looks.append(look)
 
     def begins_step(self, step: int) -> None:
@@ -94,13 +95,15 @@ class Heartbeat:
 
     def _beat(self) -> None:
         for look in self._looks:
-            look()
+            with suppress(OSError):  # a network disk's may pass, and must not end the thread
+                look()
         if self._file is None:
             return
         step, phase, since = self._at
         usual = median(self._steps.copy()) if len(self._steps) >= SETTLED else None
         beat = Beat(self._rank, os.getpid(), step, phase, since, time.monotonic(), usual)
-        os.pwrite(self._file, json.dumps(asdict(beat)).encode().ljust(LINE_BYTES), 0)
+        with suppress(OSError):
+            os.pwrite(self._file, json.dumps(asdict(beat)).encode().ljust(LINE_BYTES), 0)
 
 
 def beat_file(folder: Path, rank: int) -> Path:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from mcl_dist.errors import RankError, UserError
 from mcl_dist.events import (
     CheckpointFailed,
     CheckpointRefused,
@@ -27,6 +29,7 @@ from mcl_dist.events import (
     Stopping,
 )
 from mcl_dist.lines import event_line, step_line
+from mcl_dist.storage import naming, write_file
 
 LINE_SECONDS = 5.0  # between progress lines where nobody watches
 NAMED = 4  # samples on a line of the terminal; the log has them all
@@ -123,7 +126,11 @@ def _of_checkpoint(event: CheckpointWritten | CheckpointFailed | CheckpointRefus
 
 
 class MetricsFile:
-    """`metrics.jsonl`: a line a step; on resuming, lines of steps that will be repeated are dropped."""
+    """`metrics.jsonl`: a line a step; on resuming, lines of steps that will be repeated are dropped.
+
+    Raises:
+        RankError: the file cannot be written.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -132,17 +139,24 @@ class MetricsFile:
         """Append a step's line."""
         match event:
             case Started(step, _, _):
-                kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= step]
-                self._path.write_text("".join(kept))
+                with _naming(self._path):
+                    kept = [line for line in _whole_lines(self._path) if json.loads(line)["step"] <= step]
+                    write_file(str(self._path), "".join(kept).encode())
             case StepDone():
                 _append(self._path, step_line(event))
 
 
 class EventLog:
-    """`log.jsonl`: what happened to a run other than its steps, a line an event, with the time."""
+    """`log.jsonl`: what happened to a run other than its steps, a line an event, with the time.
+
+    Raises:
+        RankError: the file cannot be written.
+    """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with _naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _cut_off_half_a_line(path)
         self._path = path
 
     def __call__(self, event: Event) -> None:
@@ -152,8 +166,25 @@ class EventLog:
 
 
 def _append(path: Path, fields: Mapping[str, object]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(fields) + "\n")
+    line = json.dumps(fields) + "\n"
+    with _naming(path), path.open("a") as file:
+        file.write(line)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in an error, which is this rank's to tell: no other writes that file."""
+    try:
+        with naming(str(path)):
+            yield
+    except UserError as error:
+        raise RankError(str(error)) from error
+
+
+def _cut_off_half_a_line(path: Path) -> None:
+    """Take away what a kill or a full disk has left of a last line: the next one would be added to it."""
+    if path.exists() and not (lines := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, lines.rfind(b"\n") + 1)
 
 
 def _whole_lines(path: Path) -> list[str]:

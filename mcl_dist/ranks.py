@@ -9,6 +9,7 @@ from torch import distributed
 from torch.distributed import distributed_c10d
 
 TEXT_BYTES = 256  # of a text on its way to other ranks
+PATIENT = "patient"  # describes groups that keep the timeout that they were made with
 
 
 class Ranks:
@@ -110,13 +111,21 @@ class Ranks:
         return counts
 
 
+def patient_group(seconds: float) -> distributed.ProcessGroup:
+    """A gloo group of all ranks that gives up on one after so long, whatever `limit_waiting` says of the others."""
+    timeout = timedelta(seconds=seconds)
+    group: distributed.ProcessGroup = distributed.new_group(backend="gloo", timeout=timeout, group_desc=PATIENT)
+    return group
+
+
 def limit_waiting(seconds: float) -> int:
-    """Have every process group give up on a rank that does not answer for so long; returns how many groups there are.
+    """Have all but patient groups give up on a rank that does not answer for so long; returns how many these are.
 
     To be called once all groups are made: one made later, as DeepSpeed's copy of the world is, does not inherit the
     limit that `init_distributed` was given, and without one a cut link is waited for without end.
     """
-    groups = list(distributed_c10d._world.pg_map) if distributed.is_initialized() else []
+    made = distributed_c10d._world.pg_map if distributed.is_initialized() else ()
+    groups = [group for group in made if group.group_desc != PATIENT]
     for group in groups:
         distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
     return len(groups)

@@ -78,8 +78,8 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def without_credentials(text: str) -> str:
-    """The text without what stands before an @ or after a ? in its URLs."""
-    return CREDENTIALS.sub("", text)
+    """The text without what stands before an @ or after a ? in its URLs; what names local files alone stays."""
+    return CREDENTIALS.sub("", text) if "://" in text else text
 
 
 def _options(protocol: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mcl_dist.events import Finished, Listener, LossSpike, Notice, StepDone, Ste
 from mcl_dist.guard import SpikeDetector, Suspects
 from mcl_dist.heartbeat import SAVING, STEPPING, Heartbeat
 from mcl_dist.learner import Statistics
-from mcl_dist.ranks import Ranks
+from mcl_dist.ranks import Ranks, sent_to
 from mcl_dist.readback import Readback
 from mcl_dist.schedule import Schedule
 from mcl_dist.stopping import StopRequest
@@ -166,9 +166,10 @@ class Trainer(ABC, Generic[Delivered]):
         """Take all steps that remain, writing checkpoints on the way and at the end; False if a rank was asked to stop.
 
         Raises:
-            UserError: when too many steps in a row are not finite, or too many checkpoints, or the last one, cannot be
-                written.
+            UserError: when more steps are done than the run has, when too many in a row are not finite, or when too
+                many checkpoints, or the last one, cannot be written.
         """
+        self._check_length()
         with self.engine.gathered():
             self.checkpoints.reserve(self._share(self.start))
         try:
@@ -179,6 +180,15 @@ class Trainer(ABC, Generic[Delivered]):
         if is_done:
             tell(self.listeners, Finished(self.schedule.total_steps, peak_bytes(self.ranks.device)))
         return is_done
+
+    def _check_length(self) -> None:
+        """What was learnt in more steps, by another schedule, must not pass for this run's end."""
+        total = self.schedule.total_steps
+        if self.start > total:
+            raise UserError(
+                f"{self.checkpoints.step_url(self.start)}: {self.start} steps are done, and train.steps or "
+                f"train.epochs make a run of {total}; set them to no less, or start another run in another run.dir"
+            )
 
     def _train(self) -> bool:
         """Take all steps; False if a rank was asked to stop."""
@@ -228,7 +238,8 @@ class Trainer(ABC, Generic[Delivered]):
     def _mean(self, reports: list[dict[str, torch.Tensor]], waited: float) -> dict[str, torch.Tensor]:
         """Means over parts and ranks of the objective's report, of the seconds waited, and of who was asked to stop."""
         values = torch.stack([torch.stack([value.float() for value in report.values()]) for report in reports]).mean(0)
-        means = self.ranks.mean(torch.cat([values, values.new_tensor([waited, self.stop.is_asked])]))
+        own = sent_to(values.device, torch.tensor([waited, self.stop.is_asked]))
+        means = self.ranks.mean(torch.cat([values, own]))
         return dict(zip([*reports[0], "waited", "stop"], means.unbind(), strict=True))
 
     def _settle(self) -> None:
@@ -272,7 +283,10 @@ class Trainer(ABC, Generic[Delivered]):
 
     def _answer(self, spike: LossSpike) -> bool:
         """Warn of a leap of the loss, or take back what led there; what came back needs a checkpoint of its own."""
-        newest, _ = self.checkpoints.latest() if self.settings.on_spike == "rollback" else (None, [])
+        newest = None
+        if self.settings.on_spike == "rollback":
+            self.heartbeat.enters(SAVING)  # a slow store takes as long to read
+            newest, _ = self.checkpoints.latest()
         if newest is not None:
             self._settle()
             self._roll_back(newest)

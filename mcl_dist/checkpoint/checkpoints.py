@@ -22,6 +22,7 @@ from mcl_dist.errors import UserError
 from mcl_dist.events import CheckpointFailed, CheckpointRefused, CheckpointWritten, Notice
 from mcl_dist.patience import Patience
 from mcl_dist.ranks import Ranks
+from mcl_dist.remote import without_credentials
 from mcl_dist.storage import Folder
 
 FILES_AT_MOST = 6  # that one rank writes, each with the store's patience
@@ -63,7 +64,7 @@ class Checkpoints:
         self._news: deque[News] = deque()
         patience = Patience(self._settings.retry_seconds, tell=self._notice)
         self._folder = Folder(url, patience)
-        self.url = self._folder.url
+        self.url = without_credentials(self._folder.url)  # as it is told
         self._council = Council(ranks, SILENCE_SECONDS + FILES_AT_MOST * patience.seconds)
         self._writer = Writer(
             self._folder,
@@ -200,10 +201,11 @@ class Checkpoints:
 
     def load(self, step: int) -> Snapshot:
         """Read a checkpoint; with another number of ranks, statistics are the mean over the ranks that saved."""
-        return read_snapshot(self.step_url(step), rank=self._ranks.rank, count=self._ranks.count)
+        url = f"{self._folder.url}/{step_folder(step)}"
+        return read_snapshot(url, rank=self._ranks.rank, count=self._ranks.count)
 
     def step_url(self, step: int) -> str:
-        """Where the checkpoint of a step lies."""
+        """Where the checkpoint of a step lies, as people are told: without credentials."""
         return f"{self.url}/{step_folder(step)}"
 
     @property
@@ -215,11 +217,11 @@ class Checkpoints:
         complete = [error for error in damaged if not isinstance(error, TornError)]
         if step is None and complete:
             raise UserError(
-                f"{complete[0].url}: {complete[0].reason}; none of {len(complete)} checkpoints can be used: restore "
-                "one, or choose another run.dir to start from nothing"
+                f"{without_credentials(complete[0].url)}: {complete[0].reason}; none of {len(complete)} checkpoints "
+                "can be used: restore one, or choose another run.dir to start from nothing"
             )
         self._writer.refused = {step_of(error.url) for error in complete}
-        return step, [CheckpointRefused(error.url, error.reason) for error in damaged]
+        return step, [CheckpointRefused(without_credentials(error.url), error.reason) for error in damaged]
 
     def _write(self, step: int, state: bytes | None, since: float) -> None:
         """What the thread does; tells how it went."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import distributed
 
 from mcl_dist.errors import UserError
-from mcl_dist.ranks import Ranks
+from mcl_dist.ranks import Ranks, patient_group
 
 
 class Council:
@@ -24,8 +23,7 @@ class Council:
 
     def __init__(self, ranks: Ranks, seconds: float) -> None:
         self.ranks = ranks
-        timeout = timedelta(seconds=seconds)
-        self._group = distributed.new_group(backend="gloo", timeout=timeout) if ranks.count > 1 else None
+        self._group = patient_group(seconds) if ranks.count > 1 else None
 
     def together(self, work: Callable[[], Any]) -> list[Any]:
         """Do something on every rank, and learn how all of them fared; all must call it together.

@@ -29,6 +29,7 @@ from mcl_dist.checkpoint.format import (
 )
 from mcl_dist.config import build_config
 from mcl_dist.errors import ConfigError, UserError
+from mcl_dist.remote import without_credentials
 from mcl_dist.storage import Folder
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -39,7 +40,7 @@ class DamagedError(UserError):
     """The checkpoint at `url` cannot be used, since `reason`; nothing of it was."""
 
     def __init__(self, url: str, reason: str) -> None:
-        super().__init__(f"{url}: {reason}; name another checkpoint")
+        super().__init__(f"{without_credentials(url)}: {reason}; name another checkpoint")
         self.url, self.reason = url, reason
 
 

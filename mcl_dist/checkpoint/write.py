@@ -13,6 +13,7 @@ from mcl_dist.checkpoint.format import COMMITTED, Seal, step_folder, steps_in
 from mcl_dist.checkpoint.retention import leaving
 from mcl_dist.errors import UserError
 from mcl_dist.patience import PassingError, Patience
+from mcl_dist.remote import without_credentials
 from mcl_dist.storage import Folder
 
 Buffer = bytes | memoryview
@@ -130,6 +131,6 @@ def _see(folder: Folder, sizes: Mapping[str, int]) -> None:
         if seen.get(name) != size:
             raise PassingError(
                 "short_body",
-                f"{folder.url}/{name}: {size} bytes were written by a rank, and the first rank sees "
-                f"{seen.get(name, 'none')}; set checkpoint.folder to one that all nodes share",
+                f"{without_credentials(folder.url)}/{name}: {size} bytes were written by a rank, and the first rank "
+                f"sees {seen.get(name, 'none')}; set checkpoint.folder to one that all nodes share",
             )

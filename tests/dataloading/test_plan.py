@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dataloading.data_config import DataConfig
+from dataloading.draw import VideoSource
 from dataloading.plan import Plan, lanes_of_rank, sample_generator
 from mcl_dist.errors import ConfigError, UserError
+from mcl_dist.storage import Folder
 
 
 def plan(num_samples: int = 47, lanes: int = 8, seed: int = 3, shuffle_window: int = 4) -> Plan:
@@ -99,6 +104,15 @@ def test_ranks_that_do_not_divide_the_batch_are_refused() -> None:
 def test_a_set_smaller_than_the_global_batch_is_refused() -> None:
     with pytest.raises(UserError, match="7 usable videos are fewer than the 8 of a global batch"):
         plan(num_samples=7)
+
+
+def test_a_set_that_is_too_small_is_named_without_credentials(write_set: Callable[..., Path], tmp_path: Path) -> None:
+    url = f"memory://user:s3cret@{tmp_path.name}/set"
+    for file in write_set([16]).iterdir():
+        Folder(url).put(file, file.name)
+    config = DataConfig(train=url, cache=str(tmp_path / "cache"), frames=4, stride=2, crop=28)
+    with pytest.raises(UserError, match=f"^memory://{tmp_path.name}/set: 1 usable videos are fewer than the 8"):
+        VideoSource(config, seed=0, global_batch=8, rank=0, num_ranks=1)
 
 
 def test_generators_of_one_sample_are_equal_and_of_others_differ() -> None:

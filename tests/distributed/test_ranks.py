@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import distributed
 from torch.distributed import distributed_c10d
 
+from mcl_dist.checkpoint.council import Council
 from mcl_dist.encoder import EncoderConfig
 from mcl_dist.engine import OptimizerConfig
 from mcl_dist.heads import HeadsConfig, Network
@@ -48,18 +50,27 @@ def gather_in_rank_order() -> None:
 
 
 def every_group_gives_up_on_a_silent_rank(folder: str) -> None:
-    """DeepSpeed's groups and the checkpoints' own included, which have limits of their own until they are given one."""
+    """DeepSpeed's groups included, which have limits of their own until they are given one; not the checkpoints'."""
     ranks = runs.joined()
     trainer = runs.put_together(folder, ranks, OptimizerConfig(), lambda start: runs.noise(ranks, start))
-    groups = list(distributed_c10d._world.pg_map)
-    assert limit_waiting(1) == len(groups) > 2, trainer
+    council: Council = trainer.checkpoints._council
+    made = list(distributed_c10d._world.pg_map)
+    groups = [group for group in made if group is not council._group]
+    assert limit_waiting(1) == len(groups) == len(made) - 1 > 1
+    heard: list[list[int]] = []
+    meeting = threading.Thread(target=lambda: heard.append(council.together(lambda: ranks.rank)))
     store = distributed_c10d._get_default_store()
     if ranks.is_first:
+        meeting.start()  # waits for the other rank longer than all groups below together
         for group in groups:
             with pytest.raises(RuntimeError, match=r"(?i)timed out"):
                 distributed.all_reduce(torch.zeros(1), group=group)
         store.set("given up", "")
     store.wait(["given up"])
+    if not ranks.is_first:
+        meeting.start()
+    meeting.join()
+    assert heard == [[0, 1]]
     os._exit(0)  # there is no group left for a barrier
 
 
@@ -126,7 +137,7 @@ def test_shuffled_batch_norm_sends_no_more_than_the_own_clips_as_bytes(
 
 
 @pytest.mark.slow
-def test_every_process_group_gives_up_on_a_rank_that_does_not_answer(
+def test_process_groups_give_up_on_a_rank_that_does_not_answer_but_for_that_of_checkpoints(
     run_ranks: Callable[..., None], tmp_path: Path
 ) -> None:
     run_ranks(__file__, every_group_gives_up_on_a_silent_rank.__name__, 2, tmp_path)

@@ -14,6 +14,7 @@ from torch import distributed
 
 from mcl_dist.checkpoint import read_snapshot
 from mcl_dist.engine import OptimizerConfig
+from mcl_dist.errors import UserError
 from mcl_dist.events import Started
 from mcl_dist.listeners import MetricsFile
 from mcl_dist.ranks import Ranks
@@ -50,6 +51,16 @@ def train_at_every_stage(folder: str) -> None:
     for stage in range(4):
         config = OptimizerConfig(learning_rate=0.01, zero_stage=stage)
         put_together(f"{folder}/{stage}", ranks, config, lambda start: noise(ranks, start), steps=10).fit()
+
+
+def train_then_resume_with_another_optimizer(folder: str) -> None:
+    ranks = joined()
+    train(ranks, Path(folder), OptimizerConfig(learning_rate=0.01, momentum=0.0), 3)
+    for other in (OptimizerConfig(), OptimizerConfig(name="adamw")):
+        with pytest.raises(
+            UserError, match=r"checkpoint of step 3 has no \w+/encoder\S+: set optimizer\.name and optimizer\.momentum"
+        ):
+            train(ranks, Path(folder), other, STEPS)
 
 
 def losses_of(folder: Path) -> list[float]:
@@ -89,6 +100,13 @@ def test_a_run_goes_on_with_another_number_of_ranks(run_ranks: Callable[..., Non
     run_ranks(__file__, "train_until", 2, tmp_path, 3)
     run_ranks(__file__, "train_until", 1, tmp_path, STEPS)
     assert len(losses_of(tmp_path)) == STEPS
+
+
+@pytest.mark.slow
+def test_another_optimizer_than_the_checkpoints_is_told_in_one_line(
+    run_ranks: Callable[..., None], tmp_path: Path
+) -> None:
+    run_ranks(__file__, "train_then_resume_with_another_optimizer", 1, tmp_path)
 
 
 if __name__ == "__main__":

@@ -123,3 +123,17 @@ def test_a_start_by_hand_is_booked_by_how_the_run_before_it_ended(run: Run) -> N
     run.start(2)
     assert run.last(Restarted).cause == "outage"
     assert run.last(Accounts).restarts == {"stopped": 1, "outage": 1}
+
+
+def test_half_a_line_that_a_full_disk_has_left_does_not_keep_a_run_from_going_on(run: Run) -> None:
+    run.start(0)
+    run.train(1, 2)
+    log = run.folder / "log.jsonl"
+    log.write_text(log.read_text() + '{"time": 1.0, "event": "Che{"time": 2.0, "event": "Started", "step": 1}\n{"ti')
+    run.start(2, cause="error")
+    run.train(3, 6)
+    run.tell(Finished(STEPS, 0))
+    accounts = run.last(Accounts)
+    assert isinstance(accounts, Accounts)
+    assert accounts.restarts == {"error": 1}
+    assert accounts.productive_seconds == 12.0

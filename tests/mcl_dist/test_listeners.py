@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mcl_dist.errors import RankError
 from mcl_dist.events import CheckpointWritten, Evaluated, Finished, LossSpike, Started, StepDone, StepSkipped
 from mcl_dist.listeners import Console, EventLog, MetricsFile
 
@@ -126,3 +130,47 @@ def test_the_event_log_keeps_everything_but_steps(tmp_path: Path) -> None:
         log(event)
     events = [json.loads(line)["event"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert events == ["Started", "CheckpointWritten", "Finished"]
+
+
+def test_half_a_line_in_the_event_log_is_cut_off_before_the_next_is_added(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    EventLog(path)(Started(0, 4, None))
+    whole = path.read_text()
+    path.write_text(whole + '{"time": 1.0, "event": "Checkp')  # where the disk was full
+    EventLog(path)(Finished(4, 0))
+    assert path.read_text().startswith(whole)
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["Started", "Finished"]
+
+
+@pytest.mark.parametrize("listener", [EventLog, MetricsFile])
+def test_a_disk_that_is_full_is_told_with_the_file_by_the_rank_that_met_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listener: type[EventLog | MetricsFile]
+) -> None:
+    log = listener(tmp_path / "lines.jsonl")
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(RankError, match=r"lines\.jsonl: no space left"):
+        log(Finished(4, 0) if listener is EventLog else done(1))
+
+
+def test_a_run_that_goes_on_while_the_disk_is_full_keeps_the_metrics_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path)
+    metrics(done(1))
+    kept = path.read_text()
+
+    def full(file: Path, *_: Any) -> Any:
+        file.touch()
+        os.truncate(file, 0)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for writing in ("write_text", "write_bytes"):
+        monkeypatch.setattr(Path, writing, full)
+    with pytest.raises(RankError, match=r"metrics\.jsonl: no space left"):
+        metrics(Started(1, 4, None))
+    assert path.read_text() == kept

@@ -69,3 +69,24 @@ def test_a_copy_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         Folder(str(tmp_path / "set")).put(tmp_path / "nothing", "shard")
     assert list(target.parent.iterdir()) == list((tmp_path / "set").iterdir()) == []
+
+
+def test_errors_name_urls_without_their_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"^sftpp://host/set: ") as unknown:
+        Folder("sftpp://user:s3cret@host/set")
+    folder = Folder("memory://user:s3cret@host/set?key=s3cret")
+    with pytest.raises(UserError, match=r"^memory://host/set") as missing:
+        folder.read("nothing")
+
+    def refused(*_: object, **__: object) -> bytes:
+        raise OSError("cannot reach https://user:s3cret@host/set/nothing?signature=s3cret")
+
+    monkeypatch.setattr(folder._filesystem, "cat_file", refused)
+    with pytest.raises(UserError, match=r"cannot reach https://host/set/nothing$") as unreachable:
+        folder.read("nothing")
+    assert not [raised for raised in (unknown, missing, unreachable) if "s3cret" in str(raised.value)]
+
+
+def test_a_local_file_is_named_as_it_is_called(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"/what\?/why@nothing: no such file"):
+        Folder(str(tmp_path / "what?")).read("why@nothing")

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import pytest
+
+from launch.assembly import COURSE, listening, resume
+from launch.settings import PretrainConfig
+from mcl_dist.accounts import Birth
+from mcl_dist.config import load_config
+from mcl_dist.errors import UserError
+from mcl_dist.listeners import Console
+from mcl_dist.ranks import Ranks
+
+
+def described(*changes: str) -> dict[str, Any]:
+    """A configuration as checkpoints have it."""
+    config = load_config(PretrainConfig, None, ["data.train=set", "run.dir=run", *changes])
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ("data.shuffle_window=8", "data.shuffle_window=256, now 8"),
+        ("data.min_windows=2", "data.min_windows=1, now 2"),
+        ("optimizer.name=adamw", "optimizer.name=sgd, now adamw"),
+    ],
+)
+def test_a_run_whose_order_or_optimizer_was_changed_is_another_run(change: str, found: str) -> None:
+    snapshot = SimpleNamespace(step=4, config=described())
+    checkpoints: Any = SimpleNamespace(
+        latest=lambda _: (4, []), load=lambda _: snapshot, step_url=lambda _: "run/checkpoints/step-000000004"
+    )
+    learner: Any = SimpleNamespace(restore=lambda *_: None)
+    with pytest.raises(UserError, match=f"step-000000004: made with {found}; set it back"):
+        resume(learner, checkpoints, described(change), [], course=COURSE)
+    assert resume(learner, checkpoints, described(), [], course=COURSE) is snapshot
+
+
+def test_what_ends_a_run_is_told_though_its_log_cannot_be_written(tmp_path: Path) -> None:
+    def run() -> NoReturn:
+        with listening(tmp_path, Ranks(), Birth(0.0), Console(), nullcontext()):
+            (tmp_path / "log.jsonl").mkdir()
+            raise UserError("the store has failed")
+
+    with pytest.raises(UserError, match="the store has failed"):
+        run()
