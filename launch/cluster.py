@@ -9,15 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -27,19 +28,25 @@ from launch.fleet import Fleet
 from launch.hostfile import Host, read_hostfile
 from launch.local_ranks import RESTARTED
 from launch.nodes import DEFAULT_PORT
+from launch.restarts import Restarts
 from launch.travel import travelling
 from mcl_dist.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USAGE, ConfigError, UserError
+from mcl_dist.stopping import EXIT_AT_ONCE, StopRequest
 
 if TYPE_CHECKING:
     from launch.settings import PretrainConfig
 
 GRACE_SECONDS = 5.0  # for the other hosts to end by themselves when one has failed
-RETRY_SECONDS = 2.0  # between calls of a host that does not answer
+RETRY_SECONDS = 2.0  # between calls of a host that does not answer, or cannot be asked to stop yet
+LOOK_SECONDS = 0.2
+STEP = re.compile(r'"step": (\d+)')  # of a rank's last sign of life
 # Ends all processes of a run by their ids: they have its name in their environment, and so has all that they started.
+# The ranks' signs of life are told before they go: of a host that was lost, nobody else says how far the run was.
 END_ALL = """for turn in 1 2 3 4 5; do left=; for p in /proc/[0-9]*; do
 if tr '\\0' '\\n' < $p/environ 2>/dev/null | grep -qx MCL_RUN={run}
 then kill -KILL ${{p#/proc/}} 2>/dev/null; left=1; fi
-done; [ -z "$left" ] && break; sleep 0.2; done; rm -rf {runtime}; echo ended"""
+done; [ -z "$left" ] && break; sleep 0.2; done
+grep -hos '"step": [0-9]*' {runtime}/attempt-*/rank-*.beat; rm -rf {runtime}; echo ended"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,8 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         environment=travelling(os.environ, arguments.export),
     )
     cluster.check(len(hosts))
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, lambda *_: cluster.ask_to_stop())
+    cluster.stop.heed_signals()
     return cluster.run()
 
 
@@ -107,6 +113,7 @@ class Cluster:
         wait_seconds: for hosts that do not answer.
         port: at which hosts meet on the first one.
         environment: what travels to the hosts.
+        stop: asks all ranks to save and leave.
     """
 
     hosts: Sequence[Host]
@@ -118,12 +125,13 @@ class Cluster:
     wait_seconds: float
     port: int
     environment: Mapping[str, str]
+    stop: StopRequest = field(init=False)
     _name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
-    _stop: threading.Event = field(default_factory=threading.Event)
+    _is_hurried: bool = False
+    _farthest: int = 0
 
-    def ask_to_stop(self) -> None:
-        """All ranks are to save and leave."""
-        self._stop.set()
+    def __post_init__(self) -> None:
+        self.stop = StopRequest(at_once=self._hurry)
 
     def check(self, num_hosts: int) -> None:
         """Whether so many hosts can train this configuration; ConfigError if not."""
@@ -133,73 +141,103 @@ class Cluster:
 
     def run(self) -> int:
         """Start, and start again, until the run is done, stopped, or beyond mending by itself."""
-        restarts = self.config.supervise.restarts
-        cause: End | None = None
         try:
-            for attempt in range(restarts + 1):
-                hosts = self._layout()
-                if self._stop.is_set():
-                    return EXIT_STOPPED
-                codes, ends = self._attempt(hosts, attempt, cause)
-                if (end := _final(codes)) is not None:
-                    return end
-                if self._stop.is_set():
-                    return EXIT_STOPPED
-                cause = _cause(codes, ends)
-                _say(f"{cause.reason}; attempt {attempt + 1} of {restarts + 1} has failed")
-            why = cause.reason if cause else "none was made"
-            raise UserError(f"given up after {restarts} restarts: {why}; see the lines above, then start it again")
+            return self._attempts()
         finally:
             self._ended(self.hosts)
 
-    def _attempt(self, hosts: Sequence[Host], attempt: int, cause: End | None) -> tuple[dict[str, int], dict[str, End]]:
+    def _attempts(self) -> int:
+        limits = self.config.supervise
+        restarts = Restarts(limits.restarts, limits.progress_steps)
+        cause: End | None = None
+        there = self._ended(self.hosts)
+        while True:
+            hosts = self._layout(there)
+            if (code := self._over({})) is not None:
+                return code
+            codes, ends = self._attempt(hosts, restarts.in_a_row, cause)
+            if (code := self._over(codes)) is not None:
+                return code
+            cause = _cause(codes, ends)
+            there = self._ended(self.hosts)
+            if not restarts.allow(self._farthest):
+                after = f"given up after {limits.restarts} restarts without progress"
+                raise UserError(f"{after}: {cause.reason}; see the lines above, then start it again")
+            again = f"restart {restarts.in_a_row} of {limits.restarts}"
+            _say(f"{cause.reason}; starting again from the newest checkpoint ({again})")
+            self._is_asked_within(restarts.pause)
+
+    def _over(self, codes: Mapping[str, int]) -> int | None:
+        """The exit code of the whole, if there is to be no other attempt."""
+        if self._is_hurried:
+            return EXIT_AT_ONCE
+        if (end := _final(codes)) is not None:
+            return end
+        return EXIT_STOPPED if self.stop.is_asked else None
+
+    def _attempt(self, hosts: Sequence[Host], restart: int, cause: End | None) -> tuple[dict[str, int], dict[str, End]]:
         """Exit codes by host of those that ended before the attempt was over, and what was said of it there."""
         told = {"MCL_RUN": self._name, **self.environment}
         if cause:
-            told[RESTARTED] = json.dumps({"cause": cause.cause, "reason": cause.reason, "attempt": attempt})
-        commands = {host: self._command(rank, hosts, told) for rank, host in enumerate(hosts)}
+            told[RESTARTED] = json.dumps({"cause": cause.cause, "reason": cause.reason, "attempt": restart})
         _say(f"training on {', '.join(host.name for host in hosts)}, by {self.launcher}")
-        asked = False
-        with Fleet(commands, self.launcher, self.how) as fleet:
-            while not fleet.is_over():
-                if self._stop.is_set() and not asked:
-                    asked = True
-                    self._tell_to_stop(hosts)
+        unasked = {host: node for node, host in enumerate(hosts)}
+        ask_at = 0.0
+        with Fleet(hosts, self._command(hosts, told), self.launcher, self.how) as fleet:
+            while not fleet.is_over() and not self._is_hurried:
+                unasked = {host: node for host, node in unasked.items() if host.name not in fleet.codes}
+                if self.stop.is_asked and unasked and time.monotonic() >= ask_at:
+                    unasked = self._unasked(unasked)
+                    ask_at = time.monotonic() + RETRY_SECONDS
                 if any(code not in (0, EXIT_STOPPED) for code in fleet.codes.values()):
                     fleet.wait(GRACE_SECONDS)
                     break
-                fleet.wait_for_news(0.2)
+                fleet.wait_for_news(LOOK_SECONDS)
             return dict(fleet.codes), dict(fleet.ends)
 
-    def _command(self, rank: int, hosts: Sequence[Host], environment: Mapping[str, str]) -> str:
+    def _command(self, hosts: Sequence[Host], environment: Mapping[str, str]) -> str:
+        """What every host runs; the shell's variable `node` makes the difference."""
         words = ["-m", "mcl_dist", "pretrain", *self.words, "supervise.restarts=0", "--attached"]
-        words += ["--ranks", str(hosts[0].slots), "--runtime", self._runtime(rank)]
+        words += ["--ranks", str(hosts[0].slots)]
+        own = f"--runtime {self._runtime('$node')}"
         if len(hosts) > 1:
-            words += ["--nodes", str(len(hosts)), "--node-rank", str(rank)]
-            words += ["--master-addr", hosts[0].address, "--master-port", str(self.port)]
+            words += ["--nodes", str(len(hosts)), "--master-addr", hosts[0].address, "--master-port", str(self.port)]
+            own += " --node-rank $node"
         settings = shlex.join(["env", *(f"{name}={value}" for name, value in environment.items())])
-        return ssh.here_but_there(words, before=settings)
+        return f"{ssh.here_but_there(words, before=settings)} {own}"
 
-    def _runtime(self, rank: int | str) -> str:
-        return f"/tmp/mcl-{self._name}-{rank}"
+    def _runtime(self, node: int | str) -> str:
+        return f"/tmp/mcl-{self._name}-{node}"
 
-    def _tell_to_stop(self, hosts: Sequence[Host]) -> None:
-        """One host is enough: its ranks tell the others."""
-        for rank, host in enumerate(hosts):
-            if self._on(host, f"kill -TERM $(cat {self._runtime(rank)}/supervisor.pid) && echo told") == "told":
-                return
-        _say("no host takes the request to stop; it will be repeated by nobody")
+    def _unasked(self, hosts: Mapping[Host, int]) -> dict[Host, int]:
+        """Ask these, each a node of the attempt, to save and leave; returns those that take no request yet.
 
-    def _layout(self) -> Sequence[Host]:
+        Ranks would tell the ranks of other hosts, but a supervisor that has none yet tells nobody.
+        """
+        _say(f"asking {', '.join(host.name for host in hosts)} to save and leave")
+        kill = "kill -TERM $(cat {}/supervisor.pid) && echo told"
+        answers = self._answers({host: kill.format(self._runtime(node)) for host, node in hosts.items()})
+        return {host: node for host, node in hosts.items() if answers[host] != "told"}
+
+    def _hurry(self) -> None:
+        self._is_hurried = True
+
+    def _is_asked_within(self, seconds: float) -> bool:
+        """Wait for so long, or until this run is asked to stop."""
+        deadline = time.monotonic() + seconds
+        while not self.stop.is_asked and time.monotonic() < deadline:
+            time.sleep(LOOK_SECONDS)
+        return self.stop.is_asked
+
+    def _layout(self, there: Sequence[Host]) -> Sequence[Host]:
         """The hosts to go on with: all, or after a while those that answer, as many as the batch allows."""
         deadline = time.monotonic() + self.wait_seconds
-        there = self._ended(self.hosts)
         if len(there) < len(self.hosts):
             _say(f"waiting for {', '.join(host.name for host in self.hosts if host not in there)}; why: `mcl doctor`")
-        while len(there) < len(self.hosts) and time.monotonic() < deadline and not self._stop.wait(RETRY_SECONDS):
-            there += self._ended([host for host in self.hosts if host not in there])
+        while len(there) < len(self.hosts) and time.monotonic() < deadline and not self._is_asked_within(RETRY_SECONDS):
+            there = [*there, *self._ended([host for host in self.hosts if host not in there])]
         there = [host for host in self.hosts if host in there]
-        if len(there) == len(self.hosts) or self._stop.is_set():
+        if len(there) == len(self.hosts) or self.stop.is_asked:
             return there
         missing = ", ".join(host.name for host in self.hosts if host not in there)
         for count in range(len(there), self.least - 1, -1):
@@ -215,19 +253,17 @@ class Cluster:
         )
 
     def _ended(self, hosts: Sequence[Host]) -> list[Host]:
-        """Those that answer, on which nothing of this run is left."""
+        """Those that answer, on which nothing of this run is left; how far the run was is kept."""
         command = END_ALL.format(run=self._name, runtime=self._runtime("*"))
-        answers: dict[Host, str] = {}
+        answers = self._answers(dict.fromkeys(hosts, command))
+        steps = [int(step) for answer in answers.values() for step in STEP.findall(answer)]
+        self._farthest = max([self._farthest, *steps])
+        return [host for host in hosts if answers[host].endswith("ended")]
 
-        def ask(host: Host) -> None:
-            answers[host] = self._on(host, command)
-
-        threads = [threading.Thread(target=ask, args=(host,)) for host in hosts]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return [host for host in hosts if answers[host] == "ended"]
+    def _answers(self, commands: Mapping[Host, str]) -> dict[Host, str]:
+        """What short commands say, a host each and all at once."""
+        with ThreadPoolExecutor(max_workers=max(1, len(commands))) as pool:
+            return dict(zip(commands, pool.map(self._on, commands, commands.values()), strict=True))
 
     def _on(self, host: Host, command: str) -> str:
         """What a short command says there; nothing where it cannot be run."""
@@ -239,6 +275,7 @@ class Cluster:
                 text=True,
                 check=False,
                 timeout=3 * ssh.CONNECT_SECONDS,
+                start_new_session=True,  # a terminal's signals are for us
             )
         except subprocess.TimeoutExpired:
             return ""
@@ -251,7 +288,7 @@ def _final(codes: Mapping[str, int]) -> int | None:
     for code in (EXIT_USAGE, EXIT_FAILURE):
         if code in found:
             return code
-    if found <= {0, EXIT_STOPPED}:
+    if found and found <= {0, EXIT_STOPPED}:
         return EXIT_STOPPED if EXIT_STOPPED in found else 0
     return None
 
@@ -271,4 +308,5 @@ def _told(code: int) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"mcl: {text}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # of a terminal that was closed
+        print(f"mcl: {text}", file=sys.stderr, flush=True)

@@ -118,30 +118,29 @@ class Examination:
 
     def _request(self, name: str) -> dict[str, Any]:
         request: dict[str, Any] = {"node": name, "nonce": self._nonce, "sets": [], "folders": {}}
-        request |= {"ports": [], "address": ""}
-        is_first = name == self._names[0]
+        request["listeners"] = []
         if (config := self._config) is not None:
             request["sets"] = [*(part.url for part in config.data.all_sets), *config.evaluate.sets]
             folder = config.checkpoint.folder or f"{config.run.dir}/checkpoints"
             request["folders"] = {"run": config.run.dir, "checkpoints": folder}
             if config.data.cache:
                 request["folders"]["cache"] = config.data.cache
-            if config.monitoring.port is not None and is_first:
-                request |= {"ports": [config.monitoring.port], "address": config.monitoring.address}
-        if self._master_port is not None and is_first:
-            request["ports"] = [*request["ports"], self._master_port]
+            if config.monitoring.port is not None:
+                slots = self._hosts[name].slots if self._hosts else None
+                where = {"address": config.monitoring.address, "port": config.monitoring.port}
+                request["listeners"].append({**where, "count": slots})
+        if self._master_port is not None and name == self._names[0]:
+            request["listeners"].append({"address": "0.0.0.0", "port": self._master_port, "count": 1})
         return request
 
     def _together(self, nodes: Mapping[str, dict[str, Any]]) -> list[Row]:
         """What only nodes together can tell: whether folders are shared, and what passes between them."""
         if not nodes:
             return []
-        on_gpus = all(facts["gpus"] for facts in nodes.values())
-        ranks = {name: len(facts["gpus"]) if on_gpus else 1 for name, facts in nodes.items()}
-        if not self._hosts and not on_gpus:
-            ranks = dict.fromkeys(ranks, 2)
+        on_gpus = all(facts["gpus"] for facts in nodes.values() if not facts["torch_error"])
+        ranks = {name: self._num_ranks(facts, on_gpus) for name, facts in nodes.items()}
         world = sum(ranks.values())
-        first = next(iter(nodes))
+        first = next((name for name in nodes if ranks[name]), next(iter(nodes)))
         local = {name: _local_folders(facts) for name, facts in nodes.items()}
         requests = {
             name: {
@@ -159,13 +158,23 @@ class Examination:
         }
         replies = self._ask("doctor_link.py", requests, 2 * self._seconds + STARTS_SECONDS)
         self._remove_traces(local)
-        answers = {name: [line for line in reply.lines if "rank" in line] for name, reply in replies.items()}
-        rows = list(doctor_checks.link(answers, world, on_gpus))
+        answers = {
+            name: [line for line in reply.lines if "rank" in line] for name, reply in replies.items() if ranks[name]
+        }
+        rows = list(doctor_checks.link(answers, world, on_gpus)) if world else []
         if len(nodes) > 1:
             seen = {name: reply.lines[0]["seen"] for name, reply in replies.items() if reply.lines}
             names = {key: nodes[first]["folders"][key]["url"] for key in local[first]}
             rows = [*doctor_checks.shared(seen, names), *rows]
         return rows
+
+    def _num_ranks(self, facts: Mapping[str, Any], on_gpus: bool) -> int:
+        """How many ranks of a node meet the others: none where they could not import torch."""
+        if facts["torch_error"]:
+            return 0
+        if on_gpus:
+            return len(facts["gpus"])
+        return 1 if self._hosts else 2
 
     def _remove_traces(self, local: Mapping[str, Mapping[str, str]]) -> None:
         commands = {

@@ -42,7 +42,8 @@ def rows(nodes: Nodes, slots: Mapping[str, int], clock_bounds: Mapping[str, tupl
     yield from _foreign(nodes)
     yield from _versions(nodes)
     yield from _same("code", nodes, lambda facts: facts["code"], "install the same mcl-dist on every node")
-    yield from _gpus(nodes, slots)
+    yield from _torch(nodes)
+    yield from _gpus({name: facts for name, facts in nodes.items() if not facts["torch_error"]}, slots)
     yield from _clocks(clock_bounds)
     if len(nodes) > 1:
         yield from _each("name", nodes, _own_name)
@@ -108,8 +109,15 @@ def _version(library: str, facts: Facts) -> str:
     return str(facts["versions"].get(library, "missing"))
 
 
+def _torch(nodes: Nodes) -> Iterator[Row]:
+    for name, facts in nodes.items():
+        if facts["torch_error"]:
+            remedy = "install torch anew in this Python (make install); no data, GPU or link of this node is looked at"
+            yield Row("import torch", name, FAIL, facts["torch_error"], remedy)
+
+
 def _gpus(nodes: Nodes, slots: Mapping[str, int]) -> Iterator[Row]:
-    if not any(facts["gpus"] for facts in nodes.values()):
+    if nodes and not any(facts["gpus"] for facts in nodes.values()):
         yield Row("GPUs", ALL, NOTE, "none: ranks run on CPUs")
         return
     driver = "check the driver (nvidia-smi), CUDA_VISIBLE_DEVICES and that this torch is a CUDA build"
@@ -172,13 +180,14 @@ def _locked_memory(facts: Facts) -> tuple[str, str]:
 
 
 def _ports(facts: Facts) -> tuple[str, str]:
-    if facts["used_ports"]:
-        return f"{', '.join(map(str, facts['used_ports']))} taken", "end what listens there, or choose another port"
+    if closed := facts["closed_ports"]:
+        found = ", ".join(f"{where} {reason}" for where, reason in closed.items())
+        return found, "end what listens there, or choose an address of this node and a port that is free on all"
     return "free", ""
 
 
 def _sets(nodes: Nodes) -> Iterator[Row]:
-    for index in range(len(next(iter(nodes.values()))["sets"])):
+    for index in range(max(len(facts["sets"]) for facts in nodes.values())):
         of_nodes = {name: facts["sets"][index] for name, facts in nodes.items() if facts["sets"]}
 
         def look(found: Facts) -> tuple[str, str]:

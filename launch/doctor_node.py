@@ -31,19 +31,22 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """All that is looked at on the node; see `launch.doctor` for the request."""
     started = time.time()
     foreign = _foreign()
+    gpus, torch_error = _gpus()
+    cannot_read = bool(foreign or torch_error)
     return {
         "hostname": socket.gethostname(),
         "address": _address(),
         "foreign": foreign,
         "versions": _versions(),
         "code": _code_digest(),
-        "gpus": _gpus(),
+        "gpus": gpus,
+        "torch_error": torch_error,
         "shared_memory_bytes": _free(SHARED_MEMORY),
         "locked_memory_bytes": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         "infiniband": sorted(path.name for path in INFINIBAND.iterdir()) if INFINIBAND.is_dir() else [],
-        "sets": [] if foreign else [_read(url) for url in request["sets"]],
+        "sets": [] if cannot_read else [_read(url) for url in request["sets"]],
         "folders": {} if foreign else {name: _written(url, request) for name, url in request["folders"].items()},
-        "used_ports": [port for port in request["ports"] if not _is_free(request["address"], port)],
+        "closed_ports": _closed_ports(request["listeners"], max(1, len(gpus))),
         "free_port": _free_port(),
         "started": started,
         "ended": time.time(),
@@ -80,10 +83,13 @@ def _code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def _gpus() -> list[str]:
-    import torch
-
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+def _gpus() -> tuple[list[str], str | None]:
+    """Names of the GPUs, and why torch, which knows them, cannot be imported: it or a library of its own is missing."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return [], f"{type(error).__name__}: {error}".splitlines()[0]
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())], None
 
 
 def _address() -> str | None:
@@ -151,14 +157,33 @@ def _free(path: Path) -> int:
         return 0
 
 
-def _is_free(address: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: closed connections may linger
-        try:
+def _closed_ports(listeners: list[dict[str, Any]], num_ranks: int) -> dict[str, str]:
+    """Why ports cannot be listened at, by address and port.
+
+    Args:
+        listeners: `address`, `port`, and how many in a row from there; None is one a rank.
+        num_ranks: that run here unless told otherwise.
+    """
+    found = {}
+    for listener in listeners:
+        for port in range(listener["port"], listener["port"] + (listener["count"] or num_ranks)):
+            if reason := _closed(listener["address"], port):
+                found[f"{listener['address']}:{port}"] = reason
+    return found
+
+
+def _closed(address: str, port: int) -> str | None:
+    """Why nobody can listen there, in the way of `monitoring.exporter`'s server; None where one can."""
+    try:
+        family = socket.getaddrinfo(address or None, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: closed connections may linger
             probe.bind((address, port))
-        except OSError:
-            return False
-        return True
+    except OSError as error:
+        return error.strerror or str(error)
+    except OverflowError:
+        return "no such port"
+    return None
 
 
 def _free_port() -> int:

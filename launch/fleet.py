@@ -1,4 +1,4 @@
-"""One long command on each of many hosts, by one pdsh or an ssh for each: their lines, and how each ended."""
+"""One long command on many hosts, by one pdsh or an ssh for each: their lines, and how each ended."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import IO
 
@@ -25,20 +25,20 @@ ENDED = re.compile(r"pdsh@[^:]*: (?P<host>\S+): .*exited with exit code (?P<code
 
 
 class Fleet:
-    """The commands, running until the block ends.
+    """A shell command on every host, running until the block ends; its variable `node` is the host's number, from 0.
 
     Attributes:
         codes: exit codes of hosts that have ended, by the host's name; 255 where it was lost.
         ends: what their supervisors said of it, where they could.
     """
 
-    def __init__(self, commands: Mapping[Host, str], launcher: str, how: Ssh) -> None:
+    def __init__(self, hosts: Sequence[Host], command: str, launcher: str, how: Ssh) -> None:
         self.codes: dict[str, int] = {}
         self.ends: dict[str, End] = {}
-        self._hosts = list(commands)
+        self._hosts = list(hosts)
         self._news: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
         start = self._start_pdsh if launcher == "pdsh" else self._start_ssh
-        self._processes = start(commands, how)
+        self._processes = start(command, how)
 
     def __enter__(self) -> Fleet:
         return self
@@ -68,10 +68,10 @@ class Fleet:
         while not self.is_over() and (left := deadline - time.monotonic()) > 0:
             self.wait_for_news(left)
 
-    def _start_ssh(self, commands: Mapping[Host, str], how: Ssh) -> list[subprocess.Popen[str]]:
+    def _start_ssh(self, command: str, how: Ssh) -> list[subprocess.Popen[str]]:
         processes = []
-        for host, command in commands.items():
-            process = _popen([*WITH_US, *how.command(host.name, command)])
+        for node, host in enumerate(self._hosts):
+            process = _popen([*WITH_US, *how.command(host.name, f"node={node}; {command}")])
             processes.append(process)
             self._thread(self._heed_ssh, host, process)
         return processes
@@ -82,11 +82,12 @@ class Fleet:
                 self._hear(host.name, line)
         self._news.put((host.name, process.wait() if process.wait() >= 0 else UNREACHABLE))
 
-    def _start_pdsh(self, commands: Mapping[Host, str], how: Ssh) -> list[subprocess.Popen[str]]:
-        cases = "".join(f" {host.address}) {command.replace('%', '%%')};;" for host, command in commands.items())
-        words = ["pdsh", "-S", "-R", "ssh", "-f", str(FAN_OUT), "-w", ",".join(host.name for host in commands)]
+    def _start_pdsh(self, command: str, how: Ssh) -> list[subprocess.Popen[str]]:
+        # All hosts share one argument, of which the kernel takes 128 KiB: what they have in common stands there once.
+        cases = "".join(f" {host.address}) node={node};;" for node, host in enumerate(self._hosts))
+        words = ["pdsh", "-S", "-R", "ssh", "-f", str(FAN_OUT), "-w", ",".join(host.name for host in self._hosts)]
         environment = {**os.environ, "PDSH_SSH_ARGS_APPEND": shlex.join(how.options())}
-        process = _popen([*WITH_US, *words, f"case %h in{cases} esac"], environment)
+        process = _popen([*WITH_US, *words, f"case %h in{cases} esac; {command.replace('%', '%%')}"], environment)
         self._thread(self._heed_pdsh, process)
         return [process]
 
@@ -115,7 +116,8 @@ class Fleet:
                 end = json.loads(text)
                 self.ends[name] = End(end["exit_code"], end["cause"], end["reason"])
                 return
-        print(f"{name}: {line}", end="", flush=True)
+        with suppress(OSError):  # of a terminal that was closed; how the host ends is still to be heard
+            print(f"{name}: {line}", end="", flush=True)
 
     @staticmethod
     def _thread(target: object, *arguments: object) -> None:

@@ -171,11 +171,9 @@ class Here(Ssh):
 
 def test_why_an_attempt_failed_is_what_the_supervisors_say_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     hung, missed = End(1, HUNG, "step 9 takes 80 s"), End(1, LOST, "node 1 has gone")
-    commands = {
-        Host(name, 1): f"echo told; echo '{OUTCOME_LINE} {json.dumps(vars(end) | {'retry': True})}'; exit 76"
-        for name, end in (("node1", missed), ("node2", hung))
-    }
-    with Fleet(commands, "ssh", Here()) as fleet:
+    outcomes = [f"'{OUTCOME_LINE} {json.dumps(vars(end) | {'retry': True})}'" for end in (missed, hung)]
+    command = f"echo told; case $node in 0) echo {outcomes[0]};; 1) echo {outcomes[1]};; esac; exit 76"
+    with Fleet([Host("node1", 1), Host("node2", 1)], command, "ssh", Here()) as fleet:
         fleet.wait(SECONDS)
     assert fleet.codes == {"node1": 76, "node2": 76}
     assert _cause(fleet.codes, fleet.ends) == End(1, HUNG, "node2: step 9 takes 80 s")

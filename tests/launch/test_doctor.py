@@ -252,7 +252,7 @@ def test_planted_faults_fail_the_table(examined: tuple[Rig, int, list[Row]]) -> 
         ("name", "node3", "node3 has no address", "/etc/hosts"),
         ("shared memory", "node2", "16.0 MiB free in /dev/shm", "--shm-size"),
         ("locked memory", "node2", "limit 0.1 MiB beside InfiniBand", "unlimited"),
-        ("ports", "node1", "9400 taken", "another port"),
+        ("ports", "node1", "127.0.0.1:9400 Address already in use", "a port that is free"),
         ("data", "node2", "missing/manifest.json: no such file", "credentials"),
         ("run", "node2", "Read-only file system", "writable"),
         ("cache", "node2", "1.0 MiB free", "2.0 GiB or more"),

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+from launch.settings import PretrainConfig
+from mcl_dist.config import load_config
+
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 BATCH = LAUNCH / "slurm" / "pretrain.sbatch"
 # In Slurm's and our program's place; what they are asked is written down.
@@ -78,6 +81,15 @@ def test_a_manifest_gives_time_to_save_and_secrets_as_files_only(name: str) -> N
         assert all("valueFrom" not in variable for variable in container["env"])
         files = [variable["value"] for variable in container["env"] if "CREDENTIALS" in variable["name"]]
         assert files == ["/secrets/aws/credentials"]
+
+
+@pytest.mark.parametrize("name", ["job.yaml", "pytorchjob.yaml"])
+def test_a_pod_waits_a_day_for_the_others_before_it_leaves_with_what_fails_the_job(name: str) -> None:
+    text = (LAUNCH / "kubernetes" / name).read_text()
+    for pod in (pod for manifest in yaml.safe_load_all(text) for pod in pods(manifest)):
+        settings = [word for word in pod["containers"][0]["args"] if "=" in word and not word.startswith("--")]
+        config = load_config(PretrainConfig, str(LAUNCH.parent / "configs/pretrain/kinetics400.yaml"), settings)
+        assert config.supervise.join_seconds == 24 * 3600
 
 
 def test_the_plain_job_tells_stopped_from_failed() -> None:
