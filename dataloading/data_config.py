@@ -11,6 +11,7 @@ from dataloading.fetch import FetchConfig
 from dataloading.tubelets import CutConfig
 from mcl_dist.config import choice, number
 from mcl_dist.errors import ConfigError
+from mcl_dist.remote import without_credentials
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class DataConfig(LoaderConfig):
         if self.train is None and not self.sets:
             raise ConfigError("data.train: missing; set it in the file or as data.train=URL (or data.sets for several)")
         if self.train is not None and self.sets:
-            raise ConfigError("data.train: found beside data.sets; give one of the two")
+            found = without_credentials(self.train)
+            raise ConfigError(f"data.train: found {found} beside data.sets; give one of the two")
 
     def cut(self, stored_stride: int) -> CutConfig:
         """How clips and crops are drawn from a set of whose stored frames a clip takes every `stored_stride`-th."""
