@@ -32,8 +32,8 @@ from dataloading.shards import (
 from dataloading.sources import Source, SourceFolder
 from dataloading.workers import Executor
 from mcl_dist.errors import UserError
-from mcl_dist.patience import Patience
-from mcl_dist.storage import Folder, naming
+from mcl_dist.storage.folder import Folder, naming
+from mcl_dist.storage.retry import Patience
 
 MEGABYTE = 1_000_000
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dataloading.fetch_report import FetchReport
 from dataloading.file_lock import LockedFile, locked
-from mcl_dist.storage import naming
+from mcl_dist.storage.folder import naming
 
 DAMAGED, PARTIAL, NEXT = ".damaged", ".partial", ".next"
 LOCK = "lock"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mcl_dist.errors import UserError
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
 
 WORK_FOLDER = ".building"
 LOCK = "lock"

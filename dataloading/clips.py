@@ -11,8 +11,8 @@ import torch
 from dataloading.pipeline import StillDecoder
 from dataloading.stream import ShardSet, StoredVideo
 from mcl_dist.config import number
-from mcl_dist.encoder import STEM_STRIDE
 from mcl_dist.errors import ConfigError, UserError
+from mcl_dist.model.encoder import STEM_STRIDE
 
 NUM_CLIPS = 20
 

@@ -11,7 +11,7 @@ from dataloading.fetch import FetchConfig
 from dataloading.tubelets import CutConfig
 from mcl_dist.config import choice, number
 from mcl_dist.errors import ConfigError
-from mcl_dist.remote import without_credentials
+from mcl_dist.storage.store_requests import without_credentials
 
 
 @dataclass(frozen=True)

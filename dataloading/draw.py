@@ -19,7 +19,7 @@ from dataloading.stream import ShardSet, StoredVideo
 from dataloading.tubelets import Box, CutConfig, Tubelet, draw_clip, draw_tubelets
 from mcl_dist.batch import QUERY
 from mcl_dist.errors import UserError
-from mcl_dist.remote import without_credentials
+from mcl_dist.storage.store_requests import without_credentials
 
 # Steps whose samples storage is told of in advance.
 STEPS_EXPECTED = 32

@@ -9,7 +9,7 @@ from dataclasses import replace
 from dataloading.shards import sha256
 from dataloading.sources import SourceFolder
 from mcl_dist.errors import UserError
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
 
 HEAD_BYTES = 65536  # files of one size that differ do so in their beginning, nearly always
 READERS = 16  # what takes time is waiting for the disk or the store

@@ -15,7 +15,7 @@ from dataloading.ranges import ByteRange, merged
 from dataloading.side_by_side import SideBySide
 from dataloading.store import Store
 from mcl_dist.config import byte_size, choice, number
-from mcl_dist.patience import PassingError, Patience
+from mcl_dist.storage.retry import PassingError, Patience
 
 PART_BYTES = 2**25  # of a shard, in one request
 NUM_REQUESTS = 16  # of a process at a time

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from mcl_dist.remote import Failure
+from mcl_dist.storage.store_requests import Failure
 
 Quantity = Literal[
     "bytes_read", "bytes_decoded", "requests", "cache_hits", "cache_misses", "cache_evictions", "cache_repairs"

@@ -10,7 +10,7 @@ from typing import Any
 from dataloading.looks import Look
 from dataloading.shards import RefusedVideo, ShardEntry, index_name, sha256, shard_name
 from mcl_dist.errors import UserError
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
 
 JOURNAL_NAME = re.compile(r"shard-\d{6,}\.done\.json")
 

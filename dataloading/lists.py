@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from dataloading.videos import EXTENSIONS
 from mcl_dist.errors import ConfigError, UserError
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
 
 KINETICS, UCF101, HMDB51, PLAIN = FORMATS = ("kinetics", "ucf101", "hmdb51", "plain")
 TRAIN, TEST, VALIDATE = SPLITS = ("train", "test", "validate")

@@ -25,9 +25,9 @@ from dataloading.videos import Video, VideoRefusedError
 from dataloading.workers import leave_if_stopped
 from mcl_dist.config import choice, number
 from mcl_dist.errors import ConfigError, UserError
-from mcl_dist.patience import Patience
-from mcl_dist.remote import Failure
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
+from mcl_dist.storage.retry import Patience
+from mcl_dist.storage.store_requests import Failure
 
 # At 95 the flow is off by 0.06 to 0.08 px (root mean square) on real clips, half a step of its bytes (0.157 px),
 # and targets by 3 to 7 %, for a sixth of what the frames take; at 75 it is 0.10 to 0.13 px, and 5 to 22 %.

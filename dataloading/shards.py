@@ -25,7 +25,7 @@ from dataloading.index import CHECKSUMS, MEMBERS, TAR_HEADER, ShardIndex, max_in
 from dataloading.looks import NearDuplicate
 from dataloading.npy import to_npy
 from mcl_dist.errors import UserError
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
 
 FORMAT = "mcl-shards"
 VERSION = 1

@@ -12,7 +12,7 @@ from dataloading.lists import ListChoice, VideoList, read_list
 from dataloading.shards import sha256
 from dataloading.videos import EXTENSIONS
 from mcl_dist.errors import UserError
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
 
 
 @dataclass(frozen=True)

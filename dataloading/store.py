@@ -8,8 +8,8 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from mcl_dist.errors import UserError
-from mcl_dist.remote import asked, chain, connected, status, without_credentials
-from mcl_dist.storage import naming
+from mcl_dist.storage.folder import naming
+from mcl_dist.storage.store_requests import asked, chain, connected, status, without_credentials
 
 BEYOND_ITS_END = 416
 

@@ -26,8 +26,8 @@ from dataloading.shard_bytes import CachedFile, FetchedRanges, FileInPlace, Shar
 from dataloading.shards import MANIFEST, MAX_MANIFEST, Manifest, ShardEntry, manifest_from, manifest_is_right
 from dataloading.store import MissingFileError, Store
 from mcl_dist.errors import ConfigError, UserError
-from mcl_dist.remote import without_credentials
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
+from mcl_dist.storage.store_requests import without_credentials
 
 
 class ShardSet:

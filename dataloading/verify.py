@@ -28,7 +28,7 @@ from dataloading.shards import (
 )
 from dataloading.workers import ordered_map
 from mcl_dist.errors import UserError
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
 
 
 @dataclass(frozen=True)

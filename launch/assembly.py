@@ -16,28 +16,28 @@ from dataloading.loader import Delivered, Loader, TubeletLoader
 from launch.evaluate_settings import SupervisedEvaluation
 from launch.exporting import exporting
 from launch.settings import PretrainConfig
-from mcl_dist.accounts import Birth, Ledger
 from mcl_dist.checkpoint import Checkpoints, DamagedError, Progress, Snapshot
 from mcl_dist.config import dump_config
-from mcl_dist.engine import Engine, OptimizerConfig
+from mcl_dist.distributed.heartbeat import Heartbeat
+from mcl_dist.distributed.process_group import Ranks, limit_waiting
+from mcl_dist.distributed.shutdown import StopRequest
 from mcl_dist.errors import RankError, UserError
 from mcl_dist.events import Failed, Listener, Notice, Started, tell
-from mcl_dist.heads import Network
-from mcl_dist.heartbeat import Heartbeat
-from mcl_dist.learner import Learner
-from mcl_dist.listeners import Console, EventLog, MetricsFile
-from mcl_dist.loss_module import LossModule
-from mcl_dist.momentum import NUM_KEYS, MomentumEncoder
-from mcl_dist.negatives import Queue
-from mcl_dist.objective import Objective
-from mcl_dist.operations import operations_per_video
-from mcl_dist.pretrainer import Evaluate, Pretrainer
-from mcl_dist.ranks import Ranks, limit_waiting
-from mcl_dist.schedule import Schedule
-from mcl_dist.stopping import StopRequest
-from mcl_dist.storage import Folder
-from mcl_dist.trainer import Learning, TrainConfig
-from mcl_dist.weights import initialise
+from mcl_dist.model.loss_module import LossModule
+from mcl_dist.model.network import Network
+from mcl_dist.model.pretrained_weights import initialise
+from mcl_dist.objective.flops import operations_per_video
+from mcl_dist.objective.momentum_encoder import NUM_KEYS, MomentumEncoder
+from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.objective import Objective
+from mcl_dist.objective.schedule import Schedule
+from mcl_dist.run_log.goodput import Birth, Ledger
+from mcl_dist.run_log.listeners import Console, EventLog, MetricsFile
+from mcl_dist.storage.folder import Folder
+from mcl_dist.training.deepspeed_engine import Engine, OptimizerConfig
+from mcl_dist.training.pretrain_state import Learner
+from mcl_dist.training.pretrain_step import Evaluate, Pretrainer
+from mcl_dist.training.trainer import Learning, TrainConfig
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from pathlib import Path
 from launch.ends import DONE, HUNG, STOPPED, End, read_ends, verdict
 from launch.hangs import SuperviseConfig, hang, is_pausing
 from launch.processes import LOOK_SECONDS, is_gone, kill_session, send
+from mcl_dist.distributed.heartbeat import Beat, read_beats
 from mcl_dist.errors import EXIT_FAILURE, UserError
-from mcl_dist.heartbeat import Beat, read_beats
 
 WORDS_SECONDS = 2.0  # for the other ranks to say what they met when one is gone
 CODE_SECONDS = 3.0  # for the launcher to find out with which exit code

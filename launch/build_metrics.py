@@ -9,7 +9,7 @@ from dataloading.build import GoingOn
 from dataloading.process import Outcome
 from dataloading.shards import RefusedVideo
 from launch.short_lived import showing
-from mcl_dist.patience import Patience
+from mcl_dist.storage.retry import Patience
 from monitoring.board import Board
 from monitoring.gateway import Gateway
 

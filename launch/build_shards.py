@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dataloading.process import BuildConfig, Outcome
     from dataloading.shards import Manifest
     from dataloading.workers import Executor
-    from mcl_dist.patience import Patience
+    from mcl_dist.storage.retry import Patience
     from monitoring.gateway import Gateway
 
 BUILD_EXAMPLE = """\
@@ -142,7 +142,7 @@ def run_build(args: argparse.Namespace) -> int:
     from dataloading.duplicates import find_duplicates, without
     from dataloading.sources import scan_sources
     from launch.build_metrics import build_metrics
-    from mcl_dist.storage import Folder
+    from mcl_dist.storage.folder import Folder
 
     config = _build_config(args)
     progress = BuildProgress()
@@ -186,7 +186,7 @@ def run_build(args: argparse.Namespace) -> int:
 def run_verify(args: argparse.Namespace) -> int:
     """Verify a shard set: exit code 1 when there is any problem."""
     from dataloading.verify import Verification, verify_shards
-    from mcl_dist.storage import Folder
+    from mcl_dist.storage.folder import Folder
 
     if args.workers < 1:
         raise ConfigError(f"--workers: found {args.workers}, must be at least 1")
@@ -358,7 +358,7 @@ def _gateway(args: argparse.Namespace, tell: Callable[[str], None]) -> Gateway |
 
 
 def _patience(args: argparse.Namespace, tell: Callable[[str], None]) -> Patience:
-    from mcl_dist.patience import Patience
+    from mcl_dist.storage.retry import Patience
 
     for option in ("retry_seconds", "request_seconds"):
         if not 0 <= getattr(args, option) < math.inf:

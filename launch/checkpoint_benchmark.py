@@ -13,10 +13,10 @@ import torch
 from launch.settings import PretrainConfig
 from launch.step_forms import Form, lone_trainer, noise
 from mcl_dist.checkpoint import Checkpoints
-from mcl_dist.clock import PhaseClock
-from mcl_dist.engine import pick_device
+from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.events import CheckpointWritten, Event
-from mcl_dist.ranks import Ranks
+from mcl_dist.training.deepspeed_engine import pick_device
+from mcl_dist.training.phase_timer import PhaseClock
 
 VIDEOS, CROP = 1, 112  # of a step: the shorter it is, the less of a copy it hides
 

@@ -30,8 +30,8 @@ from launch.local_ranks import RESTARTED
 from launch.nodes import DEFAULT_PORT
 from launch.restarts import Restarts
 from launch.travel import travelling
+from mcl_dist.distributed.shutdown import EXIT_AT_ONCE, StopRequest
 from mcl_dist.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USAGE, ConfigError, UserError
-from mcl_dist.stopping import EXIT_AT_ONCE, StopRequest
 
 if TYPE_CHECKING:
     from launch.settings import PretrainConfig

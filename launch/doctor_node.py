@@ -103,9 +103,9 @@ def _address() -> str | None:
 def _read(url: str) -> dict[str, Any]:
     from dataloading.shards import MANIFEST, manifest_from
     from mcl_dist.errors import UserError
-    from mcl_dist.patience import Patience
-    from mcl_dist.remote import without_credentials
-    from mcl_dist.storage import Folder
+    from mcl_dist.storage.folder import Folder
+    from mcl_dist.storage.retry import Patience
+    from mcl_dist.storage.store_requests import without_credentials
 
     name = without_credentials(url)
     try:
@@ -122,9 +122,9 @@ def _read(url: str) -> dict[str, Any]:
 def _written(url: str, request: dict[str, Any]) -> dict[str, Any]:
     """Whether a file can be written, read and removed there; a local one stays for the other nodes to see."""
     from mcl_dist.errors import UserError
-    from mcl_dist.patience import Patience
-    from mcl_dist.remote import without_credentials
-    from mcl_dist.storage import Folder
+    from mcl_dist.storage.folder import Folder
+    from mcl_dist.storage.retry import Patience
+    from mcl_dist.storage.store_requests import without_credentials
 
     found: dict[str, Any] = {"url": without_credentials(url), "error": None, "local": None, "free_bytes": None}
     try:

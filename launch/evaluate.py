@@ -18,8 +18,8 @@ from mcl_dist.errors import EXIT_FAILURE, EXIT_USAGE, ConfigError, UserError
 if TYPE_CHECKING:
     from launch.evaluate_settings import FrozenConfig, SupervisedEvaluation
     from launch.subject import Subject
-    from mcl_dist.evaluation.scores import Scores
-    from mcl_dist.ranks import Ranks
+    from mcl_dist.distributed.process_group import Ranks
+    from mcl_dist.evaluation.metrics import Scores
 
 PROTOCOLS = {
     "svm": "linear SVM on the mean features of evenly spaced clips",
@@ -142,7 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _by_ranks(job, arguments.ranks)
     import torch
 
-    from mcl_dist.ranks import Ranks
+    from mcl_dist.distributed.process_group import Ranks
 
     evaluate(job, Ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     return 0
@@ -186,9 +186,9 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
 
 def _evaluate_as_rank(job: Job) -> None:
     from launch.orphans import stop_with_launcher
-    from mcl_dist.engine import join_process_group, pick_device
-    from mcl_dist.ranks import Ranks, limit_waiting
-    from mcl_dist.stopping import StopRequest
+    from mcl_dist.distributed.process_group import Ranks, limit_waiting
+    from mcl_dist.distributed.shutdown import StopRequest
+    from mcl_dist.training.deepspeed_engine import join_process_group, pick_device
 
     stop_with_launcher(StopRequest(), seconds=0)
     device = pick_device()
@@ -227,8 +227,8 @@ def _supervised_work(job: Job) -> Callable[[], bool]:
         birth = this_birth()
         from launch.orphans import stop_with_launcher
         from launch.supervised import Rank, evaluate_supervised
-        from mcl_dist.engine import join_process_group, pick_device
-        from mcl_dist.ranks import Ranks
+        from mcl_dist.distributed.process_group import Ranks
+        from mcl_dist.training.deepspeed_engine import join_process_group, pick_device
 
         stop_with_launcher(stop)
         device = pick_device()
@@ -341,7 +341,7 @@ def _shorthands(arguments: argparse.Namespace) -> list[str]:
 
 def _report(job: Job, splits: Sequence[Scores]) -> dict[str, Any]:
     """For machines: means over splits, then every split."""
-    from mcl_dist.evaluation.scores import mean_of_splits
+    from mcl_dist.evaluation.metrics import mean_of_splits
 
     return {
         "protocol": job.protocol,
@@ -356,7 +356,7 @@ def _report(job: Job, splits: Sequence[Scores]) -> dict[str, Any]:
 
 def _text(splits: Sequence[Scores]) -> str:
     """For people: a line a split and one of their mean, with 95 % intervals; of a single split its classes, too."""
-    from mcl_dist.evaluation.scores import mean_of_splits
+    from mcl_dist.evaluation.metrics import mean_of_splits
 
     means = [mean_of_splits([split]) for split in splits]
     lines = [_line(mean) for mean in means]

@@ -11,14 +11,14 @@ from launch.hangs import SuperviseConfig
 from launch.settings import RunConfig
 from mcl_dist.checkpoint import CheckpointConfig
 from mcl_dist.config import choice, number
-from mcl_dist.encoder import STEM_STRIDE
-from mcl_dist.engine import OptimizerConfig
 from mcl_dist.errors import ConfigError
 from mcl_dist.evaluation.feature_cache import FeaturesConfig
-from mcl_dist.evaluation.neighbours import KnnConfig
-from mcl_dist.evaluation.scores import BootstrapConfig
+from mcl_dist.evaluation.knn import KnnConfig
+from mcl_dist.evaluation.metrics import BootstrapConfig
 from mcl_dist.evaluation.svm import SvmConfig
-from mcl_dist.trainer import TrainConfig
+from mcl_dist.model.encoder import STEM_STRIDE
+from mcl_dist.training.deepspeed_engine import OptimizerConfig
+from mcl_dist.training.trainer import TrainConfig
 
 Evaluation = TypeVar("Evaluation", bound="SupervisedEvaluation")
 

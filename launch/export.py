@@ -31,8 +31,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def run(arguments: argparse.Namespace) -> int:
     """Export as the command line says; returns 0."""
     from launch.subject import settled
-    from mcl_dist.interchange import exported
-    from mcl_dist.storage import write_file
+    from mcl_dist.checkpoint.interchange import exported
+    from mcl_dist.storage.folder import write_file
 
     data = exported(settled(arguments.checkpoint), arguments.format)
     write_file(arguments.out, data)

@@ -19,8 +19,8 @@ from launch.settings import PretrainConfig
 from launch.short_lived import showing
 from launch.step_benchmark import WARM_UP, in_a_process
 from launch.step_forms import TrainerStep, forms, noise
-from mcl_dist.engine import pick_device
 from mcl_dist.events import Event, Listener, LoaderReport
+from mcl_dist.training.deepspeed_engine import pick_device
 from monitoring.board import Board
 from monitoring.gpu import Gpu
 from monitoring.machine import watch_machine

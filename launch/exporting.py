@@ -13,9 +13,9 @@ import torch
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from launch.settings import PretrainConfig
+from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.errors import RankError, UserError
-from mcl_dist.ranks import Ranks
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
 from monitoring.board import Board
 from monitoring.catalogue import Scope
 from monitoring.exporter import Exporter, MonitoringConfig, reached_at

@@ -21,7 +21,7 @@ from launch.build_shards import num_cores
 from launch.evaluate_settings import FrozenConfig, KnnEvaluation, SvmEvaluation
 from launch.progress import watched
 from launch.subject import Subject
-from mcl_dist.encoder import Encoder
+from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.errors import RankError, UserError
 from mcl_dist.evaluation.feature_cache import FeatureCache, digest_of
 from mcl_dist.evaluation.features import (
@@ -32,10 +32,10 @@ from mcl_dist.evaluation.features import (
     recalibrate,
     share_of,
 )
-from mcl_dist.evaluation.neighbours import knn_answers, neighbours_to_show, retrieval_answers
-from mcl_dist.evaluation.scores import Answers, Scores, score
+from mcl_dist.evaluation.knn import knn_answers, neighbours_to_show, retrieval_answers
+from mcl_dist.evaluation.metrics import Answers, Scores, score
 from mcl_dist.evaluation.svm import svm_answers
-from mcl_dist.ranks import Ranks
+from mcl_dist.model.encoder import Encoder
 
 RECALIBRATION_BATCHES = 20
 RECALIBRATION_VIDEOS = 32  # a batch: as many as small pre-training runs use

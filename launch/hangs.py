@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from launch.processes import ProcessEntry
 from mcl_dist.config import number
-from mcl_dist.heartbeat import STEPPING, Beat
+from mcl_dist.distributed.heartbeat import STEPPING, Beat
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from dataloading.stream import ShardSet
 from launch.frozen import check_split, num_threads
 from launch.kept_evaluations import ON_THE_WAY, add
 from launch.settings import PretrainConfig
-from mcl_dist.encoder import Encoder
+from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.shutdown import StopRequest
 from mcl_dist.errors import UserError
 from mcl_dist.evaluation.features import Features, check_finite, extract_features, gather_features, share_of
-from mcl_dist.evaluation.neighbours import knn_answers, neighbours_to_show
-from mcl_dist.evaluation.scores import measures
+from mcl_dist.evaluation.knn import knn_answers, neighbours_to_show
+from mcl_dist.evaluation.metrics import measures
 from mcl_dist.events import Evaluating, Event, Notice
-from mcl_dist.ranks import Ranks
-from mcl_dist.stopping import StopRequest
+from mcl_dist.model.encoder import Encoder
 
 TELL_SECONDS = 20.0  # between signs of life of a rank that makes features
 

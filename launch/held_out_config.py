@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mcl_dist.config import number
 from mcl_dist.errors import ConfigError
-from mcl_dist.evaluation.neighbours import KnnConfig
+from mcl_dist.evaluation.knn import KnnConfig
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from dataloading.inspect import inspect_video, sample_positions
     from dataloading.stream import ShardSet
     from launch.inspect_page import page
-    from mcl_dist.storage import Folder
+    from mcl_dist.storage.folder import Folder
 
     for option, least in (("videos", 1), ("seed", 0)):
         if getattr(args, option) < least:

@@ -15,7 +15,7 @@ from mcl_dist.errors import UserError
 
 if TYPE_CHECKING:
     from launch.evaluate_settings import FrozenConfig, SupervisedEvaluation
-    from mcl_dist.evaluation.scores import Scores
+    from mcl_dist.evaluation.metrics import Scores
 
 FILE = "evaluations.jsonl"
 ON_THE_WAY = "on the way"  # protocol of those that pre-training asks for itself

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from launch.ends import CRASHED, DONE, LOST, STOPPED, USER, End
-from mcl_dist.accounts import Birth
+from mcl_dist.distributed.heartbeat import Heartbeat
+from mcl_dist.distributed.shutdown import StopRequest
 from mcl_dist.errors import EXIT_FAILURE, EXIT_STOPPED, RankError, UserError
-from mcl_dist.heartbeat import Heartbeat
-from mcl_dist.stopping import StopRequest
+from mcl_dist.run_log.goodput import Birth
 
 RUNTIME = "MCL_RUNTIME"  # names the folder of the node's supervisor, in the environment of its ranks
 RESTARTED = "MCL_RESTARTED"  # says as JSON why this attempt had to be made

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from launch.readable import UNKNOWN, counted, duration, number, printable, ratio, size
 from launch.sparkline import sparkline
-from mcl_dist.listeners import MEASURES
+from mcl_dist.run_log.listeners import MEASURES
 from monitoring.curves import Columns
 from monitoring.view import Rank, View
 

@@ -17,11 +17,11 @@ from torch import distributed
 from torch.nn.functional import normalize
 
 from mcl_dist.batch import FIRST_KEY, NUM_VIEWS
+from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.errors import UserError
-from mcl_dist.log_sum_exp import Form, chunked, fused, fused_runs
-from mcl_dist.losses import inter_loss, own_similarities
-from mcl_dist.negatives import Queue
-from mcl_dist.ranks import Ranks
+from mcl_dist.objective.log_sum_exp import Form, chunked, fused, fused_runs
+from mcl_dist.objective.losses import inter_loss, own_similarities
+from mcl_dist.objective.negative_queue import Queue
 
 TEMPERATURE = 0.1
 REPEATS = 5

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 from launch.local_ranks import RUNTIME
 from launch.processes import ProcessEntry
+from mcl_dist.distributed.shutdown import StopRequest
 from mcl_dist.errors import EXIT_FAILURE
-from mcl_dist.stopping import StopRequest
 
 LEAVE_SECONDS = 50.0  # to save; the run that replaces this one waits a little longer for the folder's lock
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from mcl_dist.encoder import IMAGENET_DEVIATION, IMAGENET_MEAN
-from mcl_dist.heads import NetworkOutput
+from mcl_dist.model.encoder import IMAGENET_DEVIATION, IMAGENET_MEAN
+from mcl_dist.model.network import NetworkOutput
 
 
 def normalised(clips: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,8 @@ from launch import cluster
 from launch.ends import OUTCOME_LINE
 from launch.local_ranks import as_rank, heed_stop_file, this_birth, watched_rank
 from launch.nodes import add_node_arguments, meeting_of
-from mcl_dist.heartbeat import EVALUATING, Heartbeat
-from mcl_dist.stopping import StopRequest
+from mcl_dist.distributed.heartbeat import EVALUATING, Heartbeat
+from mcl_dist.distributed.shutdown import StopRequest
 
 EXIT_AGAIN = 76  # to whoever launched this node with --attached: it failed, and another attempt may go better
 PID_FILE, OUTCOME_FILE = "supervisor.pid", "outcome.json"
@@ -107,8 +107,8 @@ def pretrain(config_path: str, overrides: Sequence[str], stop: StopRequest, hear
     from launch.run_lock import only_run
     from launch.settings import PretrainConfig, check
     from mcl_dist.config import load_config
-    from mcl_dist.engine import join_process_group, pick_device
-    from mcl_dist.ranks import Ranks
+    from mcl_dist.distributed.process_group import Ranks
+    from mcl_dist.training.deepspeed_engine import join_process_group, pick_device
 
     stop_with_launcher(stop)
     config = load_config(PretrainConfig, config_path, overrides)

@@ -57,7 +57,7 @@ def write_report(folder: Path, out: str | None = None, num_videos: int = 3, cach
         UserError: there is no run, or the page cannot be written.
     """
     from launch.report_page import report
-    from mcl_dist.storage import write_file
+    from mcl_dist.storage.folder import write_file
 
     page = report(folder, num_videos, cache)
     out = out or str(folder / FILE)

@@ -14,15 +14,15 @@ from launch.inspect_video import heat_colours
 from launch.markup import Markup, joined, jpeg_uri, png_uri, tag
 from launch.readable import number
 from launch.settings import PretrainConfig
-from mcl_dist.alignment import Alignment, align, alignment_map, similarity_gradient
 from mcl_dist.batch import FIRST_KEY, QUERY, TubeletBatch
 from mcl_dist.checkpoint import Snapshot, read_snapshot, restore
 from mcl_dist.checkpoint.format import COMMITTED, step_folder, steps_in
 from mcl_dist.config import build_config
-from mcl_dist.encoder import EncoderConfig, normalise
 from mcl_dist.errors import UserError
-from mcl_dist.heads import HeadsConfig, Network
-from mcl_dist.storage import Folder
+from mcl_dist.model.encoder import EncoderConfig, normalise
+from mcl_dist.model.network import HeadsConfig, Network
+from mcl_dist.objective.alignment import Alignment, align, alignment_map, similarity_gradient
+from mcl_dist.storage.folder import Folder
 
 NUM_VIDEOS = 8  # normalised together: BatchNorm of training mode wants several
 NUM_SHOWN = 3

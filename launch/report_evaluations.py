@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from launch.kept_evaluations import ON_THE_WAY
 from launch.markup import Markup, joined, tag
 from launch.readable import UNKNOWN
-from mcl_dist.remote import without_credentials
+from mcl_dist.storage.store_requests import without_credentials
 
 MOST_CLASSES = 60
 NAMES = {ON_THE_WAY: "kNN, on the way"}

@@ -12,7 +12,7 @@ from dataloading.stream import ShardSet
 from launch.kept_evaluations import ON_THE_WAY
 from launch.markup import Markup, joined, jpeg_uri, tag
 from mcl_dist.errors import UserError
-from mcl_dist.remote import without_credentials
+from mcl_dist.storage.store_requests import without_credentials
 
 NUM_FRAMES = 3
 SIDE = 144  # of a frame's longer side, pixels

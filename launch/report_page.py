@@ -24,7 +24,7 @@ from launch.report_neighbours import neighbours
 from launch.settings import PretrainConfig
 from mcl_dist.config import RUN_CONFIG, load_config
 from mcl_dist.errors import UserError
-from mcl_dist.remote import without_credentials
+from mcl_dist.storage.store_requests import without_credentials
 from monitoring.run_folder import RunFolder
 from monitoring.view import View
 

@@ -9,13 +9,13 @@ from launch.hangs import SuperviseConfig
 from launch.held_out_config import EvaluateConfig
 from mcl_dist.checkpoint import CheckpointConfig
 from mcl_dist.config import number
-from mcl_dist.encoder import EncoderConfig
-from mcl_dist.engine import OptimizerConfig
 from mcl_dist.errors import ConfigError
-from mcl_dist.heads import HeadsConfig
-from mcl_dist.objective import ObjectiveConfig
-from mcl_dist.trainer import TrainConfig
-from mcl_dist.weights import InitialConfig
+from mcl_dist.model.encoder import EncoderConfig
+from mcl_dist.model.network import HeadsConfig
+from mcl_dist.model.pretrained_weights import InitialConfig
+from mcl_dist.objective.objective import ObjectiveConfig
+from mcl_dist.training.deepspeed_engine import OptimizerConfig
+from mcl_dist.training.trainer import TrainConfig
 from monitoring.exporter import MonitoringConfig
 
 

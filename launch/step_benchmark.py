@@ -14,11 +14,11 @@ import torch
 
 from launch.settings import PretrainConfig
 from launch.step_forms import Form, GrowingStep, TrainerStep, forms, noise
-from mcl_dist.clock import PhaseClock
-from mcl_dist.engine import pick_device
 from mcl_dist.errors import ConfigError, UserError
-from mcl_dist.operations import operations_per_video
-from mcl_dist.trainer import peak_bytes
+from mcl_dist.objective.flops import operations_per_video
+from mcl_dist.training.deepspeed_engine import pick_device
+from mcl_dist.training.phase_timer import PhaseClock
+from mcl_dist.training.trainer import peak_bytes
 
 PHASES = ("copy", "keys", "forward", "backward", "optimizer", "momentum", "queue", "other")
 WARM_UP = 3  # steps; the first compiles, the next two settle the allocators

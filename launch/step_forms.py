@@ -14,22 +14,22 @@ import torch
 from launch import plain_step
 from launch.local_ranks import free_port
 from launch.settings import PretrainConfig
-from mcl_dist.alignment import align, alignment_map, similarity_gradient
 from mcl_dist.batch import FIRST_KEY, NUM_VIEWS, QUERY, TubeletBatch
 from mcl_dist.checkpoint import Checkpoints
-from mcl_dist.clock import PhaseClock
-from mcl_dist.encoder import normalise
-from mcl_dist.engine import Engine, join_process_group, make_optimizer
+from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.events import Listener
-from mcl_dist.heads import Network
-from mcl_dist.learner import Learner
-from mcl_dist.losses import inter_loss, intra_loss, order_loss, own_similarities
-from mcl_dist.momentum import NUM_KEYS, MomentumEncoder
-from mcl_dist.negatives import Queue
-from mcl_dist.objective import Objective
-from mcl_dist.pretrainer import Pretrainer
-from mcl_dist.ranks import Ranks
-from mcl_dist.schedule import Schedule
+from mcl_dist.model.encoder import normalise
+from mcl_dist.model.network import Network
+from mcl_dist.objective.alignment import align, alignment_map, similarity_gradient
+from mcl_dist.objective.losses import inter_loss, intra_loss, order_loss, own_similarities
+from mcl_dist.objective.momentum_encoder import NUM_KEYS, MomentumEncoder
+from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.objective import Objective
+from mcl_dist.objective.schedule import Schedule
+from mcl_dist.training.deepspeed_engine import Engine, join_process_group, make_optimizer
+from mcl_dist.training.phase_timer import PhaseClock
+from mcl_dist.training.pretrain_state import Learner
+from mcl_dist.training.pretrain_step import Pretrainer
 
 Mark = Callable[[str], None]  # called with a phase's name when it ends
 

@@ -12,7 +12,7 @@ from mcl_dist.errors import ConfigError
 if TYPE_CHECKING:
     from dataloading.clips import ClipGeometry, ClipsConfig
     from launch.settings import PretrainConfig
-    from mcl_dist.encoder import Encoder
+    from mcl_dist.model.encoder import Encoder
 
 RANDOM = "random"
 FRAMES, STRIDE, CROP = 16, 2, 224  # METHOD.md's, for weights that do not tell
@@ -51,8 +51,8 @@ def settled(checkpoint: str) -> str:
         UserError: no such checkpoint.
     """
     from mcl_dist.checkpoint import resolve
-    from mcl_dist.interchange import is_file
-    from mcl_dist.remote import without_credentials
+    from mcl_dist.checkpoint.interchange import is_file
+    from mcl_dist.storage.store_requests import without_credentials
 
     if checkpoint == RANDOM or is_file(checkpoint):
         return checkpoint
@@ -77,9 +77,9 @@ def load_subject(checkpoint: str, pretrain: PretrainConfig | None = None) -> Sub
     from dataloading.clips import ClipGeometry
     from launch.settings import PretrainConfig
     from mcl_dist.checkpoint import load_encoder
+    from mcl_dist.checkpoint.interchange import clips_of_file, is_file
+    from mcl_dist.checkpoint.interchange import load_encoder as load_weights
     from mcl_dist.config import build_config
-    from mcl_dist.interchange import clips_of_file, is_file
-    from mcl_dist.interchange import load_encoder as load_weights
 
     if checkpoint == RANDOM:
         if pretrain is None:
@@ -107,8 +107,8 @@ def load_pretrain_config(file: str, overrides: Sequence[str] = ()) -> PretrainCo
 def _untrained(config: PretrainConfig) -> Encoder:
     import torch
 
-    from mcl_dist.heads import Network
-    from mcl_dist.weights import initialise
+    from mcl_dist.model.network import Network
+    from mcl_dist.model.pretrained_weights import initialise
 
     torch.manual_seed(config.run.seed)
     network = Network(config.encoder, config.heads)

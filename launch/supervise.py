@@ -19,10 +19,10 @@ from launch.hangs import SuperviseConfig
 from launch.local_ranks import RESTARTED, RUNTIME, STOP_FILE, Meeting, launcher_command, launcher_environment
 from launch.rendezvous import Member
 from launch.restarts import Restarts
+from mcl_dist.distributed.shutdown import EXIT_AT_ONCE, StopRequest
 from mcl_dist.errors import EXIT_FAILURE, EXIT_STOPPED
 from mcl_dist.events import Failed
-from mcl_dist.listeners import EventLog
-from mcl_dist.stopping import EXIT_AT_ONCE, StopRequest
+from mcl_dist.run_log.listeners import EventLog
 
 LOOK_SECONDS = 0.2
 TOLD_SECONDS = 30.0  # between lines that say which nodes are missing

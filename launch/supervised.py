@@ -23,21 +23,21 @@ from launch.local_ranks import heed_stop_file
 from launch.progress import watched
 from launch.run_lock import only_run
 from launch.subject import Subject
-from mcl_dist.accounts import Birth
 from mcl_dist.checkpoint import Checkpoints, Progress
 from mcl_dist.config import RUN_CONFIG, dump_config
-from mcl_dist.encoder import Encoder, normalise
+from mcl_dist.distributed.heartbeat import EVALUATING, Heartbeat
+from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.shutdown import StopRequest
 from mcl_dist.evaluation.classifier import Classifier, ClassifierLoss, LinearLayer
+from mcl_dist.evaluation.classifier_trainer import ClassifierLearner, SupervisedTrainer
 from mcl_dist.evaluation.feature_cache import digest_of
 from mcl_dist.evaluation.features import check_finite, gather_features, mean_over_clips, recalibrate, share_of
-from mcl_dist.evaluation.scores import Scores, answers_from_scores, score
-from mcl_dist.evaluation.supervised import ClassifierLearner, SupervisedTrainer
+from mcl_dist.evaluation.metrics import Scores, answers_from_scores, score
 from mcl_dist.events import Listener, tell
-from mcl_dist.heartbeat import EVALUATING, Heartbeat
-from mcl_dist.listeners import Console
-from mcl_dist.ranks import Ranks
-from mcl_dist.stopping import StopRequest
-from mcl_dist.storage import Folder
+from mcl_dist.model.encoder import Encoder, normalise
+from mcl_dist.run_log.goodput import Birth
+from mcl_dist.run_log.listeners import Console
+from mcl_dist.storage.folder import Folder
 
 # What decides which samples a step holds, what they look like and what learns from them: changed, it is another run.
 COURSE = (

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from mcl_dist.accounts import CAUSES
 from mcl_dist.events import PHASES
-from mcl_dist.remote import Failure
+from mcl_dist.run_log.goodput import CAUSES
+from mcl_dist.storage.store_requests import Failure
 
 Kind = Literal["counter", "gauge", "histogram"]
 # Who exports it: the first rank for the whole run, every rank, the first rank of every node, the builder.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-from mcl_dist.accounts import CAUSES
 from mcl_dist.events import (
     Accounts,
     CheckpointFailed,
@@ -20,6 +19,7 @@ from mcl_dist.events import (
     StepSkipped,
     Stopping,
 )
+from mcl_dist.run_log.goodput import CAUSES
 from monitoring.board import Board
 from monitoring.catalogue import LOSSES
 from monitoring.pulse import Pulse

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
 
 FILE = "targets.json"
 

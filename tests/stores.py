@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dataloading.store import Store
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
 from tests.faultproxy import FaultProxy, fault_proxy
 from tests.nginx import running_nginx
 from tests.s3 import S3Store

@@ -11,11 +11,11 @@ A checkpoint is a folder `step-000001200/` that all ranks fill:
 There are no generators in it: every draw of a run is a function of its seed, the step and the sample.
 """
 
-from mcl_dist.checkpoint.checkpoints import CheckpointConfig, Checkpoints
-from mcl_dist.checkpoint.content import Progress, Share, Snapshot, Tensors
 from mcl_dist.checkpoint.format import COMMITTED
-from mcl_dist.checkpoint.read import load_encoder, load_network, newest, read_snapshot, resolve, restore
-from mcl_dist.checkpoint.sealed import DamagedError, TornError
+from mcl_dist.checkpoint.integrity import DamagedError, TornError
+from mcl_dist.checkpoint.manager import CheckpointConfig, Checkpoints
+from mcl_dist.checkpoint.reader import load_encoder, load_network, newest, read_snapshot, resolve, restore
+from mcl_dist.checkpoint.state import Progress, Share, Snapshot, Tensors
 
 __all__ = [
     "COMMITTED",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
 
 FORMAT = 2
 COMMITTED = "COMMITTED"

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from mcl_dist.encoder import Encoder
-from mcl_dist.heads import widened
-from mcl_dist.loss_module import LossModule
+from mcl_dist.model.encoder import Encoder
+from mcl_dist.model.loss_module import LossModule
+from mcl_dist.model.network import widened
 
 INITIAL_DEVIATION = 0.01  # of the linear layer's weights, as the reference's; its biases start at 0
 

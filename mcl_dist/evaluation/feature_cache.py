@@ -16,7 +16,7 @@ from torch import nn
 
 from mcl_dist.errors import UserError
 from mcl_dist.evaluation.features import Features
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
 
 FORMAT = 1  # of the files, and of how features are made
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from mcl_dist.encoder import Encoder, normalise
+from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.errors import UserError
-from mcl_dist.ranks import Ranks
+from mcl_dist.model.encoder import Encoder, normalise
 
 # Clips that go through the encoder at once: 16 of 16×224² keep R(2+1)D-50 under 2 GB of activations.
 CLIPS_AT_ONCE = 16

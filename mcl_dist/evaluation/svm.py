@@ -9,7 +9,7 @@ import numpy as np
 from mcl_dist.config import number
 from mcl_dist.errors import UserError
 from mcl_dist.evaluation.features import Features
-from mcl_dist.evaluation.scores import Answers, answers_from_scores
+from mcl_dist.evaluation.metrics import Answers, answers_from_scores
 
 MAX_ITERATIONS = 10_000  # liblinear's own 1000 end too early on raw features
 

@@ -19,7 +19,7 @@ from dataloading.synthetic import write_video
 from dataloading.verify import verify_shards
 from dataloading.workers import LocalExecutor
 from mcl_dist.errors import UserError
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
 
 CONFIG = BuildConfig(flow="dis", short_side=0, window=8)
 

@@ -21,8 +21,8 @@ from dataloading.synthetic import write_video
 from dataloading.workers import LocalExecutor
 from launch.cli import main
 from mcl_dist.errors import EXIT_FAILURE, UserError
-from mcl_dist.patience import Patience
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
+from mcl_dist.storage.retry import Patience
 from tests.faultproxy import FaultProxy, fault_proxy
 from tests.s3 import S3Store
 

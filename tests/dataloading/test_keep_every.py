@@ -25,7 +25,7 @@ from dataloading.verify import verify_shards
 from dataloading.workers import LocalExecutor
 from mcl_dist.batch import TubeletBatch
 from mcl_dist.errors import ConfigError, UserError
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
 
 WINDOW = 8  # frames of the video: 4 of a clip at stride 2
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from dataloading.shards import read_manifest
 from dataloading.sources import scan_sources
 from dataloading.synthetic import write_video
 from dataloading.workers import LocalExecutor
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
 
 
 def film(seed: int, size: tuple[int, int] = (90, 120)) -> list[np.ndarray]:

@@ -268,7 +268,7 @@ def outcomes(url: str, cache: Path | None, fetch: str, expected: list[Any], keys
 def test_no_sample_of_2000_mutated_sets_is_wrong_unreported_or_does_harm(
     write_set: WriteSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    monkeypatch.setattr("mcl_dist.remote.FIRST_WAIT", 0.0)
+    monkeypatch.setattr("mcl_dist.storage.store_requests.FIRST_WAIT", 0.0)
     monkeypatch.setitem(globals(), "PICKLE", pickle.dumps(Harm(tmp_path)))
     objects = io.BytesIO()
     np.save(objects, np.array([Harm(tmp_path)], dtype=object), allow_pickle=True)

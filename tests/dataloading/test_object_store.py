@@ -20,8 +20,8 @@ from dataloading.synthetic import write_video
 from dataloading.verify import verify_shards
 from launch.cli import main
 from mcl_dist.errors import EXIT_FAILURE, UserError
-from mcl_dist.patience import Patience
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
+from mcl_dist.storage.retry import Patience
 from tests.s3 import SECRET
 
 OPTIONS = ("--flow", "dis", "--short-side", "0", "--window", "8", "--shard-megabytes", "1")

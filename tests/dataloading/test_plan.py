@@ -11,7 +11,7 @@ from dataloading.data_config import DataConfig
 from dataloading.draw import VideoSource
 from dataloading.plan import Plan, lanes_of_rank, sample_generator
 from mcl_dist.errors import ConfigError, UserError
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
 
 
 def plan(num_samples: int = 47, lanes: int = 8, seed: int = 3, shuffle_window: int = 4) -> Plan:

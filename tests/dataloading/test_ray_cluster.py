@@ -20,7 +20,7 @@ from dataloading.sources import scan_sources
 from dataloading.synthetic import write_video
 from launch.cli import main
 from mcl_dist.errors import EXIT_FAILURE, UserError
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
 
 OPTIONS = ("--flow", "tvl1", "--short-side", "0", "--window", "8", "--shard-megabytes", "1")
 pytestmark = pytest.mark.slow

@@ -30,7 +30,7 @@ from dataloading.synthetic import write_video
 from dataloading.verify import verify_shards
 from dataloading.workers import LocalExecutor
 from mcl_dist.errors import UserError
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
 
 CONFIG = BuildConfig(flow="dis", short_side=0, window=8, shard_megabytes=1)
 SHARD_BYTES = 60_000  # a "megabyte" in these tests: two videos a shard
@@ -40,7 +40,7 @@ import dataloading.build as build
 from dataloading.process import BuildConfig
 from dataloading.sources import scan_sources
 from dataloading.workers import LocalExecutor
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
 
 def listen(event):
     print(event.source if hasattr(event, "source") else type(event).__name__, flush=True)

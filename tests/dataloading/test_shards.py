@@ -27,7 +27,7 @@ from dataloading.shards import (
     sealed,
 )
 from mcl_dist.errors import UserError
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
 
 SHARD = "shard-000000.tar"
 

@@ -12,7 +12,7 @@ from dataloading.jpeg import jpeg_size
 from dataloading.shards import parse_manifest, read_index
 from dataloading.verify import verify_shards
 from mcl_dist.errors import UserError
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
 
 SHARD = "shard-000000.tar"
 

@@ -8,20 +8,20 @@ from pathlib import Path
 
 import torch
 
-from mcl_dist import engine as engine_module
 from mcl_dist.batch import TubeletBatch
 from mcl_dist.checkpoint import CheckpointConfig, Checkpoints, Progress
-from mcl_dist.encoder import EncoderConfig
-from mcl_dist.engine import Engine, OptimizerConfig, join_process_group, pick_device
-from mcl_dist.heads import HeadsConfig, Network
-from mcl_dist.learner import Learner
-from mcl_dist.momentum import MomentumEncoder
-from mcl_dist.negatives import Queue
-from mcl_dist.objective import Objective, ObjectiveConfig
-from mcl_dist.pretrainer import Pretrainer
-from mcl_dist.ranks import Ranks
-from mcl_dist.schedule import Schedule
-from mcl_dist.trainer import TrainConfig
+from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.model.encoder import EncoderConfig
+from mcl_dist.model.network import HeadsConfig, Network
+from mcl_dist.objective.momentum_encoder import MomentumEncoder
+from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.objective import Objective, ObjectiveConfig
+from mcl_dist.objective.schedule import Schedule
+from mcl_dist.training import deepspeed_engine as engine_module
+from mcl_dist.training.deepspeed_engine import Engine, OptimizerConfig, join_process_group, pick_device
+from mcl_dist.training.pretrain_state import Learner
+from mcl_dist.training.pretrain_step import Pretrainer
+from mcl_dist.training.trainer import TrainConfig
 
 GLOBAL_BATCH, STEPS = 4, 6
 QUIET = TrainConfig(on_spike="ignore")

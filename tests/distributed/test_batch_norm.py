@@ -13,15 +13,15 @@ import torch
 from torch import distributed
 from torch.nn.functional import normalize
 
-from mcl_dist.encoder import EncoderConfig
-from mcl_dist.engine import OptimizerConfig
+from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.events import Started
-from mcl_dist.heads import HeadsConfig, Network
-from mcl_dist.listeners import MetricsFile
-from mcl_dist.momentum import Keys, MomentumEncoder
-from mcl_dist.negatives import Queue
-from mcl_dist.objective import LossWeights, Objective
-from mcl_dist.ranks import Ranks
+from mcl_dist.model.encoder import EncoderConfig
+from mcl_dist.model.network import HeadsConfig, Network
+from mcl_dist.objective.momentum_encoder import Keys, MomentumEncoder
+from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.objective import LossWeights, Objective
+from mcl_dist.run_log.listeners import MetricsFile
+from mcl_dist.training.deepspeed_engine import OptimizerConfig
 from tests.distributed.runs import STEPS, joined, noise, put_together
 
 GLOBAL_BATCH, DIM = 8, 8

@@ -19,10 +19,10 @@ import pytest
 import torch
 from torch import distributed
 
-from mcl_dist import storage
 from mcl_dist.checkpoint import CheckpointConfig, Checkpoints, Share, read_snapshot
+from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.errors import UserError
-from mcl_dist.ranks import Ranks
+from mcl_dist.storage import folder as storage
 
 NUM_RANKS = 2
 CHANGING = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")

@@ -16,9 +16,9 @@ from torch import distributed
 
 from mcl_dist.batch import TubeletBatch
 from mcl_dist.checkpoint.format import NETWORK, optimizer_file
-from mcl_dist.engine import OptimizerConfig
-from mcl_dist.ranks import Ranks
-from mcl_dist.trainer import TrainConfig, Trainer
+from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.training.deepspeed_engine import OptimizerConfig
+from mcl_dist.training.trainer import TrainConfig, Trainer
 from tests.distributed.runs import STEPS, joined, noise, put_together
 
 EVERY = 3  # as `put_together` has it: one checkpoint in the middle, one at the end

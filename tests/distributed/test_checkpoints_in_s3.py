@@ -14,16 +14,17 @@ from typing import Any
 import pytest
 from torch import distributed
 
-from mcl_dist import remote, storage
 from mcl_dist.batch import TubeletBatch
 from mcl_dist.checkpoint import COMMITTED, CheckpointConfig, Checkpoints, DamagedError, TornError, read_snapshot
-from mcl_dist.checkpoint import write as write_module
+from mcl_dist.checkpoint import writer as write_module
 from mcl_dist.checkpoint.format import NETWORK, STATE, step_folder, steps_in
-from mcl_dist.engine import OptimizerConfig
+from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.events import CheckpointFailed, CheckpointWritten, Event, Notice, StepDone
-from mcl_dist.pretrainer import Pretrainer
-from mcl_dist.ranks import Ranks
-from mcl_dist.storage import Folder
+from mcl_dist.storage import folder as storage
+from mcl_dist.storage import store_requests as remote
+from mcl_dist.storage.folder import Folder
+from mcl_dist.training.deepspeed_engine import OptimizerConfig
+from mcl_dist.training.pretrain_step import Pretrainer
 from tests.distributed.runs import joined, noise, put_together
 from tests.s3 import S3Store, running_store
 

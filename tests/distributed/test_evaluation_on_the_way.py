@@ -17,10 +17,10 @@ from torch import distributed
 from launch import held_out
 from launch.held_out import HeldOut
 from mcl_dist.checkpoint import load_encoder
-from mcl_dist.encoder import Encoder
-from mcl_dist.engine import join_process_group, pick_device
+from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.evaluation.feature_cache import digest_of
-from mcl_dist.ranks import Ranks
+from mcl_dist.model.encoder import Encoder
+from mcl_dist.training.deepspeed_engine import join_process_group, pick_device
 from tests.distributed.test_exact_resume import lines, losses, train
 
 STEPS = 3

@@ -16,13 +16,13 @@ from torch import distributed
 
 from launch.assembly import assembled
 from launch.settings import PretrainConfig
-from mcl_dist.accounts import Birth
 from mcl_dist.batch import TubeletBatch
 from mcl_dist.config import load_config
-from mcl_dist.engine import join_process_group, pick_device
-from mcl_dist.heartbeat import Heartbeat
-from mcl_dist.ranks import Ranks
-from mcl_dist.stopping import StopRequest
+from mcl_dist.distributed.heartbeat import Heartbeat
+from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.shutdown import StopRequest
+from mcl_dist.run_log.goodput import Birth
+from mcl_dist.training.deepspeed_engine import join_process_group, pick_device
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ("data.crop=48", "encoder.width=4", "heads.dim=8", "objective.queue=64", "train.global_batch=4")

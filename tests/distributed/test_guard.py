@@ -18,18 +18,18 @@ from torch import distributed
 from dataloading.stream import ShardSet
 from launch.assembly import assembled
 from launch.settings import PretrainConfig
-from mcl_dist.accounts import Birth
 from mcl_dist.batch import FIRST_KEY, QUERY, TubeletBatch
-from mcl_dist.clock import PhaseClock
 from mcl_dist.config import load_config
-from mcl_dist.engine import OptimizerConfig, join_process_group, pick_device
+from mcl_dist.distributed.heartbeat import Heartbeat
+from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.shutdown import StopRequest
 from mcl_dist.errors import UserError
 from mcl_dist.events import Event, LossSpike, StepDone, StepSkipped
-from mcl_dist.heartbeat import Heartbeat
-from mcl_dist.pretrainer import Pretrainer
-from mcl_dist.ranks import Ranks
-from mcl_dist.stopping import StopRequest
-from mcl_dist.trainer import TrainConfig
+from mcl_dist.run_log.goodput import Birth
+from mcl_dist.training.deepspeed_engine import OptimizerConfig, join_process_group, pick_device
+from mcl_dist.training.phase_timer import PhaseClock
+from mcl_dist.training.pretrain_step import Pretrainer
+from mcl_dist.training.trainer import TrainConfig
 from tests.distributed.runs import QUIET, STEPS, joined, noise, put_together
 
 REPOSITORY = Path(__file__).resolve().parents[2]

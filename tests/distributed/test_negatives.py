@@ -11,9 +11,9 @@ import torch
 from torch import distributed
 from torch.nn.functional import normalize
 
-from mcl_dist.losses import inter_loss, own_similarities
-from mcl_dist.negatives import Queue
-from mcl_dist.ranks import Ranks
+from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.objective.losses import inter_loss, own_similarities
+from mcl_dist.objective.negative_queue import Queue
 
 SIZE, DIM, BATCH, STEPS = 101, 8, 5, 4  # no number of ranks divides 101, nor does it hold whole steps' keys
 

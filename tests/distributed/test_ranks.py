@@ -13,12 +13,12 @@ import torch
 from torch import distributed
 from torch.distributed import distributed_c10d
 
-from mcl_dist.checkpoint.council import Council
-from mcl_dist.encoder import EncoderConfig
-from mcl_dist.engine import OptimizerConfig
-from mcl_dist.heads import HeadsConfig, Network
-from mcl_dist.momentum import MomentumEncoder
-from mcl_dist.ranks import Ranks, limit_waiting
+from mcl_dist.checkpoint.consensus import Council
+from mcl_dist.distributed.process_group import Ranks, limit_waiting
+from mcl_dist.model.encoder import EncoderConfig
+from mcl_dist.model.network import HeadsConfig, Network
+from mcl_dist.objective.momentum_encoder import MomentumEncoder
+from mcl_dist.training.deepspeed_engine import OptimizerConfig
 from tests.distributed import runs
 
 BATCH = 3

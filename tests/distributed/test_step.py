@@ -14,8 +14,8 @@ from torch import distributed
 
 from mcl_dist.batch import TubeletBatch
 from mcl_dist.checkpoint import read_snapshot
-from mcl_dist.engine import OptimizerConfig
-from mcl_dist.ranks import Ranks
+from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.training.deepspeed_engine import OptimizerConfig
 from tests.distributed.runs import GLOBAL_BATCH, QUIET, joined, noise, put_together
 
 SGD = OptimizerConfig(learning_rate=0.01)

@@ -22,15 +22,15 @@ from launch.evaluate_settings import FinetuneEvaluation, LinearEvaluation, Linea
 from launch.settings import PretrainConfig
 from launch.subject import RANDOM, Subject, load_subject
 from launch.supervised import Lesson, Outcome, Rank, assembled, described_by, evaluate_supervised, pupil_of
-from mcl_dist.accounts import Birth
 from mcl_dist.batch import LabelledBatch
 from mcl_dist.checkpoint import read_snapshot
 from mcl_dist.config import build_config, load_config
-from mcl_dist.engine import join_process_group, pick_device
+from mcl_dist.distributed.heartbeat import Heartbeat
+from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.shutdown import StopRequest
 from mcl_dist.errors import UserError
-from mcl_dist.heartbeat import Heartbeat
-from mcl_dist.ranks import Ranks
-from mcl_dist.stopping import StopRequest
+from mcl_dist.run_log.goodput import Birth
+from mcl_dist.training.deepspeed_engine import join_process_group, pick_device
 
 PRETRAINED = {
     "data": {"train": "unused", "frames": 8, "stride": 4, "crop": 32},

@@ -13,11 +13,11 @@ import pytest
 from torch import distributed
 
 from mcl_dist.checkpoint import read_snapshot
-from mcl_dist.engine import OptimizerConfig
+from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.errors import UserError
 from mcl_dist.events import Started
-from mcl_dist.listeners import MetricsFile
-from mcl_dist.ranks import Ranks
+from mcl_dist.run_log.listeners import MetricsFile
+from mcl_dist.training.deepspeed_engine import OptimizerConfig
 from tests.distributed.runs import STEPS, joined, noise, put_together
 
 

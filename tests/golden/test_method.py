@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from mcl_dist.alignment import align, alignment_map, similarity_gradient
-from mcl_dist.encoder import EncoderConfig
-from mcl_dist.heads import HeadsConfig, Network
-from mcl_dist.losses import inter_loss, intra_loss, own_similarities
-from mcl_dist.momentum import Keys, MomentumEncoder
-from mcl_dist.negatives import Queue
-from mcl_dist.objective import LossWeights, Objective
-from mcl_dist.ranks import Ranks
-from mcl_dist.schedule import Schedule
-from mcl_dist.weights import from_reference, inflated, to_reference
+from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.model.encoder import EncoderConfig
+from mcl_dist.model.network import HeadsConfig, Network
+from mcl_dist.model.pretrained_weights import from_reference, inflated, to_reference
+from mcl_dist.objective.alignment import align, alignment_map, similarity_gradient
+from mcl_dist.objective.losses import inter_loss, intra_loss, own_similarities
+from mcl_dist.objective.momentum_encoder import Keys, MomentumEncoder
+from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.objective import LossWeights, Objective
+from mcl_dist.objective.schedule import Schedule
 
 TEMPERATURE = 0.1
 LEARNING_RATE, SGD_MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1e-4  # of the golden step

@@ -15,7 +15,7 @@ import torch
 from dataloading import loader
 from launch import assembly, pretrain
 from mcl_dist.batch import QUERY, TubeletBatch
-from mcl_dist.pretrainer import Pretrainer
+from mcl_dist.training.pretrain_step import Pretrainer
 
 
 class Poisoned(Pretrainer):

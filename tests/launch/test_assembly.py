@@ -11,11 +11,11 @@ import pytest
 
 from launch.assembly import COURSE, listening, resume
 from launch.settings import PretrainConfig
-from mcl_dist.accounts import Birth
 from mcl_dist.config import load_config
+from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.errors import UserError
-from mcl_dist.listeners import Console
-from mcl_dist.ranks import Ranks
+from mcl_dist.run_log.goodput import Birth
+from mcl_dist.run_log.listeners import Console
 
 
 def described(*changes: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataloading.shards import RefusedVideo
 from launch.build_metrics import build_metrics
 from launch.local_ranks import free_port
 from mcl_dist.errors import UserError
-from mcl_dist.patience import Patience
+from mcl_dist.storage.retry import Patience
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")

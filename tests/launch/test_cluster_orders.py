@@ -17,8 +17,8 @@ from launch import cli, cluster
 from launch.fleet import Fleet
 from launch.hostfile import Host
 from launch.ssh import Ssh
-from mcl_dist.heartbeat import STEPPING, Beat, beat_file
-from mcl_dist.stopping import SIGNALS
+from mcl_dist.distributed.heartbeat import STEPPING, Beat, beat_file
+from mcl_dist.distributed.shutdown import SIGNALS
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "pretrain" / "tiny.yaml")
 SECONDS = 20.0

@@ -17,14 +17,14 @@ from launch.kept_evaluations import kept
 from launch.settings import PretrainConfig
 from launch.subject import Subject, load_pretrain_config, load_subject
 from mcl_dist.config import build_config, dump_config
+from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.errors import UserError
 from mcl_dist.evaluation.feature_cache import digest_of
-from mcl_dist.evaluation.scores import Scores
-from mcl_dist.heads import Network
-from mcl_dist.learner import Learner
-from mcl_dist.momentum import MomentumEncoder
-from mcl_dist.negatives import Queue
-from mcl_dist.ranks import Ranks
+from mcl_dist.evaluation.metrics import Scores
+from mcl_dist.model.network import Network
+from mcl_dist.objective.momentum_encoder import MomentumEncoder
+from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.training.pretrain_state import Learner
 
 CONFIG = build_config(
     PretrainConfig,

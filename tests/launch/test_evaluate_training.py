@@ -17,7 +17,7 @@ from launch.evaluate import Job, tell_once
 from launch.evaluate_settings import LinearEvaluation
 from mcl_dist.config import build_config
 from mcl_dist.errors import UserError
-from mcl_dist.evaluation.scores import Answers, BootstrapConfig, score
+from mcl_dist.evaluation.metrics import Answers, BootstrapConfig, score
 
 PRETRAINED = """
 run: {dir: unused, seed: 5}

@@ -8,11 +8,11 @@ import pytest
 from launch.held_out import HeldOut
 from launch.settings import PretrainConfig
 from mcl_dist.config import build_config
-from mcl_dist.encoder import Encoder, EncoderConfig
+from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.shutdown import StopRequest
 from mcl_dist.errors import UserError
 from mcl_dist.events import Evaluating, Event, Notice
-from mcl_dist.ranks import Ranks
-from mcl_dist.stopping import StopRequest
+from mcl_dist.model.encoder import Encoder, EncoderConfig
 
 ENCODER = EncoderConfig(width=4, blocks=(1, 1))
 

@@ -18,7 +18,7 @@ from launch.readable import counted, duration, number, printable, ratio, size
 from launch.sparkline import sparkline
 from mcl_dist.errors import EXIT_FAILURE, EXIT_USAGE
 from mcl_dist.events import CheckpointWritten, Evaluated, Event, Notice, Started, StepDone
-from mcl_dist.listeners import EventLog, MetricsFile
+from mcl_dist.run_log.listeners import EventLog, MetricsFile
 from monitoring.view import VERSION
 
 SECONDS = 10

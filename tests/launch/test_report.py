@@ -23,19 +23,19 @@ from launch.readable import number
 from launch.report_alignment import look
 from launch.report_evaluations import evaluations
 from launch.settings import PretrainConfig
-from mcl_dist.alignment import align, alignment_map, automatic_gradient
 from mcl_dist.batch import FIRST_KEY, QUERY, TubeletBatch
 from mcl_dist.checkpoint import Checkpoints, read_snapshot
 from mcl_dist.config import build_config, dump_config
-from mcl_dist.encoder import normalise
+from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.errors import EXIT_FAILURE, EXIT_USAGE
 from mcl_dist.events import Evaluated, Finished, Started, StepDone
-from mcl_dist.heads import Network
-from mcl_dist.learner import Learner
-from mcl_dist.listeners import EventLog, MetricsFile
-from mcl_dist.momentum import MomentumEncoder
-from mcl_dist.negatives import Queue
-from mcl_dist.ranks import Ranks
+from mcl_dist.model.encoder import normalise
+from mcl_dist.model.network import Network
+from mcl_dist.objective.alignment import align, alignment_map, automatic_gradient
+from mcl_dist.objective.momentum_encoder import MomentumEncoder
+from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.run_log.listeners import EventLog, MetricsFile
+from mcl_dist.training.pretrain_state import Learner
 from tests.launch.test_inspect_shards import Elements, chromium
 
 STEPS = 20

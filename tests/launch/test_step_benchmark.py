@@ -10,9 +10,9 @@ from launch.cli import main
 from launch.step_benchmark import PHASES
 from launch.step_forms import Form, forms
 from mcl_dist.config import build_config
-from mcl_dist.encoder import normalise
-from mcl_dist.losses import inter_loss, own_similarities
-from mcl_dist.negatives import Queue
+from mcl_dist.model.encoder import normalise
+from mcl_dist.objective.losses import inter_loss, own_similarities
+from mcl_dist.objective.negative_queue import Queue
 
 SMALL = ("train.global_batch=2", "data.crop=32", "encoder.width=4", "encoder.blocks=[1]", "objective.queue=64")
 

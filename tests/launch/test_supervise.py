@@ -19,8 +19,8 @@ from launch.hangs import SuperviseConfig, hang
 from launch.local_ranks import Meeting
 from launch.restarts import Restarts
 from launch.supervise import Supervisor
-from mcl_dist.heartbeat import STEPPING, WAITING, Beat, read_beats
-from mcl_dist.stopping import StopRequest
+from mcl_dist.distributed.heartbeat import STEPPING, WAITING, Beat, read_beats
+from mcl_dist.distributed.shutdown import StopRequest
 from tests.processes import of_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mcl_dist.accounts import Birth, Ledger
 from mcl_dist.events import Accounts, CheckpointWritten, Event, Finished, Restarted, Started, StepDone, Stopping
-from mcl_dist.listeners import EventLog, MetricsFile
+from mcl_dist.run_log.goodput import Birth, Ledger
+from mcl_dist.run_log.listeners import EventLog, MetricsFile
 
 STEPS, STEP_SECONDS = 6, 2.0
 

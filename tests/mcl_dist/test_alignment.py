@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import torch
 
-from mcl_dist.alignment import align, alignment_map, similarity_gradient
-from mcl_dist.encoder import EncoderConfig
-from mcl_dist.heads import HeadsConfig, Network, NetworkOutput
+from mcl_dist.model.encoder import EncoderConfig
+from mcl_dist.model.network import HeadsConfig, Network, NetworkOutput
+from mcl_dist.objective.alignment import align, alignment_map, similarity_gradient
 
 
 def small_network() -> Network:

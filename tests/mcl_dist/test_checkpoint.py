@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from mcl_dist.checkpoint import COMMITTED, CheckpointConfig, Checkpoints, Share, load_encoder, resolve
-from mcl_dist.encoder import EncoderConfig
+from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.errors import UserError
-from mcl_dist.heads import HeadsConfig, Network
-from mcl_dist.learner import Learner
-from mcl_dist.momentum import MomentumEncoder
-from mcl_dist.negatives import Queue
-from mcl_dist.ranks import Ranks
+from mcl_dist.model.encoder import EncoderConfig
+from mcl_dist.model.network import HeadsConfig, Network
+from mcl_dist.objective.momentum_encoder import MomentumEncoder
+from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.training.pretrain_state import Learner
 
 ENCODER, HEADS = EncoderConfig(width=4, blocks=(1,)), HeadsConfig(dim=8)
 CONFIG = {"encoder": dataclasses.asdict(ENCODER), "heads": dataclasses.asdict(HEADS)}

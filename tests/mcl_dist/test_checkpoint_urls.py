@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from mcl_dist.checkpoint import COMMITTED, Checkpoints, Share
+from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.events import CheckpointWritten
-from mcl_dist.ranks import Ranks
 
 
 def test_what_is_told_of_checkpoints_names_no_credentials(tmp_path: Path) -> None:

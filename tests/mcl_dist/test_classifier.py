@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from mcl_dist.encoder import Encoder, EncoderConfig
 from mcl_dist.evaluation.classifier import Classifier, ClassifierLoss, LinearLayer, draw_kept
+from mcl_dist.model.encoder import Encoder, EncoderConfig
 
 
 def test_dropout_leaves_out_its_share_and_keeps_the_mean() -> None:

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from mcl_dist.clock import PhaseClock
+from mcl_dist.training.phase_timer import PhaseClock
 
 
 def test_pieces_of_a_phase_add_up_and_all_phases_make_the_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mcl_dist.encoder import Encoder, EncoderConfig, normalise
+from mcl_dist.model.encoder import Encoder, EncoderConfig, normalise
 
 
 def test_r2plus1d_50_has_the_published_size() -> None:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from mcl_dist.encoder import Encoder, EncoderConfig, normalise
 from mcl_dist.errors import UserError
 from mcl_dist.evaluation.feature_cache import FeatureCache, FeaturesConfig, digest_of
 from mcl_dist.evaluation.features import Features, check_finite, extract_features, recalibrate
+from mcl_dist.model.encoder import Encoder, EncoderConfig, normalise
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mcl_dist.batch import TubeletBatch
-from mcl_dist.guard import SpikeDetector, Suspects
-from mcl_dist.ranks import Ranks
+from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.training.anomalies import SpikeDetector, Suspects
 
 
 def batch(*, motion: torch.Tensor | None = None) -> TubeletBatch:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mcl_dist.heartbeat import STEPPING, Heartbeat, read_beats
+from mcl_dist.distributed.heartbeat import STEPPING, Heartbeat, read_beats
 
 
 def stale(*_: object) -> int:

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from mcl_dist.checkpoint.host_copy import HostCopy
+from mcl_dist.checkpoint.staging import HostCopy
 
 SECONDS = 30.0
 

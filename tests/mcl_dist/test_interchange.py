@@ -18,16 +18,16 @@ from launch.cli import main
 from launch.settings import PretrainConfig
 from launch.subject import load_subject
 from mcl_dist.checkpoint import CheckpointConfig, Checkpoints
+from mcl_dist.checkpoint.interchange import exported
 from mcl_dist.config import build_config
-from mcl_dist.encoder import Encoder
+from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.errors import UserError
-from mcl_dist.heads import Network
-from mcl_dist.interchange import exported
-from mcl_dist.learner import Learner
-from mcl_dist.momentum import MomentumEncoder
-from mcl_dist.negatives import Queue
-from mcl_dist.ranks import Ranks
-from mcl_dist.storage import Folder
+from mcl_dist.model.encoder import Encoder
+from mcl_dist.model.network import Network
+from mcl_dist.objective.momentum_encoder import MomentumEncoder
+from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.storage.folder import Folder
+from mcl_dist.training.pretrain_state import Learner
 
 CONFIG = build_config(
     PretrainConfig,

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mcl_dist.engine import OptimizerConfig
 from mcl_dist.errors import ConfigError
-from mcl_dist.lars import LARS, TRUST
+from mcl_dist.training.deepspeed_engine import OptimizerConfig
+from mcl_dist.training.lars import LARS, TRUST
 
 
 def weight_and_bias() -> tuple[torch.nn.Parameter, torch.nn.Parameter]:

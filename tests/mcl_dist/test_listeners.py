@@ -14,7 +14,7 @@ import pytest
 
 from mcl_dist.errors import RankError
 from mcl_dist.events import CheckpointWritten, Evaluated, Finished, LossSpike, Started, StepDone, StepSkipped
-from mcl_dist.listeners import Console, EventLog, MetricsFile
+from mcl_dist.run_log.listeners import Console, EventLog, MetricsFile
 
 
 def done(step: int) -> StepDone:

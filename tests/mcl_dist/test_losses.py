@@ -3,8 +3,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from mcl_dist.losses import inter_loss, intra_loss, order_loss, own_similarities
-from mcl_dist.negatives import Queue
+from mcl_dist.objective.losses import inter_loss, intra_loss, order_loss, own_similarities
+from mcl_dist.objective.negative_queue import Queue
 
 
 def unit(*shape: int, seed: int) -> torch.Tensor:

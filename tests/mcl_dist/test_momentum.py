@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import torch
 
-from mcl_dist.encoder import EncoderConfig
-from mcl_dist.heads import HeadsConfig, Network
-from mcl_dist.momentum import MomentumEncoder
-from mcl_dist.ranks import Ranks
+from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.model.encoder import EncoderConfig
+from mcl_dist.model.network import HeadsConfig, Network
+from mcl_dist.objective.momentum_encoder import MomentumEncoder
 
 
 def network() -> Network:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.errors import ConfigError
-from mcl_dist.log_sum_exp import LogSumExp, chunked, fused, fused_runs, log_sum_exp
-from mcl_dist.negatives import Queue
-from mcl_dist.ranks import Ranks
+from mcl_dist.objective.log_sum_exp import LogSumExp, chunked, fused, fused_runs, log_sum_exp
+from mcl_dist.objective.negative_queue import Queue
 
 
 def unit(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -56,7 +56,7 @@ def test_a_random_queue_holds_unit_vectors_that_the_seed_decides() -> None:
 def test_either_form_equals_the_softmax_written_out(
     form: Callable[..., LogSumExp], count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mcl_dist.log_sum_exp.CHUNK_LOGITS", 5 * 300)
+    monkeypatch.setattr("mcl_dist.objective.log_sum_exp.CHUNK_LOGITS", 5 * 300)
     queries, vectors = unit(5, 8, seed=0), unit(count, 8, seed=1)
     logits = queries @ vectors.T / 0.1
     value, mean = form(queries, vectors, 0.1)

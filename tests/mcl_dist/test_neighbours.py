@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
-from mcl_dist.evaluation import neighbours
+from mcl_dist.evaluation import knn as neighbours
 from mcl_dist.evaluation.features import Features
-from mcl_dist.evaluation.neighbours import KnnConfig, knn_answers, nearest, retrieval_answers
+from mcl_dist.evaluation.knn import KnnConfig, knn_answers, nearest, retrieval_answers
 
 
 def _features(count: int, seed: int, num_classes: int = 4) -> Features:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from mcl_dist.encoder import EncoderConfig
 from mcl_dist.errors import ConfigError
-from mcl_dist.heads import HeadsConfig, Network
-from mcl_dist.momentum import Keys
-from mcl_dist.negatives import Queue
-from mcl_dist.objective import LossWeights, Objective
+from mcl_dist.model.encoder import EncoderConfig
+from mcl_dist.model.network import HeadsConfig, Network
+from mcl_dist.objective.momentum_encoder import Keys
+from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.objective import LossWeights, Objective
 
 BATCH, DIM, LAST = 4, 8, "layer2.0.conv3"
 WEIGHTS = LossWeights(intra=1.0, alignment=2.0, order=0.5)

@@ -5,10 +5,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from launch.settings import PretrainConfig
 from launch.step_forms import Form, GrowingStep, noise
 from mcl_dist.config import build_config
-from mcl_dist.encoder import EncoderConfig
-from mcl_dist.engine import pick_device
-from mcl_dist.heads import HeadsConfig
-from mcl_dist.operations import operations_per_video
+from mcl_dist.model.encoder import EncoderConfig
+from mcl_dist.model.network import HeadsConfig
+from mcl_dist.objective.flops import operations_per_video
+from mcl_dist.training.deepspeed_engine import pick_device
 
 
 def test_the_count_is_that_of_a_step_on_real_tensors() -> None:

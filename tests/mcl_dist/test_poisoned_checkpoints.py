@@ -14,8 +14,8 @@ from safetensors.torch import save as to_bytes
 
 from mcl_dist.checkpoint import CheckpointConfig, Checkpoints, Share, read_snapshot
 from mcl_dist.checkpoint.retention import leaving
+from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.errors import UserError
-from mcl_dist.ranks import Ranks
 
 
 class Code:

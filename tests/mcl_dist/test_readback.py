@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mcl_dist.readback import Readback
+from mcl_dist.training.async_scalars import Readback
 
 
 def test_numbers_come_back_by_name_and_do_not_change_afterwards() -> None:

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from mcl_dist.objective import LossWeights, ObjectiveConfig
-from mcl_dist.schedule import Schedule
+from mcl_dist.objective.objective import LossWeights, ObjectiveConfig
+from mcl_dist.objective.schedule import Schedule
 
 SCHEDULE = Schedule(base_rate=0.02, steps_per_epoch=10, total_steps=200, warmup_epochs=5)
 

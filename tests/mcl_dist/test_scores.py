@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mcl_dist.errors import UserError
-from mcl_dist.evaluation.scores import Answers, BootstrapConfig, answers_from_scores, mean_of_splits, score
+from mcl_dist.evaluation.metrics import Answers, BootstrapConfig, answers_from_scores, mean_of_splits, score
 
 CONFIG = BootstrapConfig(samples=200)
 

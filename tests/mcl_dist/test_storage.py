@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mcl_dist.errors import UserError
-from mcl_dist.storage import Folder
+from mcl_dist.storage.folder import Folder
 
 
 @pytest.fixture(params=["file", "memory"])

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from mcl_dist.checkpoint import Checkpoints, Share
+from mcl_dist.distributed.heartbeat import SAVING, Heartbeat
+from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.errors import UserError
 from mcl_dist.events import Event, Finished, LossSpike
-from mcl_dist.heartbeat import SAVING, Heartbeat
-from mcl_dist.ranks import Ranks
-from mcl_dist.schedule import Schedule
-from mcl_dist.trainer import TrainConfig, Trainer
+from mcl_dist.objective.schedule import Schedule
+from mcl_dist.training.trainer import TrainConfig, Trainer
 
 STEPS = 4
 

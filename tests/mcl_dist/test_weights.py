@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mcl_dist.encoder import EncoderConfig
 from mcl_dist.errors import UserError
-from mcl_dist.heads import HeadsConfig, Network
-from mcl_dist.weights import InitialConfig, initialise, to_reference
+from mcl_dist.model.encoder import EncoderConfig
+from mcl_dist.model.network import HeadsConfig, Network
+from mcl_dist.model.pretrained_weights import InitialConfig, initialise, to_reference
 
 SIZE = EncoderConfig(width=4, blocks=(1, 1))
 

@@ -23,8 +23,8 @@ from mcl_dist.events import (
     StepDone,
     StepSkipped,
 )
-from mcl_dist.lines import event_line, step_line
-from mcl_dist.listeners import EventLog, MetricsFile
+from mcl_dist.run_log.listeners import EventLog, MetricsFile
+from mcl_dist.run_log.records import event_line, step_line
 from monitoring.curves import MOST_POINTS, NUM_RECENT, Curves
 from monitoring.history import NUM_MESSAGES, History
 from monitoring.run_folder import RunFolder

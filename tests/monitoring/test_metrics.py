@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 from prometheus_client import CollectorRegistry
 
-from mcl_dist.accounts import CAUSES
 from mcl_dist.events import (
     PHASES,
     Accounts,
@@ -23,6 +22,7 @@ from mcl_dist.events import (
     StepSkipped,
     Stopping,
 )
+from mcl_dist.run_log.goodput import CAUSES
 from monitoring.board import Board
 from monitoring.catalogue import LOSSES, Scope
 from monitoring.metrics import TrainingMetrics

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 from launch.cli import main
 from mcl_dist.errors import EXIT_FAILURE, EXIT_USAGE
 from mcl_dist.events import Started
-from mcl_dist.listeners import EventLog
+from mcl_dist.run_log.listeners import EventLog
 from monitoring.exporter import Exporter, MonitoringConfig
 from monitoring.passwords import hashed
 from monitoring.run_folder import RunFolder

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from launch.settings import PretrainConfig
-from mcl_dist.checkpoint.checkpoints import CheckpointConfig
+from mcl_dist.checkpoint.manager import CheckpointConfig
 from mcl_dist.config import load_config
 from mcl_dist.errors import EXIT_FAILURE
 

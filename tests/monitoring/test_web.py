@@ -16,7 +16,7 @@ import cv2
 import pytest
 
 from mcl_dist.events import CheckpointWritten, Evaluated, Event, Finished, Notice, Started, StepDone, StepSkipped
-from mcl_dist.listeners import EventLog, MetricsFile
+from mcl_dist.run_log.listeners import EventLog, MetricsFile
 from monitoring.run_folder import RunFolder
 from monitoring.web.app import Page
 

@@ -1,0 +1,41 @@
+"""What a step has to compute, counted once and without computing it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from mcl_dist.model.encoder import EncoderConfig
+from mcl_dist.model.network import HeadsConfig, Network
+from mcl_dist.objective.momentum_encoder import NUM_KEYS, Keys
+from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.objective import LossWeights, Objective
+
+
+def operations_per_video(encoder: EncoderConfig, heads: HeadsConfig, frames: int, crop: int) -> int:
+    """Floating-point operations that a step needs for one video: convolutions and matrix products, a multiply-add as 2.
+
+    Three keys forward, the query forward with its losses and the alignment's gradient in closed form, and backward.
+    What is computed twice to save memory counts once; the pass over the negatives, under a thousandth, is left out.
+    """
+    plain = replace(encoder, checkpointing=False, batch_norm="local")
+    with FakeTensorMode():  # shapes alone: no memory is taken, and nothing computed
+        network = Network(plain, heads)
+        clips = torch.empty(1, 3, frames, crop, crop)
+        with torch.no_grad(), FlopCounterMode(display=False) as of_key:
+            network(clips)
+        vectors = torch.empty(NUM_KEYS, 1, heads.dim)
+        with FlopCounterMode(display=False) as of_query:
+            loss = Objective(network, temperature=1.0)(
+                clips,
+                Keys(vectors, vectors, vectors, vectors),
+                Queue(torch.empty(1, heads.dim)),
+                torch.empty(1, *encoder.grid(frames, crop)),
+                torch.zeros(1, dtype=torch.long),
+                LossWeights(1.0, 1.0, 1.0),
+            )
+            loss.backward()
+    return int(NUM_KEYS * of_key.get_total_flops() + of_query.get_total_flops())

@@ -1,0 +1,162 @@
+"""MCL's objective: one module from a query batch and its keys to one scalar (METHOD.md, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import NamedTuple
+
+import torch
+
+from mcl_dist.config import choice, number
+from mcl_dist.errors import ConfigError
+from mcl_dist.model.loss_module import LossModule
+from mcl_dist.model.network import Network
+from mcl_dist.objective.alignment import align, alignment_map, automatic_gradient, similarity_gradient
+from mcl_dist.objective.losses import inter_loss, intra_loss, order_loss, own_similarities
+from mcl_dist.objective.momentum_encoder import Keys
+from mcl_dist.objective.negative_queue import Queue
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Numbers of the losses; the defaults are METHOD.md's.
+
+    Attributes:
+        temperature: τ of inter and intra.
+        queue: K, number of negatives.
+        negatives: `sharded` keeps K/W of them on each of W ranks, `replicated` all on every rank; equal results.
+        fill_queue: start with keys of the starting encoder, so that the loss begins at what guessing costs and falls;
+            else with random directions, which are easy to tell apart until keys replace them.
+        momentum: of the key encoder's moving average, at the start.
+        momentum_schedule: `constant`, or `cosine` towards 1 at the end of the run.
+        alignment_layer: layer of the encoder whose output the alignment looks at, as `layer4.1.conv3`, by
+            differentiating twice; none is the method's, the last convolution, in closed form.
+        intra, alignment: weights of the two terms; 0 leaves a term out of the total.
+        order: `ramp` weighs the order term by epoch/epochs, from 1/epochs to 1 (UCF101), `none` by 0 (Kinetics).
+    """
+
+    temperature: float = number(0.1, minimum=1e-3)
+    queue: int = number(131072, minimum=1)
+    negatives: str = choice("sharded", "replicated")
+    fill_queue: bool = False
+    momentum: float = number(0.999, minimum=0, maximum=1)
+    momentum_schedule: str = choice("constant", "cosine")
+    alignment_layer: str | None = None
+    intra: float = number(1.0, minimum=0)
+    alignment: float = number(1.0, minimum=0)
+    order: str = choice("none", "ramp")
+
+
+class LossWeights(NamedTuple):
+    """Weights of the terms at one step; inter has weight 1."""
+
+    intra: float
+    alignment: float
+    order: float
+
+
+class Objective(LossModule):
+    """The query network with its losses; keys and queue come from outside and are constants.
+
+    Attributes:
+        report: without the weights: a loss per term, the mean similarity to positives and to negatives, and the
+            alignment's spatio-temporal similarity.
+    """
+
+    network: Network
+
+    def __init__(
+        self, network: Network, *, temperature: float, autocast: bool = False, alignment_layer: str | None = None
+    ) -> None:
+        """Losses of a network; `alignment_layer` is `ObjectiveConfig.alignment_layer`.
+
+        Raises:
+            ConfigError: when the encoder has no such layer, or its BatchNorm cannot be differentiated twice.
+        """
+        super().__init__(network)
+        if alignment_layer is not None:
+            _check_layer(network, alignment_layer)
+        self._layer = alignment_layer
+        self._temperature = temperature
+        self._autocast = autocast
+
+    def forward(
+        self,
+        clips: torch.Tensor,
+        keys: Keys,
+        queue: Queue,
+        motion: torch.Tensor,
+        order: torch.Tensor,
+        weights: LossWeights,
+    ) -> torch.Tensor:
+        """Weighted sum of the losses.
+
+        Args:
+            clips: (B, 3, T, H, W), normalised query clips.
+            keys: of the same videos.
+            queue: K negatives, not yet holding these keys.
+            motion: (B, T', H', W'), targets of the alignment.
+            order: int64 (B,), order labels.
+            weights: of the terms at this step.
+        """
+        with (
+            torch.autocast(clips.device.type, torch.bfloat16, enabled=self._autocast),
+            _kept(self.network, self._layer) as activations,
+        ):
+            output = self.network(clips)
+        query = output.inter.vector
+        own = own_similarities(query, keys.inter)
+        inter = inter_loss(own, queue.against(query, self._temperature), self._temperature)
+        intra = intra_loss(own_similarities(output.intra.vector, keys.intra), self._temperature)
+        if self._layer is None:
+            gradient = similarity_gradient(self.network, output, keys.inter[0])
+        else:
+            gradient = automatic_gradient(output, keys.inter[0], activations[0])
+        aligned = align(alignment_map(gradient), motion.to(gradient.dtype))
+        _, second, third = keys.order
+        ordered = order_loss(self.network.order_classifier, output.order.vector, second, third, order)
+        total = inter + weights.intra * intra + weights.alignment * aligned.loss + weights.order * ordered
+        self.report = {
+            name: value.detach()
+            for name, value in {
+                "loss": total,
+                "loss_inter": inter,
+                "loss_intra": intra,
+                "loss_alignment": aligned.loss,
+                "loss_order": ordered,
+                "similarity_positive": own.mean(),
+                "similarity_negative": (query.detach() @ queue.mean().to(query.dtype)).mean(),
+                "similarity_alignment": aligned.spatiotemporal.mean(),
+            }.items()
+        }
+        return total
+
+
+def _check_layer(network: Network, layer: str) -> None:
+    known = [name for name, _ in network.encoder.named_modules() if name]
+    if layer not in known:
+        close = ", ".join(get_close_matches(layer, known)) or known[-1]
+        raise ConfigError(f"objective.alignment_layer: the encoder has no `{layer}`; near it are: {close}")
+    if network.encoder.config.batch_norm == "synchronized":
+        raise ConfigError(
+            "objective.alignment_layer: synchronized BatchNorm cannot be differentiated twice; "
+            "leave the layer out, or choose another encoder.batch_norm"
+        )
+
+
+@contextmanager
+def _kept(network: Network, layer: str | None) -> Iterator[list[torch.Tensor]]:
+    """What the encoder's layer puts out meanwhile, if one is named."""
+    activations: list[torch.Tensor] = []
+    if layer is None:
+        yield activations
+        return
+    module = network.encoder.get_submodule(layer)
+    handle = module.register_forward_hook(lambda _module, _inputs, output: activations.append(output))
+    try:
+        yield activations
+    finally:
+        handle.remove()
