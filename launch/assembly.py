@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dataloading.loader import Delivered, Loader, TubeletLoader
+from dataloading.loader.loader import Delivered, Loader, TubeletLoader
 from launch.evaluate_settings import SupervisedEvaluation
 from launch.exporting import exporting
 from launch.settings import PretrainConfig

@@ -342,7 +342,7 @@ def _device(name: str) -> str:
 
 
 def _synthetic(folder: Path) -> Path:
-    from dataloading.synthetic import write_synthetic
+    from dataloading.synthetic.videos import write_synthetic
 
     write_synthetic(folder, seed=0, train_per_class=1, test_per_class=0)
     return folder / "train"

@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dataloading import process, videos
-from dataloading.flow import FlowEstimator, stacked
+from dataloading.build import video_processor as process
+from dataloading.build.video_processor import BuildConfig, VideoProcessor
+from dataloading.flow.estimators import FlowEstimator, stacked
 from dataloading.motion import MotionSummary
-from dataloading.process import BuildConfig, VideoProcessor
-from dataloading.shards import RefusedVideo
-from dataloading.sources import Source
+from dataloading.shards.format import RefusedVideo
+from dataloading.videos import decoder as videos
+from dataloading.videos.sources import Source
 from mcl_dist.config import build_config
 from mcl_dist.errors import UserError
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dataloading.build import GoingOn
-from dataloading.process import Outcome
-from dataloading.shards import RefusedVideo
+from dataloading.build.builder import GoingOn
+from dataloading.build.video_processor import Outcome
+from dataloading.shards.format import RefusedVideo
 from launch.short_lived import showing
 from mcl_dist.storage.retry import Patience
 from monitoring.board import Board

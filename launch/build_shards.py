@@ -18,11 +18,11 @@ from launch import inspect_shards
 from mcl_dist.errors import EXIT_FAILURE, ConfigError, UserError
 
 if TYPE_CHECKING:
-    from dataloading.build import GoingOn
-    from dataloading.lists import ListChoice
-    from dataloading.process import BuildConfig, Outcome
-    from dataloading.shards import Manifest
-    from dataloading.workers import Executor
+    from dataloading.build.builder import GoingOn
+    from dataloading.build.local_executor import Executor
+    from dataloading.build.video_processor import BuildConfig, Outcome
+    from dataloading.shards.format import Manifest
+    from dataloading.videos.video_lists import ListChoice
     from mcl_dist.storage.retry import Patience
     from monitoring.gateway import Gateway
 
@@ -138,9 +138,9 @@ def num_cores() -> int:
 
 def run_build(args: argparse.Namespace) -> int:
     """Build a shard set; errors as in `build_shards`, and for a complete set of another make."""
-    from dataloading.build import build_shards, existing_set, remove_traces
-    from dataloading.duplicates import find_duplicates, without
-    from dataloading.sources import scan_sources
+    from dataloading.build.builder import build_shards, existing_set, remove_traces
+    from dataloading.build.duplicates import find_duplicates, without
+    from dataloading.videos.sources import scan_sources
     from launch.build_metrics import build_metrics
     from mcl_dist.storage.folder import Folder
 
@@ -185,7 +185,7 @@ def run_build(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Verify a shard set: exit code 1 when there is any problem."""
-    from dataloading.verify import Verification, verify_shards
+    from dataloading.build.verify import Verification, verify_shards
     from mcl_dist.storage.folder import Folder
 
     if args.workers < 1:
@@ -223,8 +223,8 @@ class BuildProgress:
 
     def __call__(self, outcome: Outcome | GoingOn) -> None:
         """Take the next video's outcome, or first of all what an earlier run left."""
-        from dataloading.build import GoingOn
-        from dataloading.shards import RefusedVideo
+        from dataloading.build.builder import GoingOn
+        from dataloading.shards.format import RefusedVideo
 
         if isinstance(outcome, GoingOn):
             self._go_on(outcome)
@@ -291,7 +291,7 @@ def _add_list_arguments(build: argparse.ArgumentParser) -> None:
 
 
 def _list_choice(args: argparse.Namespace) -> ListChoice | None:
-    from dataloading.lists import FORMATS, SPLITS, ListChoice
+    from dataloading.videos.video_lists import FORMATS, SPLITS, ListChoice
 
     for option, value, known in (("list-format", args.list_format, FORMATS), ("split", args.split, SPLITS)):
         if value and value not in known:
@@ -312,7 +312,7 @@ def _duration(seconds: float) -> str:
 
 
 def _build_config(args: argparse.Namespace) -> BuildConfig:
-    from dataloading.process import BuildConfig
+    from dataloading.build.video_processor import BuildConfig
     from mcl_dist.config import build_config
 
     names = {field.name for field in fields(BuildConfig)}
@@ -326,8 +326,8 @@ def _build_config(args: argparse.Namespace) -> BuildConfig:
 def _executor(args: argparse.Namespace, tell: Callable[[str], None]) -> Executor:
     import torch
 
-    from dataloading.ray_cluster import RayExecutor
-    from dataloading.workers import LocalExecutor
+    from dataloading.build.local_executor import LocalExecutor
+    from dataloading.build.ray_executor import RayExecutor
 
     if args.executor not in ("local", "ray"):
         raise ConfigError(f"--executor: found {args.executor!r}, must be local or ray")
@@ -367,7 +367,7 @@ def _patience(args: argparse.Namespace, tell: Callable[[str], None]) -> Patience
 
 
 def _report(manifest: Manifest, seconds: float, num_built: int, more: dict[str, Any], *, as_json: bool) -> None:
-    from dataloading.build import summary
+    from dataloading.build.builder import summary
 
     for video in manifest.near_duplicates:
         _say(f"{video.source}: looks like {video.like}, {video.bits} bits of their hashes differ")

@@ -128,7 +128,7 @@ def _empty(folder: Path) -> None:
 
 
 def _write_videos(demo: Demo) -> None:
-    from dataloading.synthetic import write_synthetic
+    from dataloading.synthetic.videos import write_synthetic
     from launch.build_shards import num_cores
 
     write_synthetic(demo.folder / "videos", seed=demo.seed, processes=num_cores())
@@ -180,7 +180,7 @@ def _evaluate(demo: Demo) -> tuple[float, float]:
 
 def _draw(demo: Demo) -> Path:
     """The picture of a training video whose disc travels."""
-    from dataloading.stream import ShardSet
+    from dataloading.reading.shard_set import ShardSet
     from launch.picture import draw_picture
 
     train = ShardSet(str(demo.shards("train")))
@@ -192,7 +192,7 @@ def _draw(demo: Demo) -> Path:
 
 def _report(demo: Demo, untrained: float, pretrained: float, picture: Path) -> None:
     """Print the table, and write it for machines."""
-    from dataloading.scenes import SCENES
+    from dataloading.synthetic.scenes import SCENES
     from launch.report import FILE as REPORT
 
     classes = SCENES["demo"].classes

@@ -101,7 +101,7 @@ def _address() -> str | None:
 
 
 def _read(url: str) -> dict[str, Any]:
-    from dataloading.shards import MANIFEST, manifest_from
+    from dataloading.shards.format import MANIFEST, manifest_from
     from mcl_dist.errors import UserError
     from mcl_dist.storage.folder import Folder
     from mcl_dist.storage.retry import Patience

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from dataloading.clips import ClipsConfig
-from dataloading.data_config import ReadingConfig, SupervisedConfig
+from dataloading.loader.config import ReadingConfig, SupervisedConfig
+from dataloading.loader.probe_clips import ClipsConfig
 from launch.hangs import SuperviseConfig
 from launch.settings import RunConfig
 from mcl_dist.checkpoint import CheckpointConfig

@@ -12,11 +12,11 @@ import cv2
 import numpy as np
 import torch
 
-from dataloading.flow import ESTIMATORS, TVL1, FlowEstimator, dual_tvl1, flow_bytes, opencv_flows
+from dataloading.flow.estimators import ESTIMATORS, TVL1, FlowEstimator, dual_tvl1, flow_bytes, opencv_flows
+from dataloading.flow.tvl1 import tvl1_flow
 from dataloading.motion import MAP_CELLS, summarise_motion
-from dataloading.tubelets import MotionRegion, motion_region
-from dataloading.tvl1 import tvl1_flow
-from dataloading.videos import Video, VideoRefusedError
+from dataloading.sampling.tubelets import MotionRegion, motion_region
+from dataloading.videos.decoder import Video, VideoRefusedError
 from mcl_dist.errors import UserError
 
 FLOWS_PER_GROUP = 4  # the window of a frame map

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataloading.clips import ClipGeometry, ProbeClips
-from dataloading.data_config import ReadingConfig
-from dataloading.lists import UNLABELLED
-from dataloading.stream import ShardSet
+from dataloading.loader.config import ReadingConfig
+from dataloading.loader.probe_clips import ClipGeometry, ProbeClips
+from dataloading.reading.shard_set import ShardSet
+from dataloading.videos.video_lists import UNLABELLED
 from launch.build_shards import num_cores
 from launch.evaluate_settings import FrozenConfig, KnnEvaluation, SvmEvaluation
 from launch.progress import watched

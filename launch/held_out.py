@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from dataloading.clips import ClipGeometry, ProbeClips
-from dataloading.stream import ShardSet
+from dataloading.loader.probe_clips import ClipGeometry, ProbeClips
+from dataloading.reading.shard_set import ShardSet
 from launch.frozen import check_split, num_threads
 from launch.kept_evaluations import ON_THE_WAY, add
 from launch.settings import PretrainConfig

@@ -9,9 +9,9 @@ from itertools import groupby
 
 import numpy as np
 
-from dataloading.inspect import InspectedVideo
-from dataloading.shards import Manifest
-from dataloading.stream import ShardSet
+from dataloading.reading.shard_set import ShardSet
+from dataloading.shards.format import Manifest
+from dataloading.visualize import InspectedVideo
 from launch.document import document
 from launch.inspect_video import facts, legend_style, video_card
 from launch.markup import Markup, joined, tag

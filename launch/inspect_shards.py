@@ -36,8 +36,8 @@ def register(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(args: argparse.Namespace) -> int:
     """Write the page and print its path; errors as in `ShardSet`, and for a file that cannot be written."""
-    from dataloading.inspect import inspect_video, sample_positions
-    from dataloading.stream import ShardSet
+    from dataloading.reading.shard_set import ShardSet
+    from dataloading.visualize import inspect_video, sample_positions
     from launch.inspect_page import page
     from mcl_dist.storage.folder import Folder
 

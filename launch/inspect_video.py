@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import cv2
 import numpy as np
 
-from dataloading.colourwheel import colour_wheel
-from dataloading.inspect import InspectedVideo, View
-from dataloading.tubelets import CLIP_OF_VIEW, NUM_CLIPS
+from dataloading.flow.colours import colour_wheel
+from dataloading.sampling.tubelets import CLIP_OF_VIEW, NUM_CLIPS
+from dataloading.visualize import InspectedVideo, View
 from launch.markup import Markup, joined, jpeg_uri, png_uri, tag
 
 CURVE_WIDTH, CURVE_HEIGHT, CURVE_MARGIN = 400, 120, 16

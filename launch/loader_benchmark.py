@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dataloading.loader import TubeletLoader
-from dataloading.steps import Share
+from dataloading.loader.loader import TubeletLoader
+from dataloading.loader.step_jobs import Share
 from launch.settings import PretrainConfig
 from mcl_dist.batch import TubeletBatch
 from mcl_dist.config import load_config

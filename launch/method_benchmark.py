@@ -199,7 +199,7 @@ def _check(study: Study) -> None:
 
 def _make_sets(study: Study) -> None:
     """Videos and shard sets, those that are not there yet."""
-    from dataloading.synthetic import write_synthetic
+    from dataloading.synthetic.videos import write_synthetic
 
     if all((study.shards(split) / "manifest.json").exists() for split in PER_CLASS):
         return

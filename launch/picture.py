@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from dataloading.data_config import DataConfig
-from dataloading.inspect import VIEWS, decoded, decoded_frames
-from dataloading.plan import sample_generator
-from dataloading.stream import ShardSet, StoredVideo
-from dataloading.tubelets import Tubelet, draw_tubelets
+from dataloading.loader.config import DataConfig
+from dataloading.reading.shard_set import ShardSet, StoredVideo
+from dataloading.sampling.epoch_order import sample_generator
+from dataloading.sampling.tubelets import Tubelet, draw_tubelets
+from dataloading.visualize import VIEWS, decoded, decoded_frames
 
 NUM_SHOWN = 5  # frames of each clip
 CROP_COLOUR = "#00d8ff"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from dataloading.loader import TubeletLoader
+from dataloading.loader.loader import TubeletLoader
 from launch.inspect_video import heat_colours
 from launch.markup import Markup, joined, jpeg_uri, png_uri, tag
 from launch.readable import number

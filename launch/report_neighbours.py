@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
-from dataloading.data_config import DataConfig
-from dataloading.inspect import pictures
-from dataloading.stream import ShardSet
+from dataloading.loader.config import DataConfig
+from dataloading.reading.shard_set import ShardSet
+from dataloading.visualize import pictures
 from launch.kept_evaluations import ON_THE_WAY
 from launch.markup import Markup, joined, jpeg_uri, tag
 from mcl_dist.errors import UserError

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from dataloading.inspect import inspect_video, sample_positions
-from dataloading.stream import ShardSet
+from dataloading.reading.shard_set import ShardSet
+from dataloading.visualize import inspect_video, sample_positions
 from launch import chart, report_alignment, report_evaluations, report_neighbours
 from launch.document import document
 from launch.inspect_video import facts, legend_style, tubelets

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dataloading.data_config import DataConfig, check_clips
+from dataloading.loader.config import DataConfig, check_clips
 from launch.hangs import SuperviseConfig
 from launch.held_out_config import EvaluateConfig
 from mcl_dist.checkpoint import CheckpointConfig

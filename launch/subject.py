@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mcl_dist.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dataloading.clips import ClipGeometry, ClipsConfig
+    from dataloading.loader.probe_clips import ClipGeometry, ClipsConfig
     from launch.settings import PretrainConfig
     from mcl_dist.model.encoder import Encoder
 
@@ -74,7 +74,7 @@ def load_subject(checkpoint: str, pretrain: PretrainConfig | None = None) -> Sub
         ConfigError: `random` without a pre-training configuration.
         UserError: no such checkpoint.
     """
-    from dataloading.clips import ClipGeometry
+    from dataloading.loader.probe_clips import ClipGeometry
     from launch.settings import PretrainConfig
     from mcl_dist.checkpoint import load_encoder
     from mcl_dist.checkpoint.interchange import clips_of_file, is_file
@@ -117,6 +117,6 @@ def _untrained(config: PretrainConfig) -> Encoder:
 
 
 def _geometry(config: PretrainConfig) -> ClipGeometry:
-    from dataloading.clips import ClipGeometry
+    from dataloading.loader.probe_clips import ClipGeometry
 
     return ClipGeometry(config.data.frames, config.data.stride, config.data.crop)

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import normalize
 
-from dataloading.clips import ClipBatch, ClipGeometry, ProbeClips
-from dataloading.data_config import LabelledConfig
-from dataloading.loader import LabelledLoader
-from dataloading.stream import ShardSet
+from dataloading.loader.config import LabelledConfig
+from dataloading.loader.loader import LabelledLoader
+from dataloading.loader.probe_clips import ClipBatch, ClipGeometry, ProbeClips
+from dataloading.reading.shard_set import ShardSet
 from launch.assembly import batches_of, engine_of, listening, of_rank, resume, schedule_of, tell_start
 from launch.evaluate_settings import FinetuneConfig, FinetuneEvaluation, LinearEvaluation, SupervisedEvaluation
 from launch.frozen import check_split, num_threads, recalibration_clips, told_by

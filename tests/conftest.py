@@ -49,7 +49,7 @@ def _folder_beside(variable: str, name: str, what: str) -> Path:
 @pytest.fixture(scope="session")
 def synthetic_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shard set of 16 synthetic videos, one a class."""
-    from dataloading.synthetic import write_synthetic
+    from dataloading.synthetic.videos import write_synthetic
     from launch.cli import main
 
     folder = tmp_path_factory.mktemp("synthetic")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataloading.shards import MANIFEST, ShardEntry, index_from, index_name, manifest_from, sha256
+from dataloading.shards.format import MANIFEST, ShardEntry, index_from, index_name, manifest_from, sha256
 
 
 def reseal(folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dataloading.store import Store
+from dataloading.reading.store import Store
 from mcl_dist.storage.folder import Folder
 from tests.faultproxy import FaultProxy, fault_proxy
 from tests.nginx import running_nginx

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dataloading.shards import Manifest, Sample, ShardEntry, ShardWriter, index_name, sha256
+from dataloading.shards.format import Manifest, Sample, ShardEntry, ShardWriter, index_name, sha256
 
 WriteSet = Callable[..., Path]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dataloading.crew import Crew, DoStep
-from dataloading.room import Room
+from dataloading.loader.shared_memory import Room
+from dataloading.loader.worker_pool import Crew, DoStep
 from mcl_dist.errors import UserError
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import fsspec
 import numpy as np
 
-from dataloading.fetch import FetchConfig
-from dataloading.file_lock import locked
-from dataloading.shards import Manifest, Sample, ShardEntry, ShardWriter, index_name, sha256
-from dataloading.stream import ShardSet
+from dataloading.reading.fetcher import FetchConfig
+from dataloading.reading.file_lock import locked
+from dataloading.reading.shard_set import ShardSet
+from dataloading.shards.format import Manifest, Sample, ShardEntry, ShardWriter, index_name, sha256
 
 NUM_SHARDS = 8
 URL = "memory://killed/set"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataloading.augment import (
+from dataloading.loader.augment import (
     Augmentation,
     AugmentConfig,
     augment,

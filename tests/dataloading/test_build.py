@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import webdataset
 
-from dataloading.build import build_shards, existing_set
-from dataloading.index import KEY, MEMBERS
-from dataloading.process import BuildConfig, Outcome, key_of
-from dataloading.shards import REPORT, Manifest, RefusedVideo, ShardWriter, read_manifest
-from dataloading.sources import Source, scan_sources
-from dataloading.synthetic import write_video
-from dataloading.verify import verify_shards
-from dataloading.workers import LocalExecutor
+from dataloading.build.builder import build_shards, existing_set
+from dataloading.build.local_executor import LocalExecutor
+from dataloading.build.verify import verify_shards
+from dataloading.build.video_processor import BuildConfig, Outcome, key_of
+from dataloading.shards.format import REPORT, Manifest, RefusedVideo, ShardWriter, read_manifest
+from dataloading.shards.index import KEY, MEMBERS
+from dataloading.synthetic.videos import write_video
+from dataloading.videos.sources import Source, scan_sources
 from mcl_dist.errors import UserError
 from mcl_dist.storage.folder import Folder
 
@@ -96,7 +96,7 @@ def test_the_seed_decides_the_order(source: Path, tmp_path: Path) -> None:
 def test_a_full_shard_is_closed_and_the_next_begun(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dataloading.build.MEGABYTE", 60_000)
+    monkeypatch.setattr("dataloading.build.builder.MEGABYTE", 60_000)
     manifest = build(source, tmp_path / "set", config=BuildConfig("dis", short_side=0, window=8, shard_megabytes=1))
     assert len(manifest.shards) > 1
     assert all(shard.bytes > 60_000 for shard in manifest.shards[:-1])

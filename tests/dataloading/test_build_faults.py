@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataloading.build import build_shards
-from dataloading.claim import LEASE
-from dataloading.process import BuildConfig, Outcome
-from dataloading.shards import REPORT
-from dataloading.sources import scan_sources
-from dataloading.synthetic import write_video
-from dataloading.workers import LocalExecutor
+from dataloading.build.build_lock import LEASE
+from dataloading.build.builder import build_shards
+from dataloading.build.local_executor import LocalExecutor
+from dataloading.build.video_processor import BuildConfig, Outcome
+from dataloading.shards.format import REPORT
+from dataloading.synthetic.videos import write_video
+from dataloading.videos.sources import scan_sources
 from launch.cli import main
 from mcl_dist.errors import EXIT_FAILURE, UserError
 from mcl_dist.storage.folder import Folder
@@ -106,7 +106,7 @@ def test_a_store_that_fails_now_and_then_gets_the_same_set_and_each_retry_is_cou
 def test_a_store_that_is_gone_midway_is_one_line_and_the_build_goes_on_later(
     source: Path, whole: dict[str, bytes], s3_url: str, s3_store: S3Store, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr("dataloading.claim.REFRESH_SECONDS", 1.0)
+    monkeypatch.setattr("dataloading.build.build_lock.REFRESH_SECONDS", 1.0)
     told: list[str] = []
     with proxied(s3_store, monkeypatch, 0.0, {kind}) as proxy:
         destination = Folder(s3_url, Patience(seconds=2, request_seconds=0.5, tell=told.append))
@@ -119,7 +119,9 @@ def test_a_store_that_is_gone_midway_is_one_line_and_the_build_goes_on_later(
         proxy.share = 0.0
         kept = [name for name in destination.names() if name.endswith(".done.json")]
         assert len(kept) == 2
-        monkeypatch.setattr("dataloading.claim.STALE_SECONDS", 0.0)  # the lease could not be given back: it runs out
+        monkeypatch.setattr(
+            "dataloading.build.build_lock.STALE_SECONDS", 0.0
+        )  # the lease could not be given back: it runs out
         build_shards(scan_sources(str(source)), destination, CONFIG, LocalExecutor(1), lambda _: None)
     assert contents(s3_url) == whole
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataloading.cache import DAMAGED, NEXT, PARTIAL, FileCache, Fill
-from dataloading.fetch_report import FetchReport
-from dataloading.file_lock import LockedFile
+from dataloading.reading.file_lock import LockedFile
+from dataloading.reading.read_counters import FetchReport
+from dataloading.reading.shard_cache import DAMAGED, NEXT, PARTIAL, FileCache, Fill
 from mcl_dist.errors import UserError
 
 SIZE = 100
@@ -172,7 +172,7 @@ def test_a_child_that_is_forked_does_not_keep_its_parents_locks(tmp_path: Path) 
     script = (
         "import os, sys\n"
         "from pathlib import Path\n"
-        "from dataloading.file_lock import locked\n"
+        "from dataloading.reading.file_lock import locked\n"
         "path = Path(sys.argv[1])\n"
         "first = locked(path, create=True)\n"
         "told, tell = os.pipe()\n"

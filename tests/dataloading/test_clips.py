@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from dataloading.bad_sample import BadSampleError
-from dataloading.clips import ClipGeometry, ClipsConfig, ProbeClips, clip_frames, clip_starts, crop_windows
-from dataloading.stream import ShardSet
+from dataloading.loader.probe_clips import ClipGeometry, ClipsConfig, ProbeClips, clip_frames, clip_starts, crop_windows
+from dataloading.reading.shard_set import ShardSet
+from dataloading.shards.bad_sample import BadSampleError
 from mcl_dist.errors import ConfigError, UserError
 
 WriteSet = Callable[..., Path]
@@ -129,6 +129,6 @@ def test_a_still_that_only_the_decoder_refuses_is_told_with_shard_and_video(
         raise UserError("DALI cannot decode a still (a reason)")
 
     shard_set = ShardSet(str(write_set([20])))
-    monkeypatch.setattr("dataloading.clips.StillDecoder.__call__", refuse)
+    monkeypatch.setattr("dataloading.loader.probe_clips.StillDecoder.__call__", refuse)
     with pytest.raises(BadSampleError, match=rf"shard-.*, video {shard_set.keys[0]}: DALI cannot decode a still"):
         list(_batches(shard_set, ClipGeometry(4, 2, 24)))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dataloading.colourwheel import colour_wheel, flow_colours
+from dataloading.flow.colours import colour_wheel, flow_colours
 
 
 def colour(across: float, down: float, full: float = 1.0) -> list[int]:

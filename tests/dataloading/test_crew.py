@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataloading.crew import Crew
+from dataloading.loader.worker_pool import Crew
 from mcl_dist.errors import UserError
 from tests.conftest import REPOSITORY
 from tests.dataloading.crew_job import start, start_refusing

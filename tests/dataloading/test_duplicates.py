@@ -7,9 +7,9 @@ from uuid import uuid4
 import fsspec
 import pytest
 
-from dataloading.duplicates import HEAD_BYTES, find_duplicates, without
-from dataloading.lists import ListChoice
-from dataloading.sources import scan_sources
+from dataloading.build.duplicates import HEAD_BYTES, find_duplicates, without
+from dataloading.videos.sources import scan_sources
+from dataloading.videos.video_lists import ListChoice
 from mcl_dist.errors import UserError
 
 LONG = bytes(range(256)) * (HEAD_BYTES // 256)

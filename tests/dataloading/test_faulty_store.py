@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataloading.fetch import FetchConfig
-from dataloading.stream import ShardSet
+from dataloading.reading.fetcher import FetchConfig
+from dataloading.reading.shard_set import ShardSet
 from mcl_dist.errors import UserError
 from tests.faultproxy import FaultProxy
 from tests.s3 import SECRET, S3Store

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from dataloading.flow import ESTIMATORS, FlowEstimator, flow_bytes, stacked
+from dataloading.flow.estimators import ESTIMATORS, FlowEstimator, flow_bytes, stacked
 
 
 def shifted_pair(across: int, down: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,10 +7,10 @@ import cv2
 import numpy as np
 import pytest
 
-from dataloading.inspect import cut_config, decoded_flow, inspect_video, sample_positions
-from dataloading.plan import sample_generator
-from dataloading.stream import ShardSet
-from dataloading.tubelets import best_starts, draw_tubelets
+from dataloading.reading.shard_set import ShardSet
+from dataloading.sampling.epoch_order import sample_generator
+from dataloading.sampling.tubelets import best_starts, draw_tubelets
+from dataloading.visualize import cut_config, decoded_flow, inspect_video, sample_positions
 from mcl_dist.errors import UserError
 
 WriteSet = Callable[..., Path]

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from dataloading.augment import AugmentConfig
-from dataloading.build import build_shards
-from dataloading.clips import ClipGeometry, ProbeClips
-from dataloading.data_config import DataConfig
-from dataloading.inspect import inspect_video
-from dataloading.loader import TubeletLoader
-from dataloading.process import BuildConfig, VideoProcessor
-from dataloading.shards import Sample
-from dataloading.sources import Source, scan_sources
-from dataloading.stream import ShardSet
-from dataloading.synthetic import FPS, write_video
-from dataloading.verify import verify_shards
-from dataloading.workers import LocalExecutor
+from dataloading.build.builder import build_shards
+from dataloading.build.local_executor import LocalExecutor
+from dataloading.build.verify import verify_shards
+from dataloading.build.video_processor import BuildConfig, VideoProcessor
+from dataloading.loader.augment import AugmentConfig
+from dataloading.loader.config import DataConfig
+from dataloading.loader.loader import TubeletLoader
+from dataloading.loader.probe_clips import ClipGeometry, ProbeClips
+from dataloading.reading.shard_set import ShardSet
+from dataloading.shards.format import Sample
+from dataloading.synthetic.videos import FPS, write_video
+from dataloading.videos.sources import Source, scan_sources
+from dataloading.visualize import inspect_video
 from mcl_dist.batch import TubeletBatch
 from mcl_dist.errors import ConfigError, UserError
 from mcl_dist.storage.folder import Folder

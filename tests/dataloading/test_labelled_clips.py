@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from dataloading.data_config import LabelledConfig
-from dataloading.draw import VideoSource
-from dataloading.loader import LabelledLoader
-from dataloading.stream import ShardSet
-from dataloading.tubelets import CutConfig, draw_clip
+from dataloading.loader.config import LabelledConfig
+from dataloading.loader.loader import LabelledLoader
+from dataloading.loader.video_source import VideoSource
+from dataloading.reading.shard_set import ShardSet
+from dataloading.sampling.tubelets import CutConfig, draw_clip
 from mcl_dist.batch import LabelledBatch
 
 CUT = CutConfig(frames=4, stride=3, motion_probability=0.0, area=(0.2, 1.0), aspect=(3 / 4, 4 / 3))

@@ -8,10 +8,10 @@ import numba
 import numpy as np
 import pytest
 
-from dataloading.lanes import kernel, load, numbered, root, spread, store
-from dataloading.median import median, median_scratch_size
-from dataloading.planes import aligned, inside, plane_size
-from dataloading.tvl1_warp import fill_pictures, linearise, picture_size
+from dataloading.flow.median import median, median_scratch_size
+from dataloading.flow.padded_images import aligned, inside, plane_size
+from dataloading.flow.simd import kernel, load, numbered, root, spread, store
+from dataloading.flow.tvl1_warp import fill_pictures, linearise, picture_size
 
 
 @kernel

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from dataloading import batches as batches_module
-from dataloading import loader as loader_module
-from dataloading.augment import AugmentConfig
-from dataloading.data_config import DataConfig
-from dataloading.draw import VideoSource
-from dataloading.loader import TubeletLoader
-from dataloading.stream import ShardSet
+from dataloading.loader import batch_maker as batches_module
+from dataloading.loader import loader as loader_module
+from dataloading.loader.augment import AugmentConfig
+from dataloading.loader.config import DataConfig
+from dataloading.loader.loader import TubeletLoader
+from dataloading.loader.video_source import VideoSource
+from dataloading.reading.shard_set import ShardSet
 from mcl_dist.batch import QUERY, TubeletBatch
 from mcl_dist.errors import ConfigError, UserError
 from mcl_dist.events import LoaderReport
@@ -93,7 +93,7 @@ def test_augmentation_on_a_gpu_stays_in_the_stream_of_its_batch(
     def seen(*_: object) -> None:
         streams.add(torch.cuda.current_stream().cuda_stream)
 
-    monkeypatch.setattr("dataloading.batches.augment", seen)
+    monkeypatch.setattr("dataloading.loader.batch_maker.augment", seen)
     take(make_loader(device=torch.device("cuda:0"), config={"threads": 2}), 1)
     assert len(streams) == 1
     assert torch.cuda.default_stream().cuda_stream not in streams

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from dataloading.batches import BatchMaker
-from dataloading.data_config import DataConfig, SetConfig
-from dataloading.draw import VideoSource
-from dataloading.loader import TubeletLoader
-from dataloading.parcel import pack, unpack
-from dataloading.room import Room
-from dataloading.stream import ShardSet
+from dataloading.loader.batch_maker import BatchMaker
+from dataloading.loader.config import DataConfig, SetConfig
+from dataloading.loader.loader import TubeletLoader
+from dataloading.loader.serialization import pack, unpack
+from dataloading.loader.shared_memory import Room
+from dataloading.loader.video_source import VideoSource
+from dataloading.reading.shard_set import ShardSet
 from mcl_dist.batch import TubeletBatch
 from mcl_dist.errors import ConfigError, UserError
 

@@ -7,13 +7,13 @@ import cv2
 import numpy as np
 import pytest
 
-from dataloading.build import build_shards
-from dataloading.looks import MAX_DIFFERING, NUM_BYTES, Look, NearDuplicate, dhash, near_duplicates
-from dataloading.process import BuildConfig
-from dataloading.shards import read_manifest
-from dataloading.sources import scan_sources
-from dataloading.synthetic import write_video
-from dataloading.workers import LocalExecutor
+from dataloading.build.builder import build_shards
+from dataloading.build.local_executor import LocalExecutor
+from dataloading.build.near_duplicates import MAX_DIFFERING, NUM_BYTES, Look, NearDuplicate, dhash, near_duplicates
+from dataloading.build.video_processor import BuildConfig
+from dataloading.shards.format import read_manifest
+from dataloading.synthetic.videos import write_video
+from dataloading.videos.sources import scan_sources
 from mcl_dist.storage.folder import Folder
 
 
@@ -67,7 +67,7 @@ def test_of_one_video_or_none_nothing_looks_alike(looks: list[Look]) -> None:
 def test_a_build_lists_them_also_when_it_was_interrupted_between(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dataloading.build.MEGABYTE", 1)
+    monkeypatch.setattr("dataloading.build.builder.MEGABYTE", 1)
     (tmp_path / "source" / "a").mkdir(parents=True)
     for name, seed, size in (("one", 0, (90, 120)), ("copy", 0, (60, 80)), ("other", 1, (90, 120))):
         write_video(tmp_path / "source" / "a" / f"{name}.mp4", np.array(film(seed, size)))

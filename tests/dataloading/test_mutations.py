@@ -19,10 +19,10 @@ import fsspec
 import numpy as np
 import pytest
 
-from dataloading.bad_sample import REASONS, BadSampleError
-from dataloading.fetch import FetchConfig
-from dataloading.shards import MANIFEST, index_name, sealed, sha256
-from dataloading.stream import ShardSet
+from dataloading.reading.fetcher import FetchConfig
+from dataloading.reading.shard_set import ShardSet
+from dataloading.shards.bad_sample import REASONS, BadSampleError
+from dataloading.shards.format import MANIFEST, index_name, sealed, sha256
 from mcl_dist.errors import UserError
 from tests.shard_sets import reseal
 

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 
-from dataloading.npy import from_npy, to_npy
+from dataloading.shards.npy import from_npy, to_npy
 
 
 @pytest.mark.parametrize(

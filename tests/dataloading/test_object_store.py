@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataloading.claim import LEASE, claimed
-from dataloading.duplicates import find_duplicates
-from dataloading.shards import REPORT
-from dataloading.sources import scan_sources
-from dataloading.synthetic import write_video
-from dataloading.verify import verify_shards
+from dataloading.build.build_lock import LEASE, claimed
+from dataloading.build.duplicates import find_duplicates
+from dataloading.build.verify import verify_shards
+from dataloading.shards.format import REPORT
+from dataloading.synthetic.videos import write_video
+from dataloading.videos.sources import scan_sources
 from launch.cli import main
 from mcl_dist.errors import EXIT_FAILURE, UserError
 from mcl_dist.storage.folder import Folder

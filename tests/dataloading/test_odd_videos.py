@@ -10,10 +10,10 @@ import av
 import numpy as np
 import pytest
 
-from dataloading.process import BuildConfig, VideoProcessor
-from dataloading.shards import RefusedVideo, Sample
-from dataloading.sources import Source
-from dataloading.videos import MAX_PIXELS, Video, VideoRefusedError, target_size
+from dataloading.build.video_processor import BuildConfig, VideoProcessor
+from dataloading.shards.format import RefusedVideo, Sample
+from dataloading.videos.decoder import MAX_PIXELS, Video, VideoRefusedError, target_size
+from dataloading.videos.sources import Source
 
 HEIGHT, WIDTH, NUM_FRAMES = 48, 64, 10
 CORNER = 16  # pixels; where the frames are white at the top left

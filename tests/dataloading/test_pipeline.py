@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataloading.pipeline import StillDecoder
+from dataloading.loader.dali_decoder import StillDecoder
 from mcl_dist.errors import UserError
 
 CPU = torch.device("cpu")

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataloading.data_config import DataConfig
-from dataloading.draw import VideoSource
-from dataloading.plan import Plan, lanes_of_rank, sample_generator
+from dataloading.loader.config import DataConfig
+from dataloading.loader.video_source import VideoSource
+from dataloading.sampling.epoch_order import Plan, lanes_of_rank, sample_generator
 from mcl_dist.errors import ConfigError, UserError
 from mcl_dist.storage.folder import Folder
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dataloading.prefetch import Prefetcher
+from dataloading.loader.prefetch import Prefetcher
 
 
 def test_items_come_in_order_and_end() -> None:

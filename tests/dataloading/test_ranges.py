@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dataloading.ranges import ByteRange, merged
+from dataloading.reading.byte_ranges import ByteRange, merged
 
 
 def random_places(seed: int) -> np.ndarray:

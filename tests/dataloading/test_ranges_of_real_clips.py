@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataloading.fetch import FetchConfig
-from dataloading.plan import sample_generator
-from dataloading.stream import ShardSet
-from dataloading.tubelets import CutConfig, draw_tubelets
+from dataloading.reading.fetcher import FetchConfig
+from dataloading.reading.shard_set import ShardSet
+from dataloading.sampling.epoch_order import sample_generator
+from dataloading.sampling.tubelets import CutConfig, draw_tubelets
 from launch.cli import main
 from mcl_dist.batch import QUERY
 from tests.nginx import running_nginx

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataloading.ray_cluster import RayExecutor
-from dataloading.shards import REPORT
-from dataloading.sources import scan_sources
-from dataloading.synthetic import write_video
+from dataloading.build.ray_executor import RayExecutor
+from dataloading.shards.format import REPORT
+from dataloading.synthetic.videos import write_video
+from dataloading.videos.sources import scan_sources
 from launch.cli import main
 from mcl_dist.errors import EXIT_FAILURE, UserError
 from mcl_dist.storage.folder import Folder

@@ -7,9 +7,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from dataloading.read_ahead import ReadAhead
-from dataloading.side_by_side import SideBySide
-from dataloading.stream import ShardSet
+from dataloading.reading.read_ahead import ReadAhead
+from dataloading.reading.shard_set import ShardSet
+from dataloading.reading.thread_map import SideBySide
 from mcl_dist.errors import UserError
 
 WriteSet = Callable[..., Path]

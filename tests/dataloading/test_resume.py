@@ -20,15 +20,15 @@ import fsspec
 import numpy as np
 import pytest
 
-from dataloading import claim
-from dataloading.build import GoingOn, build_shards, remove_traces
-from dataloading.claim import LEASE, claimed
-from dataloading.process import BuildConfig, Outcome, VideoProcessor
-from dataloading.shards import REPORT, Manifest, RefusedVideo
-from dataloading.sources import scan_sources
-from dataloading.synthetic import write_video
-from dataloading.verify import verify_shards
-from dataloading.workers import LocalExecutor
+from dataloading.build import build_lock as claim
+from dataloading.build.build_lock import LEASE, claimed
+from dataloading.build.builder import GoingOn, build_shards, remove_traces
+from dataloading.build.local_executor import LocalExecutor
+from dataloading.build.verify import verify_shards
+from dataloading.build.video_processor import BuildConfig, Outcome, VideoProcessor
+from dataloading.shards.format import REPORT, Manifest, RefusedVideo
+from dataloading.synthetic.videos import write_video
+from dataloading.videos.sources import scan_sources
 from mcl_dist.errors import UserError
 from mcl_dist.storage.folder import Folder
 
@@ -36,10 +36,10 @@ CONFIG = BuildConfig(flow="dis", short_side=0, window=8, shard_megabytes=1)
 SHARD_BYTES = 60_000  # a "megabyte" in these tests: two videos a shard
 BUILDER = f"""
 import sys
-import dataloading.build as build
-from dataloading.process import BuildConfig
-from dataloading.sources import scan_sources
-from dataloading.workers import LocalExecutor
+import dataloading.build.builder as build
+from dataloading.build.video_processor import BuildConfig
+from dataloading.videos.sources import scan_sources
+from dataloading.build.local_executor import LocalExecutor
 from mcl_dist.storage.folder import Folder
 
 def listen(event):
@@ -70,7 +70,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dataloading.build.MEGABYTE", SHARD_BYTES)
+    monkeypatch.setattr("dataloading.build.builder.MEGABYTE", SHARD_BYTES)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
     """The contents of a set built without interruption."""
     folder = tmp_path_factory.mktemp("whole") / "set"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dataloading.build.MEGABYTE", SHARD_BYTES)
+        patch.setattr("dataloading.build.builder.MEGABYTE", SHARD_BYTES)
         build(source, folder)
     return contents(folder)
 

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from dataloading.index import MEMBERS
-from dataloading.shards import (
+from dataloading.shards.format import (
     MANIFEST,
     Manifest,
     RefusedVideo,
@@ -26,6 +25,7 @@ from dataloading.shards import (
     read_manifest,
     sealed,
 )
+from dataloading.shards.index import MEMBERS
 from mcl_dist.errors import UserError
 from mcl_dist.storage.folder import Folder
 

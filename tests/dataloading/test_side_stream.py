@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dataloading.side_stream import arrived, beside_training
-from dataloading.steps import MadeStep
+from dataloading.loader.cuda_stream import arrived, beside_training
+from dataloading.loader.step_jobs import MadeStep
 from mcl_dist.batch import TubeletBatch
 
 

@@ -7,14 +7,14 @@ import fsspec
 import numpy as np
 import pytest
 
-from dataloading.build import build_shards
-from dataloading.lists import ListChoice
-from dataloading.process import BuildConfig, VideoProcessor, local_file
-from dataloading.shards import RefusedVideo, Sample
-from dataloading.sources import Source, SourceFolder, scan_sources
-from dataloading.synthetic import write_video
-from dataloading.verify import verify_shards
-from dataloading.workers import LocalExecutor
+from dataloading.build.builder import build_shards
+from dataloading.build.local_executor import LocalExecutor
+from dataloading.build.verify import verify_shards
+from dataloading.build.video_processor import BuildConfig, VideoProcessor, local_file
+from dataloading.shards.format import RefusedVideo, Sample
+from dataloading.synthetic.videos import write_video
+from dataloading.videos.sources import Source, SourceFolder, scan_sources
+from dataloading.videos.video_lists import ListChoice
 from mcl_dist.errors import ConfigError, UserError
 from mcl_dist.storage.folder import Folder
 

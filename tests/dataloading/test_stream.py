@@ -9,11 +9,11 @@ import fsspec
 import numpy as np
 import pytest
 
-from dataloading.bad_sample import BadSampleError
-from dataloading.fetch import FetchConfig
-from dataloading.index import ShardIndex
-from dataloading.shards import Manifest
-from dataloading.stream import ShardSet
+from dataloading.reading.fetcher import FetchConfig
+from dataloading.reading.shard_set import ShardSet
+from dataloading.shards.bad_sample import BadSampleError
+from dataloading.shards.format import Manifest
+from dataloading.shards.index import ShardIndex
 from mcl_dist.errors import ConfigError, UserError
 from tests.shard_sets import reseal
 

@@ -6,8 +6,8 @@ import av
 import numpy as np
 import pytest
 
-from dataloading.scenes import DEMO_FRAMES, DEMO_SIZE, MOVING_FRAMES, SCENES, render_alike, render_distracting
-from dataloading.synthetic import write_synthetic
+from dataloading.synthetic.scenes import DEMO_FRAMES, DEMO_SIZE, MOVING_FRAMES, SCENES, render_alike, render_distracting
+from dataloading.synthetic.videos import write_synthetic
 
 CLASSES = SCENES["demo"].classes
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dataloading.tubelets import (
+from dataloading.sampling.tubelets import (
     Box,
     CutConfig,
     MotionRegion,

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from dataloading.flow import dual_tvl1, opencv_flows
-from dataloading.tvl1 import TVL1Config, tvl1_flow
-from dataloading.tvl1_batch import batch_flow
+from dataloading.flow.estimators import dual_tvl1, opencv_flows
+from dataloading.flow.tvl1 import TVL1Config, tvl1_flow
+from dataloading.flow.tvl1_gpu import batch_flow
 
 HEIGHT, WIDTH = 96, 128
 THOROUGH = TVL1Config(first_steps=300, steps=300)  # as many as OpenCV allows

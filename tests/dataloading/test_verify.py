@@ -7,10 +7,10 @@ import cv2
 import numpy as np
 import pytest
 
-from dataloading.index import MEMBERS
-from dataloading.jpeg import jpeg_size
-from dataloading.shards import parse_manifest, read_index
-from dataloading.verify import verify_shards
+from dataloading.build.verify import verify_shards
+from dataloading.shards.format import parse_manifest, read_index
+from dataloading.shards.index import MEMBERS
+from dataloading.shards.jpeg import jpeg_size
 from mcl_dist.errors import UserError
 from mcl_dist.storage.folder import Folder
 

@@ -6,8 +6,8 @@ import av
 import numpy as np
 import pytest
 
-from dataloading.synthetic import FPS, write_video
-from dataloading.videos import Video, VideoRefusedError, resized, target_size
+from dataloading.synthetic.videos import FPS, write_video
+from dataloading.videos.decoder import Video, VideoRefusedError, resized, target_size
 
 
 def write(path: Path, num_frames: int = 40) -> Path:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from dataloading.workers import ordered_map
+from dataloading.build.local_executor import ordered_map
 from mcl_dist.errors import UserError
 
 INTERRUPTED = """
     import time
-    from dataloading.workers import leave_if_stopped, ordered_map
+    from dataloading.build.local_executor import leave_if_stopped, ordered_map
 
     def task(number):
         print("working", flush=True)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import distributed
 
-from dataloading.stream import ShardSet
+from dataloading.reading.shard_set import ShardSet
 from launch.assembly import assembled
 from launch.settings import PretrainConfig
 from mcl_dist.batch import FIRST_KEY, QUERY, TubeletBatch

@@ -17,7 +17,7 @@ import torch
 from torch import distributed
 from torch.nn.functional import cross_entropy
 
-from dataloading.stream import ShardSet
+from dataloading.reading.shard_set import ShardSet
 from launch.evaluate_settings import FinetuneEvaluation, LinearEvaluation, LinearTraining, SupervisedEvaluation
 from launch.settings import PretrainConfig
 from launch.subject import RANDOM, Subject, load_subject

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataloading.clips import clip_frames, clip_starts
+from dataloading.loader.probe_clips import clip_frames, clip_starts
 
 STRIDE = 2
 

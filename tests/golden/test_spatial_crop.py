@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import ks_2samp
 
-from dataloading.tubelets import MotionRegion, draw_crop, motion_region
+from dataloading.sampling.tubelets import MotionRegion, draw_crop, motion_region
 
 # Several times the reference's, so that the p-values are those of its chance and hardly of ours.
 NUM_DRAWS = 25_000

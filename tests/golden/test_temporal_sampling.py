@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import ks_2samp
 
-from dataloading.tubelets import draw_motion_starts, draw_uniform_starts
+from dataloading.sampling.tubelets import draw_motion_starts, draw_uniform_starts
 
 WINDOW = 32
 NUM_CASES = 12

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dataloading import loader
+from dataloading.loader import loader
 from launch import assembly, pretrain
 from mcl_dist.batch import QUERY, TubeletBatch
 from mcl_dist.training.pretrain_step import Pretrainer

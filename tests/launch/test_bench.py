@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataloading.synthetic import write_video
+from dataloading.synthetic.videos import write_video
 from launch.cli import main
 from launch.flow_benchmark import box_overlap, map_correlation
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from dataloading.synthetic import write_synthetic
+    from dataloading.synthetic.videos import write_synthetic
 
     folder = tmp_path_factory.mktemp("bench")
     write_synthetic(folder, seed=0, train_per_class=1, test_per_class=0)

@@ -5,8 +5,8 @@ import urllib.request
 
 import pytest
 
-from dataloading.build import GoingOn
-from dataloading.shards import RefusedVideo
+from dataloading.build.builder import GoingOn
+from dataloading.shards.format import RefusedVideo
 from launch.build_metrics import build_metrics
 from launch.local_ranks import free_port
 from mcl_dist.errors import UserError

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataloading.synthetic import write_video
+from dataloading.synthetic.videos import write_video
 from launch.build_shards import BuildProgress
 from launch.cli import main
 from mcl_dist.errors import EXIT_FAILURE, EXIT_USAGE
@@ -151,7 +151,7 @@ def test_a_folder_that_is_no_set_fails_for_machines_too(tmp_path: Path, capsys: 
 
 
 def test_a_person_watching_sees_one_line_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataloading.shards import RefusedVideo
+    from dataloading.shards.format import RefusedVideo
 
     leader, follower = pty.openpty()
     with os.fdopen(follower, "w") as terminal:

@@ -46,7 +46,7 @@ def test_the_demo_goes_all_the_way_and_can_be_repeated(
 
 def _shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same way with three videos a class in place of sixty."""
-    from dataloading import synthetic
+    from dataloading.synthetic import videos as synthetic
 
     def few(folder: Path, *, seed: int, processes: int) -> int:
         return original(folder, seed=seed, train_per_class=2, test_per_class=1, processes=processes)
@@ -91,7 +91,7 @@ def test_the_demos_configuration_suits_its_ranks() -> None:
 
 
 def test_the_picture_is_a_png(synthetic_shards: Path, tmp_path: Path) -> None:
-    from dataloading.stream import ShardSet
+    from dataloading.reading.shard_set import ShardSet
 
     config = load_config(PretrainConfig, CONFIG)
     path = tmp_path / "tubelets.png"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataloading.shards import MANIFEST, manifest_from
+from dataloading.shards.format import MANIFEST, manifest_from
 from launch.cli import main
 from launch.frozen import check_classes, evaluate_frozen
 from launch.kept_evaluations import kept
@@ -220,7 +220,7 @@ def test_a_checkpoint_brings_its_own_clips_and_encoder(checkpoint: str) -> None:
 
 
 def test_an_evaluation_may_show_other_clips_than_the_pretraining(checkpoint: str) -> None:
-    from dataloading.clips import ClipsConfig
+    from dataloading.loader.probe_clips import ClipsConfig
 
     shown = load_subject(checkpoint).shown(ClipsConfig(frames=16))
     assert dataclasses.astuple(shown) == (16, 4, 32)
@@ -307,7 +307,7 @@ def test_sets_that_cannot_be_learnt_from_are_refused_in_one_line(
 def test_a_class_without_a_test_video_is_told_and_left_out_of_the_mean(
     synthetic_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dataloading.stream import ShardSet
+    from dataloading.reading.shard_set import ShardSet
     from launch.frozen import check_split
 
     empty = _changed(synthetic_shards, tmp_path / "empty", (*_classes(synthetic_shards), "zz"))

@@ -13,9 +13,9 @@ import fsspec
 import numpy as np
 import pytest
 
-from dataloading.inspect import inspect_video, sample_positions
-from dataloading.stream import ShardSet
-from dataloading.synthetic import write_video
+from dataloading.reading.shard_set import ShardSet
+from dataloading.synthetic.videos import write_video
+from dataloading.visualize import inspect_video, sample_positions
 from launch.cli import main
 from launch.inspect_page import page
 from mcl_dist.errors import EXIT_FAILURE, EXIT_USAGE

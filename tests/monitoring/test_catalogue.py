@@ -5,7 +5,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
-from dataloading.bad_sample import REASONS
+from dataloading.shards.bad_sample import REASONS
 from monitoring.board import Board
 from monitoring.catalogue import BAD_SAMPLES, OWN, SECTIONS, Scope, series_of
 from monitoring.catalogue_page import NODE, RANKS, page
