@@ -215,8 +215,8 @@ def run_loader(args: argparse.Namespace) -> int:
 
     from launch.loader_benchmark import benchmark_settings, measure_loader
     from launch.short_lived import showing
-    from monitoring.board import Board
-    from monitoring.metrics import show_loader
+    from monitoring.metrics.registry import Board
+    from monitoring.metrics.training_metrics import show_loader
 
     for name, value in (("--epochs", args.epochs), ("--world-size", args.world_size)):
         if value < 1:

@@ -10,8 +10,8 @@ from dataloading.build.video_processor import Outcome
 from dataloading.shards.format import RefusedVideo
 from launch.short_lived import showing
 from mcl_dist.storage.retry import Patience
-from monitoring.board import Board
-from monitoring.gateway import Gateway
+from monitoring.http.pushgateway import Gateway
+from monitoring.metrics.registry import Board
 
 
 class BuildMetrics:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dataloading.shards.format import Manifest
     from dataloading.videos.video_lists import ListChoice
     from mcl_dist.storage.retry import Patience
-    from monitoring.gateway import Gateway
+    from monitoring.http.pushgateway import Gateway
 
 BUILD_EXAMPLE = """\
 example:
@@ -344,8 +344,8 @@ def _executor(args: argparse.Namespace, tell: Callable[[str], None]) -> Executor
 
 def _gateway(args: argparse.Namespace, tell: Callable[[str], None]) -> Gateway | None:
     """The group of a set's metrics has the name of its folder; a build of it again replaces them."""
-    from monitoring.client import Client
-    from monitoring.gateway import Gateway
+    from monitoring.http.client import Client
+    from monitoring.http.pushgateway import Gateway
 
     if args.push_gateway is None:
         for option, value in (("--push-credentials", args.push_credentials), ("--push-ca", args.push_ca)):

@@ -173,7 +173,7 @@ def _closed_ports(listeners: list[dict[str, Any]], num_ranks: int) -> dict[str, 
 
 
 def _closed(address: str, port: int) -> str | None:
-    """Why nobody can listen there, in the way of `monitoring.exporter`'s server; None where one can."""
+    """Why nobody can listen there, in the way of `monitoring.http.server`'s server; None where one can."""
     try:
         family = socket.getaddrinfo(address or None, port, type=socket.SOCK_STREAM)[0][0]
         with socket.socket(family) as probe:

@@ -21,11 +21,11 @@ from launch.step_benchmark import WARM_UP, in_a_process
 from launch.step_forms import TrainerStep, forms, noise
 from mcl_dist.events import Event, Listener, LoaderReport
 from mcl_dist.training.deepspeed_engine import pick_device
-from monitoring.board import Board
-from monitoring.gpu import Gpu
-from monitoring.machine import watch_machine
-from monitoring.metrics import TrainingMetrics
-from monitoring.pulse import Pulse
+from monitoring.http.healthz import Pulse
+from monitoring.metrics.gpu import Gpu
+from monitoring.metrics.machine import watch_machine
+from monitoring.metrics.registry import Board
+from monitoring.metrics.training_metrics import TrainingMetrics
 
 SCRAPE_SECONDS = 15.0  # between two scrapes, as in monitoring/prometheus/prometheus.yml
 HASTE = 10  # times as often it is scraped while wall times are compared, for there to be some in the time

@@ -16,15 +16,15 @@ from launch.settings import PretrainConfig
 from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.errors import RankError, UserError
 from mcl_dist.storage.folder import Folder
-from monitoring.board import Board
-from monitoring.catalogue import Scope
-from monitoring.exporter import Exporter, MonitoringConfig, reached_at
-from monitoring.gpu import Gpu, peak_flops
-from monitoring.machine import watch_machine
-from monitoring.metrics import TrainingMetrics
-from monitoring.pulse import Pulse
-from monitoring.run_folder import RunFolder
-from monitoring.targets import FILE, Target, write_targets
+from monitoring.history.run_folder import RunFolder
+from monitoring.http.file_sd import FILE, Target, write_targets
+from monitoring.http.healthz import Pulse
+from monitoring.http.server import Exporter, MonitoringConfig, reached_at
+from monitoring.metrics.catalogue import Scope
+from monitoring.metrics.gpu import Gpu, peak_flops
+from monitoring.metrics.machine import watch_machine
+from monitoring.metrics.registry import Board
+from monitoring.metrics.training_metrics import TrainingMetrics
 from monitoring.web.app import Page
 
 

@@ -10,8 +10,8 @@ from statistics import mean
 from launch.chart import STYLE, Curve, chart
 from launch.document import document
 from launch.markup import Markup, tag
-from monitoring.curves import Columns
-from monitoring.run_folder import RunFolder
+from monitoring.history.curves import Columns
+from monitoring.history.run_folder import RunFolder
 
 NUM_POINTS = 50  # of a line: what is left of a step's noise then hides no difference
 # Title, unit, name of the figure and what it is multiplied by.

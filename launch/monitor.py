@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mcl_dist.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
-    from monitoring.view import View
+    from monitoring.history.run_view import View
 
 EXAMPLE = """\
 example:
@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
 
 def source(args: argparse.Namespace) -> Callable[[], View]:
     """Where the run's figures come from: asked again, it has newer ones."""
-    from monitoring.remote import RemoteRun
-    from monitoring.run_folder import RunFolder
+    from monitoring.history.remote_run import RemoteRun
+    from monitoring.history.run_folder import RunFolder
 
     if args.source.startswith(("http://", "https://")):
         return RemoteRun(args.source, args.credentials, args.ca).view

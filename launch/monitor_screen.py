@@ -14,8 +14,8 @@ from rich.text import Text
 from launch.readable import UNKNOWN, counted, duration, number, printable, ratio, size
 from launch.sparkline import sparkline
 from mcl_dist.run_log.listeners import MEASURES
-from monitoring.curves import Columns
-from monitoring.view import Rank, View
+from monitoring.history.curves import Columns
+from monitoring.history.run_view import Rank, View
 
 WIDE = 120  # columns from which there are two side by side
 GAP = 3

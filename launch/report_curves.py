@@ -6,7 +6,7 @@ from launch.chart import Curve, chart
 from launch.markup import Markup, tag
 from mcl_dist.errors import UserError
 from mcl_dist.run_log.listeners import MEASURES
-from monitoring.view import View
+from monitoring.history.run_view import View
 
 # Title, unit, prefix of the figures' names, what they are multiplied by, and what a figure with no more name is called.
 CHARTS = (

@@ -25,8 +25,8 @@ from launch.settings import PretrainConfig
 from mcl_dist.config import RUN_CONFIG, load_config
 from mcl_dist.errors import UserError
 from mcl_dist.storage.store_requests import without_credentials
-from monitoring.run_folder import RunFolder
-from monitoring.view import View
+from monitoring.history.run_folder import RunFolder
+from monitoring.history.run_view import View
 
 WITH_STYLE = (chart, report_evaluations, report_alignment, report_neighbours)
 STYLE = """

@@ -16,7 +16,7 @@ from mcl_dist.model.pretrained_weights import InitialConfig
 from mcl_dist.objective.objective import ObjectiveConfig
 from mcl_dist.training.deepspeed_engine import OptimizerConfig
 from mcl_dist.training.trainer import TrainConfig
-from monitoring.exporter import MonitoringConfig
+from monitoring.http.server import MonitoringConfig
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 
-from monitoring.board import Board
-from monitoring.exporter import Exporter, MonitoringConfig
-from monitoring.gateway import Gateway
+from monitoring.http.pushgateway import Gateway
+from monitoring.http.server import Exporter, MonitoringConfig
+from monitoring.metrics.registry import Board
 
 
 @contextmanager

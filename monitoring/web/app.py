@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mcl_dist.errors import UserError
-from monitoring.view import View
+from monitoring.history.run_view import View
 
 FILES = {
     "/": ("page.html", "text/html; charset=utf-8"),

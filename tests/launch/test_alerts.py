@@ -68,7 +68,7 @@ def site(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     prometheus = Prometheus(folder / "prometheus")
     with behind_http(shards, folder / "nginx") as (url, store), ExitStack() as ends:
         ends.callback(prometheus.close)
-        settings = [f"monitoring.port={free_ports(2)}", f"monitoring.targets={prometheus.targets}/run.json"]
+        settings = [f"monitoring.port={free_ports(2)}", f"monitoring.http.file_sd={prometheus.targets}/run.json"]
         settings += ["train.steps=99999", "train.max_nonfinite_steps=99999", "data.max_bad_fraction=1"]
         settings += [f"data.cache={folder}/cache", "data.fetch=ranges"]
         settings += [f"checkpoint.folder={disk}", "checkpoint.every=4", "checkpoint.max_failures=99999"]

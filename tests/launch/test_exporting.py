@@ -15,7 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from mcl_dist.events import PHASES
-from monitoring.catalogue import SECTIONS, series_of
+from monitoring.metrics.catalogue import SECTIONS, series_of
 from tests.launch.test_pretrain import kill_everything, metrics, start, words
 from tests.ports import free_ports
 

@@ -14,8 +14,8 @@ from launch.cli import main
 from launch.loader_benchmark import benchmark_settings, measure_loader
 from launch.local_ranks import free_port
 from launch.short_lived import showing
-from monitoring.board import Board
-from monitoring.metrics import show_loader
+from monitoring.metrics.registry import Board
+from monitoring.metrics.training_metrics import show_loader
 
 SMALL = ["data.crop=56", "data.frames=4", "data.stride=8"]
 

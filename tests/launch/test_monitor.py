@@ -19,7 +19,7 @@ from launch.sparkline import sparkline
 from mcl_dist.errors import EXIT_FAILURE, EXIT_USAGE
 from mcl_dist.events import CheckpointWritten, Evaluated, Event, Notice, Started, StepDone
 from mcl_dist.run_log.listeners import EventLog, MetricsFile
-from monitoring.view import VERSION
+from monitoring.history.run_view import VERSION
 
 SECONDS = 10
 

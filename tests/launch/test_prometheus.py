@@ -97,7 +97,7 @@ def watched(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
     run = folder / "run"
     prometheus = Prometheus(folder / "prometheus", {9500: port, 9600: bench_port, 9091: gateway_port})
     gateway = started_gateway(gateway_port)
-    settings = [f"monitoring.port={free_ports(2)}", f"monitoring.targets={prometheus.targets}/run.json"]
+    settings = [f"monitoring.port={free_ports(2)}", f"monitoring.http.file_sd={prometheus.targets}/run.json"]
     settings += ["monitoring.peak_tflops=1", "train.steps=99999", "checkpoint.every=4"]
     settings += ["evaluate.every=4", f"evaluate.test={synthetic_shards}", "evaluate.clips=1"]
     bench = started_bench(synthetic_shards, bench_port)

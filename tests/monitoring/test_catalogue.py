@@ -6,9 +6,9 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
 from dataloading.shards.bad_sample import REASONS
-from monitoring.board import Board
-from monitoring.catalogue import BAD_SAMPLES, OWN, SECTIONS, Scope, series_of
-from monitoring.catalogue_page import NODE, RANKS, page
+from monitoring.metrics.catalogue import BAD_SAMPLES, OWN, SECTIONS, Scope, series_of
+from monitoring.metrics.catalogue_page import NODE, RANKS, page
+from monitoring.metrics.registry import Board
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRAPE_SECONDS = 0.05

@@ -17,10 +17,10 @@ from prometheus_client import CollectorRegistry
 
 from mcl_dist.config import build_config
 from mcl_dist.errors import ConfigError, UserError
-from monitoring.board import Board
-from monitoring.exporter import Exporter, MonitoringConfig, reached_at
-from monitoring.passwords import hashed, main
-from monitoring.pulse import Pulse
+from monitoring.http.basic_auth import hashed, main
+from monitoring.http.healthz import Pulse
+from monitoring.http.server import Exporter, MonitoringConfig, reached_at
+from monitoring.metrics.registry import Board
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # a thread may be at a request when its server ends
 

@@ -11,9 +11,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from launch.cli import main
-from monitoring.board import Board
-from monitoring.client import Client
-from monitoring.gateway import Gateway
+from monitoring.http.client import Client
+from monitoring.http.pushgateway import Gateway
+from monitoring.metrics.registry import Board
 from tests.monitoring.real_prometheus import until
 
 

@@ -25,9 +25,9 @@ from mcl_dist.events import (
 )
 from mcl_dist.run_log.listeners import EventLog, MetricsFile
 from mcl_dist.run_log.records import event_line, step_line
-from monitoring.curves import MOST_POINTS, NUM_RECENT, Curves
-from monitoring.history import NUM_MESSAGES, History
-from monitoring.run_folder import RunFolder
+from monitoring.history.curves import MOST_POINTS, NUM_RECENT, Curves
+from monitoring.history.fold import NUM_MESSAGES, History
+from monitoring.history.run_folder import RunFolder
 
 DONE = StepDone(1, 0, 100, {"loss": 3.0}, 1e-3, videos=8, seconds=0.5, data_wait_ratio=0.25, gradient_norm=2.0)
 REPORT = LoaderReport(20, 17, 2, {"checksum": 2}, 0.5, 2, {}, {"retries": {"stall": 3, "reset": 0}}, 0.0, 0)

@@ -23,10 +23,10 @@ from mcl_dist.events import (
     Stopping,
 )
 from mcl_dist.run_log.goodput import CAUSES
-from monitoring.board import Board
-from monitoring.catalogue import LOSSES, Scope
-from monitoring.metrics import TrainingMetrics
-from monitoring.pulse import Pulse
+from monitoring.http.healthz import Pulse
+from monitoring.metrics.catalogue import LOSSES, Scope
+from monitoring.metrics.registry import Board
+from monitoring.metrics.training_metrics import TrainingMetrics
 
 DONE = StepDone(
     step=3,

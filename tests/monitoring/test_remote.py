@@ -10,9 +10,9 @@ from launch.cli import main
 from mcl_dist.errors import EXIT_FAILURE, EXIT_USAGE
 from mcl_dist.events import Started
 from mcl_dist.run_log.listeners import EventLog
-from monitoring.exporter import Exporter, MonitoringConfig
-from monitoring.passwords import hashed
-from monitoring.run_folder import RunFolder
+from monitoring.history.run_folder import RunFolder
+from monitoring.http.basic_auth import hashed
+from monitoring.http.server import Exporter, MonitoringConfig
 from monitoring.web.app import Page
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from mcl_dist.events import CheckpointWritten, Evaluated, Event, Finished, Notice, Started, StepDone, StepSkipped
 from mcl_dist.run_log.listeners import EventLog, MetricsFile
-from monitoring.run_folder import RunFolder
+from monitoring.history.run_folder import RunFolder
 from monitoring.web.app import Page
 
 HOSTILE = "<img src=x onerror=\"document.title='taken'\">"

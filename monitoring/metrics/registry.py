@@ -12,8 +12,8 @@ from itertools import accumulate
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from monitoring import catalogue
-from monitoring.catalogue import OTHER, OWN, Scope
+from monitoring.metrics import catalogue
+from monitoring.metrics.catalogue import OTHER, OWN, Scope
 
 
 @dataclass

@@ -7,9 +7,9 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from monitoring.curves import Curves
-from monitoring.messages import message
-from monitoring.view import VERSION, Checkpoint, Message, Rank, View, quiet_limit, usual, warnings_of
+from monitoring.history.curves import Curves
+from monitoring.history.messages import message
+from monitoring.history.run_view import VERSION, Checkpoint, Message, Rank, View, quiet_limit, usual, warnings_of
 
 NUM_MESSAGES = 50
 GONE_SECONDS = 5.0  # without news before a lock that nobody holds says that the run is gone

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from monitoring.view import Message
+from monitoring.history.run_view import Message
 
 NAMED = 3  # samples of a message; the log has them all
 Line = Mapping[str, Any]

@@ -1,17 +1,17 @@
-"""`docs/metrics.md`, made from the catalogue: `python -m monitoring.catalogue_page > docs/metrics.md`."""
+"""`docs/metrics.md`, made from the catalogue: `python -m monitoring.metrics.catalogue_page > docs/metrics.md`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from monitoring.catalogue import SECTIONS, Metric, series_of
+from monitoring.metrics.catalogue import SECTIONS, Metric, series_of
 
 RANKS, NODE = 512, 8  # of the run whose series are counted
 
 INTRODUCTION = """\
 # Metrics
 
-Made from `monitoring/catalogue.py` by `python -m monitoring.catalogue_page > docs/metrics.md`; a test keeps them equal.
+Made from `monitoring/metrics/catalogue.py` by `python -m monitoring.metrics.catalogue_page > docs/metrics.md`; a test keeps them equal.
 
 Every rank answers at `monitoring.port` plus its number on the machine. Scope says who exports a metric: `run` the first
 rank, for all of them; `rank` every rank; `node` the first rank of every machine; `build` a build of a shard set.

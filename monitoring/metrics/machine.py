@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from monitoring.board import Board
-from monitoring.gpu import Gpu
+from monitoring.metrics.gpu import Gpu
+from monitoring.metrics.registry import Board
 
 MEMORY = {"MemTotal": "mcl_host_memory_size_bytes", "MemAvailable": "mcl_host_memory_available_bytes"}
 MEMORY_FILE = Path("/proc/meminfo")  # Linux; elsewhere the host's memory is absent

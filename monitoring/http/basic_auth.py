@@ -1,6 +1,6 @@
 """Users and passwords for basic authentication: a file with a line a user, which holds hashes alone.
 
-`python -m monitoring.passwords USER >> FILE` asks for a password and writes such a line.
+`python -m monitoring.http.basic_auth USER >> FILE` asks for a password and writes such a line.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Passwords:
         try:
             lines = path.read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); make it by python -m monitoring.passwords") from error
+            raise UserError(
+                f"{path}: cannot be read ({error}); make it by python -m monitoring.http.basic_auth"
+            ) from error
         hashes = {}
         for place, line in enumerate(lines, start=1):
             user, _, found = line.partition(":")
@@ -51,11 +53,11 @@ class Passwords:
                 continue
             if not user or not _is_hash(found):
                 raise UserError(
-                    f"{path}: line {place} is not USER:scrypt$SALT$HASH; make it by python -m monitoring.passwords USER"
+                    f"{path}: line {place} is not USER:scrypt$SALT$HASH; make it by python -m monitoring.http.basic_auth USER"
                 )
             hashes[user] = found
         if not hashes:
-            raise UserError(f"{path}: names no user; add one by python -m monitoring.passwords USER >> {path}")
+            raise UserError(f"{path}: names no user; add one by python -m monitoring.http.basic_auth USER >> {path}")
         return cls(hashes)
 
     def admit(self, environ: Mapping[str, Any]) -> bool:
@@ -109,7 +111,7 @@ def _named(header: str) -> tuple[str | None, str]:
 def main(words: Sequence[str]) -> int:
     """Ask for a user's password and print their line."""
     if len(words) != 1 or not words[0] or ":" in words[0]:
-        print("usage: python -m monitoring.passwords USER >> FILE (a name without a colon)", file=sys.stderr)
+        print("usage: python -m monitoring.http.basic_auth USER >> FILE (a name without a colon)", file=sys.stderr)
         return 2
     password = getpass.getpass(f"password of {words[0]}: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
     if not password:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
-from monitoring.curves import Columns
+from monitoring.history.curves import Columns
 
 VERSION = 2
 QUIET_STEPS = 10  # a step that takes this many times the usual one, and a minute, is none: the run stalls

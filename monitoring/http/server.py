@@ -17,7 +17,7 @@ from prometheus_client.exposition import ThreadingWSGIServer
 
 from mcl_dist.config import number
 from mcl_dist.errors import ConfigError, UserError
-from monitoring.passwords import Passwords
+from monitoring.http.basic_auth import Passwords
 
 REQUEST_SECONDS = 30.0  # for whoever connects and then says nothing
 ANYWHERE = ("", "0.0.0.0", "::")
@@ -34,7 +34,7 @@ class MonitoringConfig:
         port: of the first rank of every machine; its other ranks take the ports that follow. None serves nothing.
         address: to bind to; the loopback unless a Prometheus elsewhere must reach it.
         tls_certificate, tls_key: PEM files; with them everything is HTTPS.
-        password_file: users and their passwords' hashes, as `python -m monitoring.passwords` writes them; with it
+        password_file: users and their passwords' hashes, as `python -m monitoring.http.basic_auth` writes them; with it
             everything but `/healthz` asks for one.
         targets: file that tells Prometheus of all ranks; by default `targets.json` in the run folder.
         stale_seconds: without a step, after which `/healthz` answers 503.

@@ -9,8 +9,8 @@ from typing import cast
 from urllib.error import HTTPError, URLError
 
 from mcl_dist.errors import UserError
-from monitoring.client import Client
-from monitoring.view import VERSION, View
+from monitoring.history.run_view import VERSION, View
+from monitoring.http.client import Client
 
 SECONDS = 10.0
 MOST_BYTES = 16 * 2**20

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mcl_dist.errors import UserError
-from monitoring.history import History
-from monitoring.view import View
+from monitoring.history.fold import History
+from monitoring.history.run_view import View
 
 METRICS, LOG, LOCK = "metrics.jsonl", "log.jsonl", "lock"
 OTHER_LOGS = "log-[0-9]*.jsonl"

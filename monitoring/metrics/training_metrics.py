@@ -20,9 +20,9 @@ from mcl_dist.events import (
     Stopping,
 )
 from mcl_dist.run_log.goodput import CAUSES
-from monitoring.board import Board
-from monitoring.catalogue import LOSSES
-from monitoring.pulse import Pulse
+from monitoring.http.healthz import Pulse
+from monitoring.metrics.catalogue import LOSSES
+from monitoring.metrics.registry import Board
 
 STORAGE_COUNTS = (
     "bytes_read", "bytes_decoded", "requests", "cache_hits", "cache_misses", "cache_evictions", "cache_repairs"

@@ -10,7 +10,7 @@ from urllib.error import HTTPError
 
 from prometheus_client import CollectorRegistry, push_to_gateway
 
-from monitoring.client import Client
+from monitoring.http.client import Client
 
 PUSH_SECONDS = 15.0  # between two pushes, as between two scrapes
 REQUEST_SECONDS = 10.0  # for the gateway to answer; at its end a command waits for it twice at the most
