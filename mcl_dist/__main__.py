@@ -27,7 +27,7 @@ def main() -> int:
                 file=sys.stderr,
             )
             return EXIT_FAILURE
-    return int(importlib.import_module("launch.cli").main())
+    return int(importlib.import_module("launch.cli.main").main())
 
 
 def foreign(package: str) -> str | None:

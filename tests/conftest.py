@@ -50,7 +50,7 @@ def _folder_beside(variable: str, name: str, what: str) -> Path:
 def synthetic_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shard set of 16 synthetic videos, one a class."""
     from dataloading.synthetic.videos import write_synthetic
-    from launch.cli import main
+    from launch.cli.main import main
 
     folder = tmp_path_factory.mktemp("synthetic")
     write_synthetic(folder, seed=0, train_per_class=1, test_per_class=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.processes import ProcessEntry
+from launch.supervision.processes import ProcessEntry
 
 
 def of_run(run: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""The median of the 5×5 pixels around each, one plane at a time on one core (layout: `dataloading.flow.padded_images`)."""
+"""The median of the 5×5 pixels around each, one plane at a time on one core; memory layout as in `padded_images`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What TV-L1 spends its time in, one pair of frames at a time on one core (layout: `dataloading.flow.padded_images`)."""
+"""What TV-L1 spends its time in, one pair of frames at a time on one core; memory layout as in `padded_images`."""
 
 from __future__ import annotations
 

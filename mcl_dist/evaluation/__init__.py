@@ -1,1 +1,1 @@
-"""Protocols that score a frozen or fine-tuned representation."""
+"""Probes of a representation (METHOD.md, section 6): in go an encoder and labelled clips, out come scores."""

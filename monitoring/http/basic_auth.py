@@ -53,7 +53,8 @@ class Passwords:
                 continue
             if not user or not _is_hash(found):
                 raise UserError(
-                    f"{path}: line {place} is not USER:scrypt$SALT$HASH; make it by python -m monitoring.http.basic_auth USER"
+                    f"{path}: line {place} is not USER:scrypt$SALT$HASH; make it by "
+                    "python -m monitoring.http.basic_auth USER"
                 )
             hashes[user] = found
         if not hashes:

@@ -11,7 +11,8 @@ RANKS, NODE = 512, 8  # of the run whose series are counted
 INTRODUCTION = """\
 # Metrics
 
-Made from `monitoring/metrics/catalogue.py` by `python -m monitoring.metrics.catalogue_page > docs/metrics.md`; a test keeps them equal.
+Generated from `monitoring/metrics/catalogue.py` by
+`python -m monitoring.metrics.catalogue_page > docs/metrics.md`; a test keeps them equal.
 
 Every rank answers at `monitoring.port` plus its number on the machine. Scope says who exports a metric: `run` the first
 rank, for all of them; `rank` every rank; `node` the first rank of every machine; `build` a build of a shard set.

@@ -19,7 +19,7 @@ from dataloading.build.video_processor import BuildConfig, Outcome
 from dataloading.shards.format import REPORT
 from dataloading.synthetic.videos import write_video
 from dataloading.videos.sources import scan_sources
-from launch.cli import main
+from launch.cli.main import main
 from mcl_dist.errors import EXIT_FAILURE, UserError
 from mcl_dist.storage.folder import Folder
 from mcl_dist.storage.retry import Patience

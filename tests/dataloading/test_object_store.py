@@ -18,7 +18,7 @@ from dataloading.build.verify import verify_shards
 from dataloading.shards.format import REPORT
 from dataloading.synthetic.videos import write_video
 from dataloading.videos.sources import scan_sources
-from launch.cli import main
+from launch.cli.main import main
 from mcl_dist.errors import EXIT_FAILURE, UserError
 from mcl_dist.storage.folder import Folder
 from mcl_dist.storage.retry import Patience
@@ -57,7 +57,7 @@ def contents(url: str) -> dict[str, bytes]:
 
 
 def start(source: Path, url: str, workers: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "launch.cli", "shards", "build", str(source), url, *OPTIONS]
+    command = [sys.executable, "-m", "launch.cli.main", "shards", "build", str(source), url, *OPTIONS]
     command += ["--workers", str(workers)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

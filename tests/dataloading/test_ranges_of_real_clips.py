@@ -9,7 +9,7 @@ from dataloading.reading.fetcher import FetchConfig
 from dataloading.reading.shard_set import ShardSet
 from dataloading.sampling.epoch_order import sample_generator
 from dataloading.sampling.tubelets import CutConfig, draw_tubelets
-from launch.cli import main
+from launch.cli.main import main
 from mcl_dist.batch import QUERY
 from tests.nginx import running_nginx
 

@@ -18,7 +18,7 @@ from dataloading.build.ray_executor import RayExecutor
 from dataloading.shards.format import REPORT
 from dataloading.synthetic.videos import write_video
 from dataloading.videos.sources import scan_sources
-from launch.cli import main
+from launch.cli.main import main
 from mcl_dist.errors import EXIT_FAILURE, UserError
 from mcl_dist.storage.folder import Folder
 
@@ -115,7 +115,7 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
 
 def start(source: Path, destination: Path, address: str) -> subprocess.Popen[str]:
     """A build on the cluster, with its first shard finished."""
-    command = [sys.executable, "-m", "launch.cli", "shards", "build", str(source), str(destination), *OPTIONS]
+    command = [sys.executable, "-m", "launch.cli.main", "shards", "build", str(source), str(destination), *OPTIONS]
     command += ["--executor", "ray", "--address", address, "--json"]
     build = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (destination / "shard-000000.done.json").exists():

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import distributed
 
-from launch import held_out
-from launch.held_out import HeldOut
+from launch.evaluation import online_knn as held_out
+from launch.evaluation.online_knn import HeldOut
 from mcl_dist.checkpoint import load_encoder
 from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.evaluation.feature_cache import digest_of

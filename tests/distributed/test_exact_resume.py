@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import distributed
 
-from launch.assembly import assembled
-from launch.settings import PretrainConfig
+from launch.pretraining.compose import assembled
+from launch.run.config import PretrainConfig
 from mcl_dist.batch import TubeletBatch
 from mcl_dist.config import load_config
 from mcl_dist.distributed.heartbeat import Heartbeat

@@ -16,8 +16,8 @@ import torch
 from torch import distributed
 
 from dataloading.reading.shard_set import ShardSet
-from launch.assembly import assembled
-from launch.settings import PretrainConfig
+from launch.pretraining.compose import assembled
+from launch.run.config import PretrainConfig
 from mcl_dist.batch import FIRST_KEY, QUERY, TubeletBatch
 from mcl_dist.config import load_config
 from mcl_dist.distributed.heartbeat import Heartbeat

@@ -18,10 +18,18 @@ from torch import distributed
 from torch.nn.functional import cross_entropy
 
 from dataloading.reading.shard_set import ShardSet
-from launch.evaluate_settings import FinetuneEvaluation, LinearEvaluation, LinearTraining, SupervisedEvaluation
-from launch.settings import PretrainConfig
-from launch.subject import RANDOM, Subject, load_subject
-from launch.supervised import Lesson, Outcome, Rank, assembled, described_by, evaluate_supervised, pupil_of
+from launch.evaluation.config import FinetuneEvaluation, LinearEvaluation, LinearTraining, SupervisedEvaluation
+from launch.evaluation.encoder_under_test import RANDOM, Subject, load_subject
+from launch.evaluation.training_protocols import (
+    Lesson,
+    Outcome,
+    Rank,
+    assembled,
+    described_by,
+    evaluate_supervised,
+    pupil_of,
+)
+from launch.run.config import PretrainConfig
 from mcl_dist.batch import LabelledBatch
 from mcl_dist.checkpoint import read_snapshot
 from mcl_dist.config import build_config, load_config

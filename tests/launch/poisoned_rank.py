@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from dataloading.loader import loader
-from launch import assembly, pretrain
+from launch import pretrain
+from launch.pretraining import compose as assembly
 from mcl_dist.batch import QUERY, TubeletBatch
 from mcl_dist.training.pretrain_step import Pretrainer
 

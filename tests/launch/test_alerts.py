@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.local_ranks import RUNTIME, Meeting, launcher_command, launcher_environment
+from launch.supervision.deepspeed_launcher import RUNTIME, Meeting, launcher_command, launcher_environment
 from mcl_dist.distributed.heartbeat import read_beats
 from tests.faultproxy import FaultProxy
 from tests.launch.test_pretrain import words

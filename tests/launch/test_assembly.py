@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 import pytest
 
-from launch.assembly import COURSE, listening, resume
-from launch.settings import PretrainConfig
+from launch.pretraining.compose import COURSE, listening, resume
+from launch.run.config import PretrainConfig
 from mcl_dist.config import load_config
 from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.errors import UserError

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dataloading.synthetic.videos import write_video
-from launch.cli import main
-from launch.flow_benchmark import box_overlap, map_correlation
+from launch.benchmarks.flow import box_overlap, map_correlation
+from launch.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_memory_does_not_grow_with_the_length_of_a_video_beyond_its_stills(tmp_p
         write_video(tmp_path / f"{name}.mp4", np.broadcast_to(np.uint8(90), (num_frames, 1080, 1920)))
     code = f"""
 from pathlib import Path
-from launch.build_benchmark import measure_build
+from launch.benchmarks.build import measure_build
 for name in ("short", "long"):
     print(measure_build(Path({str(tmp_path)!r}) / f"{{name}}.mp4", "dis")["peak_rss_bytes"])
 """

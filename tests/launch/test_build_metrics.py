@@ -7,8 +7,8 @@ import pytest
 
 from dataloading.build.builder import GoingOn
 from dataloading.shards.format import RefusedVideo
-from launch.build_metrics import build_metrics
-from launch.local_ranks import free_port
+from launch.supervision.deepspeed_launcher import free_port
+from launch.telemetry.build import build_metrics
 from mcl_dist.errors import UserError
 from mcl_dist.storage.retry import Patience
 

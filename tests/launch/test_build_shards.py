@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from dataloading.synthetic.videos import write_video
-from launch.build_shards import BuildProgress
-from launch.cli import main
+from launch.cli.main import main
+from launch.cli.shards import BuildProgress
 from mcl_dist.errors import EXIT_FAILURE, EXIT_USAGE
 
 OPTIONS = ("--flow", "dis", "--short-side", "0", "--window", "8", "--workers", "1")
@@ -174,7 +174,17 @@ def test_a_person_watching_sees_one_line_rewritten(monkeypatch: pytest.MonkeyPat
 def test_ctrl_c_leaves_no_worker_and_nothing_half_written(source: Path, tmp_path: Path) -> None:
     for number in range(2):
         write_video(source / "a" / f"{number}.mp4", np.zeros((2000, 96, 128), dtype=np.uint8))
-    command = [sys.executable, "-m", "launch.cli", "shards", "build", source, tmp_path / "set", "--short-side", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "launch.cli.main",
+        "shards",
+        "build",
+        source,
+        tmp_path / "set",
+        "--short-side",
+        "0",
+    ]
     # With this seed the broken video comes first, so its refusal says that work has begun.
     command += ["--window", "8", "--workers", "2", "--seed", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import main
+from launch.cli.main import main
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "pretrain" / "tiny.yaml")
 

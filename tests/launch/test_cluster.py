@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster import _cause
-from launch.ends import HUNG, KILLED, LOST, OUTCOME_LINE, End
-from launch.fleet import Fleet
-from launch.hostfile import Host
-from launch.ssh import UNREACHABLE, Ssh
+from launch.cluster.controller import _cause
+from launch.cluster.hostfile import Host
+from launch.cluster.remote_shell import Fleet
+from launch.cluster.ssh import UNREACHABLE, Ssh
+from launch.supervision.outcome import HUNG, KILLED, LOST, OUTCOME_LINE, End
 from tests.hosts import Rig, missing, running_hosts
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli, cluster
-from launch.fleet import Fleet
-from launch.hostfile import Host
-from launch.ssh import Ssh
+from launch.cli import main as cli
+from launch.cluster import controller as cluster
+from launch.cluster.hostfile import Host
+from launch.cluster.remote_shell import Fleet
+from launch.cluster.ssh import Ssh
 from mcl_dist.distributed.heartbeat import STEPPING, Beat, beat_file
 from mcl_dist.distributed.shutdown import SIGNALS
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import main
-from launch.demo import CONFIG, MARKER
-from launch.picture import draw_picture
-from launch.settings import PretrainConfig, check
+from launch.cli.demo import CONFIG, MARKER
+from launch.cli.main import main
+from launch.report.tubelet_picture import draw_picture
+from launch.run.config import PretrainConfig, check
 from mcl_dist.config import load_config
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.doctor import LOOK_SECONDS
-from launch.doctor_checks import ALL, FAIL, OK, Row, link
-from launch.doctor_node import DALI
-from launch.hostfile import read_hostfile
+from launch.cli.doctor import LOOK_SECONDS
+from launch.cluster.doctor_checks import ALL, FAIL, OK, Row, link
+from launch.cluster.doctor_node import DALI
+from launch.cluster.hostfile import read_hostfile
 from mcl_dist.errors import ConfigError
 from tests.hosts import Host, Rig, missing, running_hosts
 
@@ -147,7 +147,7 @@ def test_a_store_that_cannot_be_written_from_a_node_and_a_node_that_does_not_tak
         host.environment |= {**access, "AWS_ENDPOINT_URL": "http://10.77.0.254:9000"}
         host.kill()
         host.boot()
-    whole[1].run(f"mount --bind /dev/null {REPOSITORY}/launch/doctor_link.py")
+    whole[1].run(f"mount --bind /dev/null {REPOSITORY}/launch/cluster/doctor_link.py")
     store = whole.head.popen([sys.executable, "-c", STORE])
     try:
         whole.head.run("until : >/dev/tcp/10.77.0.254/9000; do sleep 0.05; done 2>/dev/null")
@@ -207,7 +207,7 @@ def _plant(rig: Rig, shards: Path, folder: Path) -> list[str]:
     )
     changed = folder / "demo.py"
     changed.write_text((REPOSITORY / "launch" / "demo.py").read_text() + "# changed\n")
-    second.run(f"mount --bind {changed} {REPOSITORY}/launch/demo.py")
+    second.run(f"mount --bind {changed} {REPOSITORY}/launch/cli/demo.py")
     (rig.work / "run").mkdir()
     second.run(f"mount --bind {rig.work}/run {rig.work}/run && mount -o remount,bind,ro {rig.work}/run")
     second.run(f"mkdir {rig.own}/cache && mount -t tmpfs -o size=1m none {rig.own}/cache")

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from launch import doctor_checks
-from launch.doctor import Examination
-from launch.doctor_checks import FAIL, Row
-from launch.doctor_node import answer
-from launch.hostfile import Host
-from launch.settings import PretrainConfig
-from launch.ssh import Ssh
+from launch.cli.doctor import Examination
+from launch.cluster import doctor_checks
+from launch.cluster.doctor_checks import FAIL, Row
+from launch.cluster.doctor_node import answer
+from launch.cluster.hostfile import Host
+from launch.cluster.ssh import Ssh
+from launch.run.config import PretrainConfig
 from mcl_dist.config import load_config
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "pretrain" / "tiny.yaml")

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from dataloading.shards.format import MANIFEST, manifest_from
-from launch.cli import main
-from launch.frozen import check_classes, evaluate_frozen
-from launch.kept_evaluations import kept
-from launch.settings import PretrainConfig
-from launch.subject import Subject, load_pretrain_config, load_subject
+from launch.cli.main import main
+from launch.evaluation.encoder_under_test import Subject, load_pretrain_config, load_subject
+from launch.evaluation.frozen_protocols import check_classes, evaluate_frozen
+from launch.evaluation.results_log import kept
+from launch.run.config import PretrainConfig
 from mcl_dist.config import build_config, dump_config
 from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.errors import UserError
@@ -127,7 +127,7 @@ def test_all_splits_are_of_the_checkpoint_that_was_the_newest_at_the_start(
         return evaluate_frozen(subject, *arguments)
 
     (Path(checkpoint) / "config.yaml").write_text(dump_config(CONFIG))
-    monkeypatch.setattr("launch.frozen.evaluate_frozen", while_the_run_goes_on)
+    monkeypatch.setattr("launch.evaluation.frozen_protocols.evaluate_frozen", while_the_run_goes_on)
     again = ("--train", str(synthetic_shards), "--test", str(synthetic_shards))
     assert _evaluate(checkpoint, synthetic_shards, *again, protocol="knn") == 0
     assert len(seen) == 2
@@ -186,7 +186,7 @@ def test_ranks_make_the_features_of_one_process_though_they_do_not_divide_the_vi
 def test_ranks_that_are_killed_are_told_in_one_line(
     checkpoint: str, synthetic_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("launch.evaluate.launch_ranks", lambda *_: 247)
+    monkeypatch.setattr("launch.cli.evaluate.launch_ranks", lambda *_: 247)
     assert _evaluate(checkpoint, synthetic_shards, "--ranks", "2") == 1
     assert capsys.readouterr().err.endswith("for want of memory; use fewer --ranks\n")
 
@@ -308,7 +308,7 @@ def test_a_class_without_a_test_video_is_told_and_left_out_of_the_mean(
     synthetic_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from dataloading.reading.shard_set import ShardSet
-    from launch.frozen import check_split
+    from launch.evaluation.frozen_protocols import check_split
 
     empty = _changed(synthetic_shards, tmp_path / "empty", (*_classes(synthetic_shards), "zz"))
     train, test = ShardSet(str(empty)), ShardSet(str(empty))

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch.cli import main
-from launch.evaluate import Job, tell_once
-from launch.evaluate_settings import LinearEvaluation
+from launch.cli.evaluate import Job, tell_once
+from launch.cli.main import main
+from launch.evaluation.config import LinearEvaluation
 from mcl_dist.config import build_config
 from mcl_dist.errors import UserError
 from mcl_dist.evaluation.metrics import Answers, BootstrapConfig, score
@@ -41,7 +41,7 @@ def words(synthetic_shards: Path, tmp_path: Path) -> list[str]:
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.cli", "evaluate", *arguments],
+        [sys.executable, "-m", "launch.cli.main", "evaluate", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
@@ -102,7 +102,7 @@ def test_a_run_needs_a_folder(words: list[str], capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("protocol", ["linear", "finetune"])
 def test_the_file_of_a_protocol_has_the_numbers_that_it_has_without(protocol: str) -> None:
-    from launch.evaluate_settings import FinetuneEvaluation, LinearEvaluation
+    from launch.evaluation.config import FinetuneEvaluation, LinearEvaluation
     from mcl_dist.config import load_config
 
     schema = {"linear": LinearEvaluation, "finetune": FinetuneEvaluation}[protocol]
@@ -111,7 +111,7 @@ def test_the_file_of_a_protocol_has_the_numbers_that_it_has_without(protocol: st
 
 
 def test_splits_share_no_folder() -> None:
-    from launch.evaluate_settings import LinearEvaluation
+    from launch.evaluation.config import LinearEvaluation
     from mcl_dist.config import load_config
 
     config = load_config(LinearEvaluation, None, ["run.dir=runs/a", "checkpoint.folder=s3://bucket/a"])

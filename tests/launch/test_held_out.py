@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.held_out import HeldOut
-from launch.settings import PretrainConfig
+from launch.evaluation.online_knn import HeldOut
+from launch.run.config import PretrainConfig
 from mcl_dist.config import build_config
 from mcl_dist.distributed.process_group import Ranks
 from mcl_dist.distributed.shutdown import StopRequest

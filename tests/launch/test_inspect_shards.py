@@ -16,8 +16,8 @@ import pytest
 from dataloading.reading.shard_set import ShardSet
 from dataloading.synthetic.videos import write_video
 from dataloading.visualize import inspect_video, sample_positions
-from launch.cli import main
-from launch.inspect_page import page
+from launch.cli.main import main
+from launch.report.shard_set_page import page
 from mcl_dist.errors import EXIT_FAILURE, EXIT_USAGE
 
 CLASS = "<script>document.title='taken'<"  # a folder's name cannot hold a slash

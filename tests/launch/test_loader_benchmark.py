@@ -10,10 +10,10 @@ import fsspec
 import pytest
 import torch
 
-from launch.cli import main
-from launch.loader_benchmark import benchmark_settings, measure_loader
-from launch.local_ranks import free_port
-from launch.short_lived import showing
+from launch.benchmarks.loader import benchmark_settings, measure_loader
+from launch.cli.main import main
+from launch.supervision.deepspeed_launcher import free_port
+from launch.telemetry.batch_job_metrics import showing
 from monitoring.metrics.registry import Board
 from monitoring.metrics.training_metrics import show_loader
 

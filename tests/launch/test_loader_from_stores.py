@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launch.cli import main
+from launch.cli.main import main
 from tests.faultproxy import KINDS
 from tests.stores import behind_http, behind_s3
 

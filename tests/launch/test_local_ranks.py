@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.local_ranks import launch_ranks
+from launch.supervision.deepspeed_launcher import launch_ranks
 
 
 def visible(folder: Path, num_ranks: int) -> set[str]:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import main
-from launch.method_benchmark import BASELINE, CONFIG, VARIANTS, Outcome, table
-from launch.method_page import page
-from launch.settings import PretrainConfig
+from launch.benchmarks.ablation import BASELINE, CONFIG, VARIANTS, Outcome, table
+from launch.benchmarks.ablation_page import page
+from launch.cli.main import main
+from launch.run.config import PretrainConfig
 from mcl_dist.config import load_config
 
 

@@ -13,9 +13,9 @@ from uuid import uuid4
 
 import pytest
 
-from launch.cli import main
-from launch.readable import counted, duration, number, printable, ratio, size
-from launch.sparkline import sparkline
+from launch.cli.main import main
+from launch.terminal.sparkline import sparkline
+from launch.terminal.units import counted, duration, number, printable, ratio, size
 from mcl_dist.errors import EXIT_FAILURE, EXIT_USAGE
 from mcl_dist.events import CheckpointWritten, Evaluated, Event, Notice, Started, StepDone
 from mcl_dist.run_log.listeners import EventLog, MetricsFile
@@ -187,7 +187,7 @@ def terminal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
 
 
 def watch(terminal: Terminal, run: Path, *options: str) -> None:
-    words = [sys.executable, "-m", "launch.cli", "monitor", str(run), "--interval", "0.2", *options]
+    words = [sys.executable, "-m", "launch.cli.main", "monitor", str(run), "--interval", "0.2", *options]
     terminal.type(f"cd {shlex.quote(str(Path.cwd()))}; {shlex.join(words)}; echo left $?", "Enter")
 
 

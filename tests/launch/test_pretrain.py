@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch.cli import main
+from launch.cli.main import main
 from tests.processes import of_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -35,7 +35,7 @@ def words(shards: Path, run: Path, *more: str) -> list[str]:
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.cli", "pretrain", *arguments],
+        [sys.executable, "-m", "launch.cli.main", "pretrain", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
@@ -204,7 +204,7 @@ def test_a_full_disk_ends_the_run_in_one_line(synthetic_shards: Path, tmp_path: 
     mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs -o size=200k none "$0" && exec "$@"']
     if subprocess.run([*mount, tmp_path, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this user may not mount a small disk in a namespace")
-    command = [sys.executable, "-m", "launch.cli", "pretrain", *words(synthetic_shards, tmp_path, *LENGTH)]
+    command = [sys.executable, "-m", "launch.cli.main", "pretrain", *words(synthetic_shards, tmp_path, *LENGTH)]
     result = subprocess.run([*mount, tmp_path, *command], capture_output=True, text=True, check=False, timeout=SECONDS)
     assert result.returncode == 1, result.stdout + result.stderr
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("mcl: "))

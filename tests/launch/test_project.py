@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import main
+from launch.cli.main import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -124,8 +124,8 @@ def test_every_command_has_help_with_an_example(words: str, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("what", "heavy"),
     [
-        ("import launch.cli; launch.cli.parser()", {"torch", "deepspeed", "nvidia", "cv2", "sklearn"}),
-        ("import launch.settings", {"torch._dynamo", "deepspeed", "nvidia", "sklearn"}),
+        ("import launch.cli.main; launch.cli.main.parser()", {"torch", "deepspeed", "nvidia", "cv2", "sklearn"}),
+        ("import launch.run.config", {"torch._dynamo", "deepspeed", "nvidia", "sklearn"}),
     ],
 )
 def test_help_and_settings_load_no_heavy_library(what: str, heavy: set[str]) -> None:

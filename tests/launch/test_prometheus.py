@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.local_ranks import free_port
+from launch.supervision.deepspeed_launcher import free_port
 from tests.launch.test_pretrain import kill_everything, start, words
 from tests.monitoring.queries import BOARDS, INTERVAL, operands, panel_queries, rules
 from tests.monitoring.real_prometheus import SCRAPE_SECONDS, Prometheus, faster, until
@@ -79,14 +79,14 @@ def started_build(videos: Path, destination: Path, port: int, gateway: int) -> s
     (next(source.iterdir()) / "broken.mp4").write_bytes(b"no video")
     options = ["--workers", "1", "--short-side", "0", "--metrics-port", str(port)]
     options += ["--push-gateway", f"http://127.0.0.1:{gateway}"]
-    command = [sys.executable, "-m", "launch.cli", "shards", "build", str(source), str(destination), *options]
+    command = [sys.executable, "-m", "launch.cli.main", "shards", "build", str(source), str(destination), *options]
     with destination.with_name("build.log").open("w") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 
 def started_bench(shards: Path, port: int) -> subprocess.Popen[bytes]:
     """A bench of the loader that goes on for longer than anybody looks, and lets the others go first."""
-    command = [sys.executable, "-m", "launch.cli", "bench", "loader", "--data", str(shards)]
+    command = [sys.executable, "-m", "launch.cli.main", "bench", "loader", "--data", str(shards)]
     command += ["--epochs", "9999", "--metrics-port", str(port), "train.global_batch=4", "data.crop=48"]
     return subprocess.Popen(["nice", "-n", "19", *command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 

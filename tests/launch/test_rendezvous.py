@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from launch.ends import End
-from launch.local_ranks import free_port
-from launch.rendezvous import Host, Member
+from launch.supervision.deepspeed_launcher import free_port
+from launch.supervision.outcome import End
+from launch.supervision.rendezvous import Host, Member
 
 Answer = TypeVar("Answer")
 PATIENCE = 10.0

@@ -16,13 +16,13 @@ import fsspec
 import pytest
 import torch
 
-from launch.chart import Curve, chart, ticks
-from launch.cli import main
-from launch.kept_evaluations import ON_THE_WAY, add, kept
-from launch.readable import number
-from launch.report_alignment import look
-from launch.report_evaluations import evaluations
-from launch.settings import PretrainConfig
+from launch.cli.main import main
+from launch.evaluation.results_log import ON_THE_WAY, add, kept
+from launch.report.report_alignment import look
+from launch.report.report_evaluations import evaluations
+from launch.report.svg_chart import Curve, chart, ticks
+from launch.run.config import PretrainConfig
+from launch.terminal.units import number
 from mcl_dist.batch import FIRST_KEY, QUERY, TubeletBatch
 from mcl_dist.checkpoint import Checkpoints, read_snapshot
 from mcl_dist.config import build_config, dump_config

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch.settings import PretrainConfig
+from launch.run.config import PretrainConfig
 from mcl_dist.config import load_config
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"

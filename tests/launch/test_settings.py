@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from launch.settings import PretrainConfig, check
+from launch.run.config import PretrainConfig, check
 from mcl_dist.config import build_config
 from mcl_dist.errors import ConfigError
 

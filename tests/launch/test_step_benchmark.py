@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from launch import plain_step
-from launch.cli import main
-from launch.step_benchmark import PHASES
-from launch.step_forms import Form, forms
+from launch.benchmarks import reference_step as plain_step
+from launch.benchmarks.step import PHASES
+from launch.benchmarks.step_forms import Form, forms
+from launch.cli.main import main
 from mcl_dist.config import build_config
 from mcl_dist.model.encoder import normalise
 from mcl_dist.objective.losses import inter_loss, own_similarities
@@ -49,7 +49,7 @@ def test_forms_can_be_chosen_and_what_is_none_is_told_first(capsys: pytest.Captu
 
 
 def test_a_gpu_gains_by_two_more_changes() -> None:
-    from launch.settings import PretrainConfig
+    from launch.run.config import PretrainConfig
 
     config = build_config(PretrainConfig, {"run": {"dir": "none"}, "data": {"train": "none"}})
     on_gpu = forms(config, torch.device("cuda"))

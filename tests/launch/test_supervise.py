@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.ends import CRASHED, DONE, HUNG, KILLED, LOST, STOPPED, USER, End, read_ends, verdict
-from launch.hangs import SuperviseConfig, hang
-from launch.local_ranks import Meeting
-from launch.restarts import Restarts
-from launch.supervise import Supervisor
+from launch.supervision.deepspeed_launcher import Meeting
+from launch.supervision.hang_detection import SuperviseConfig, hang
+from launch.supervision.outcome import CRASHED, DONE, HUNG, KILLED, LOST, STOPPED, USER, End, read_ends, verdict
+from launch.supervision.policy import Restarts
+from launch.supervision.supervisor import Supervisor
 from mcl_dist.distributed.heartbeat import STEPPING, WAITING, Beat, read_beats
 from mcl_dist.distributed.shutdown import StopRequest
 from tests.processes import of_run
@@ -37,7 +37,7 @@ def start(shards: Path, run: Path, terminal: int | None = None) -> subprocess.Po
     words += [NO_REPORT, *SMALL, *LENGTH, *QUICK, "--ranks", "2", "--runtime", str(run.with_suffix(".runtime"))]
     session = ["setsid", *(["--ctty"] if terminal else [])]
     return subprocess.Popen(
-        [*session, sys.executable, "-m", "launch.cli", "pretrain", *words],
+        [*session, sys.executable, "-m", "launch.cli.main", "pretrain", *words],
         stdin=terminal or subprocess.DEVNULL,
         stdout=terminal or subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -199,7 +199,8 @@ def test_what_a_person_has_to_mend_is_told_before_what_followed_from_it() -> Non
 
 def leave(work: str, folder: Path) -> tuple[int, End]:
     """How a rank with this work ended: its exit code, and the word that it left for its supervisor."""
-    program = f"from launch.local_ranks import as_rank; from mcl_dist.errors import *; as_rank(lambda: {work})"
+    imports = "from launch.supervision.deepspeed_launcher import as_rank; from mcl_dist.errors import *"
+    program = f"{imports}; as_rank(lambda: {work})"
     environment = {**os.environ, "MCL_RUNTIME": str(folder), "RANK": "1"}
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False)
     return result.returncode, read_ends(folder)[1]

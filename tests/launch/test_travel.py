@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launch.travel import travelling
+from launch.cluster.environment import travelling
 from mcl_dist.errors import ConfigError
 
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mcl_dist
-from launch.cli import main
-from launch.settings import PretrainConfig
-from launch.subject import load_subject
+from launch.cli.main import main
+from launch.evaluation.encoder_under_test import load_subject
+from launch.run.config import PretrainConfig
 from mcl_dist.checkpoint import CheckpointConfig, Checkpoints
 from mcl_dist.checkpoint.interchange import exported
 from mcl_dist.config import build_config
@@ -119,7 +119,7 @@ def test_equal_weights_give_equal_bytes(run: str, form: str) -> None:
 def test_torchscript_of_equal_weights_is_equal_from_process_to_process(run: str, tmp_path: Path) -> None:
     file = tmp_path / "encoder.pt"
     words = ["export", run, "--format", "torchscript", "--out", str(file)]
-    subprocess.run([sys.executable, "-m", "launch.cli", *words], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "launch.cli.main", *words], check=True, capture_output=True)
     assert file.read_bytes() == exported(run, "torchscript")
     assert str(Path(mcl_dist.__file__).parent).encode() not in file.read_bytes()
 

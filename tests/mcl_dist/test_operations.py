@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from launch.settings import PretrainConfig
-from launch.step_forms import Form, GrowingStep, noise
+from launch.benchmarks.step_forms import Form, GrowingStep, noise
+from launch.run.config import PretrainConfig
 from mcl_dist.config import build_config
 from mcl_dist.model.encoder import EncoderConfig
 from mcl_dist.model.network import HeadsConfig

@@ -15,7 +15,7 @@ from urllib.error import URLError
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
-from launch.local_ranks import free_port
+from launch.supervision.deepspeed_launcher import free_port
 from tests.monitoring.queries import MONITORING
 
 FASTER = 30  # two scrapes a second, and two minutes of patience are four seconds

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from launch.cli import main
+from launch.cli.main import main
 from monitoring.http.client import Client
 from monitoring.http.pushgateway import Gateway
 from monitoring.metrics.registry import Board

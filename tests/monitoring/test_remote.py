@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from launch.cli import main
+from launch.cli.main import main
 from mcl_dist.errors import EXIT_FAILURE, EXIT_USAGE
 from mcl_dist.events import Started
 from mcl_dist.run_log.listeners import EventLog

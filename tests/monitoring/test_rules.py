@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launch.settings import PretrainConfig
+from launch.run.config import PretrainConfig
 from mcl_dist.checkpoint.manager import CheckpointConfig
 from mcl_dist.config import load_config
 from mcl_dist.errors import EXIT_FAILURE

@@ -1,0 +1,1 @@
+"""Inputs of a build: in go folders and video lists, out come decoded RGB frames."""

@@ -1,0 +1,248 @@
+"""Forms of the training step, from the plain one to the one that `mcl pretrain` takes, for `mcl bench step`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import wraps
+from typing import Any
+
+import torch
+
+from launch.benchmarks import reference_step as plain_step
+from launch.run.config import PretrainConfig
+from launch.supervision.deepspeed_launcher import free_port
+from mcl_dist.batch import FIRST_KEY, NUM_VIEWS, QUERY, TubeletBatch
+from mcl_dist.checkpoint import Checkpoints
+from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.events import Listener
+from mcl_dist.model.encoder import normalise
+from mcl_dist.model.network import Network
+from mcl_dist.objective.alignment import align, alignment_map, similarity_gradient
+from mcl_dist.objective.losses import inter_loss, intra_loss, order_loss, own_similarities
+from mcl_dist.objective.momentum_encoder import NUM_KEYS, MomentumEncoder
+from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.objective import Objective
+from mcl_dist.objective.schedule import Schedule
+from mcl_dist.training.deepspeed_engine import Engine, join_process_group, make_optimizer
+from mcl_dist.training.phase_timer import PhaseClock
+from mcl_dist.training.pretrain_state import Learner
+from mcl_dist.training.pretrain_step import Pretrainer
+
+Mark = Callable[[str], None]  # called with a phase's name when it ends
+
+
+@dataclass(frozen=True)
+class Form:
+    """Which changes a form of the step has over the plain one."""
+
+    name: str
+    closed_form: bool = False
+    one_pass: bool = False
+    fused: bool = False
+    channels_last: bool = False
+    bfloat16: bool = False
+    compiled: bool = False
+    trainer: bool = False
+
+
+def forms(config: PretrainConfig, device: torch.device) -> list[Form]:
+    """The plain form, then one change more each; what only GPUs gain by is left out on a CPU, unless configured."""
+    is_gpu = device.type == "cuda"
+    changes = ["closed_form", "one_pass", "fused", "channels_last"]
+    changes += ["bfloat16"] if is_gpu or config.train.precision == "bfloat16" else []
+    changes += ["compiled"] if is_gpu or config.train.compile else []
+    made = [Form("plain")]
+    for change in [*changes, "trainer"]:
+        made.append(Form(**{**asdict(made[-1]), "name": change, change: True}))
+    return made
+
+
+class GrowingStep:
+    """A step without DeepSpeed, each of its parts in plain form or in the product's.
+
+    Attributes:
+        loss: of the last step.
+    """
+
+    def __init__(self, config: PretrainConfig, form: Form, device: torch.device) -> None:
+        self._form, self._device, self._losses = form, device, config.objective
+        learner = _learner(config, form, device)
+        self._network, self._momentum, self._queue = learner.network, learner.momentum, learner.queue
+        self._optimizer = make_optimizer(self._network, config.optimizer, fused=form.fused)
+        self.loss = torch.zeros((), device=device)
+
+    def __call__(self, batch: TubeletBatch, mark: Mark) -> None:
+        """Take a step on a batch that lies in host memory."""
+        batch = batch.to(self._device)
+        mark("copy")
+        keys = self._encode(batch.views)
+        mark("keys")
+        loss = self._loss(batch, keys)
+        mark("forward")
+        loss.backward()  # type: ignore[no-untyped-call]
+        mark("backward")
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.loss = loss.detach()
+        mark("optimizer")
+        if self._form.fused:
+            self._momentum.update(self._network.parameters(), self._losses.momentum)
+        else:
+            plain_step.move(self._momentum.network, self._network, self._losses.momentum)
+        mark("momentum")
+        if self._form.fused:
+            self._queue.enqueue(keys[0])
+        else:
+            self._queue.position = plain_step.enqueue(self._queue.vectors, self._queue.position, keys[0])
+        mark("queue")
+
+    @torch.no_grad()
+    def _encode(self, views: torch.Tensor) -> torch.Tensor:
+        """Inter, intra and order vectors of the three keys: (3, 3, B, d), the head first."""
+        keys = []
+        for key in range(FIRST_KEY, FIRST_KEY + NUM_KEYS):
+            with self._autocast():
+                output = self._momentum.network(self._clips(views[:, key]))
+            keys.append(torch.stack([output.inter.vector, output.intra.vector, output.order.vector]))
+        return torch.stack(keys, dim=1)
+
+    def _loss(self, batch: TubeletBatch, keys: torch.Tensor) -> torch.Tensor:
+        with self._autocast():
+            output = self._network(self._clips(batch.views[:, QUERY]))
+        inter_keys, intra_keys, order_keys = keys
+        query, temperature = output.inter.vector, self._losses.temperature
+        if self._form.one_pass:
+            against = self._queue.against(query, temperature)
+            inter = inter_loss(own_similarities(query, inter_keys), against, temperature)
+        else:
+            inter = plain_step.inter_loss(query, inter_keys, self._queue.vectors, temperature)
+        intra = intra_loss(own_similarities(output.intra.vector, intra_keys), temperature)
+        gradient = (
+            similarity_gradient(self._network, output, inter_keys[0])
+            if self._form.closed_form
+            else plain_step.similarity_gradient(output, inter_keys[0])
+        )
+        aligned = align(alignment_map(gradient.float()), batch.motion)
+        order = order_loss(
+            self._network.order_classifier, output.order.vector, order_keys[1], order_keys[2], batch.order
+        )
+        return inter + self._losses.intra * intra + self._losses.alignment * aligned.loss + 0.0 * order
+
+    def _clips(self, clips: torch.Tensor) -> torch.Tensor:
+        """Normalised; the product's stay in the order of their bytes, channels innermost."""
+        return normalise(clips) if self._form.channels_last else plain_step.normalised(clips)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._form.bfloat16)
+
+
+class TrainerStep:
+    """The step of `mcl pretrain` itself, alone on its rank, with marks where its parts end; listeners hear of each."""
+
+    def __init__(
+        self, config: PretrainConfig, form: Form, device: torch.device, listeners: Sequence[Listener] = ()
+    ) -> None:
+        self._device = device
+        checkpoints = Checkpoints(tempfile.gettempdir(), Ranks(device))  # none is written
+        trainer = self._trainer = lone_trainer(config, form, device, checkpoints, listeners)
+        self._mark: Mark = lambda _: None
+        for owner, method, phase in (
+            (trainer.learner.momentum, "encode", "keys"),
+            (trainer.engine, "forward", "forward"),
+            (trainer.engine, "backward", "backward"),
+            (trainer.engine, "step", "optimizer"),
+            (trainer.learner.momentum, "update", "momentum"),
+            (trainer.learner.queue, "enqueue", "queue"),
+        ):
+            self._time(owner, method, phase)
+        self._step = 0
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """Of the last step."""
+        return self._trainer.engine.objective.report["loss"]
+
+    def __call__(self, batch: TubeletBatch, mark: Mark) -> None:
+        """Take a step on a batch that lies in host memory."""
+        self._mark = mark
+        batch = batch.to(self._device)
+        mark("copy")
+        self._trainer.take(self._step, batch, PhaseClock(self._device), waited=0.0).seconds = 1.0
+        self._step += 1
+
+    def _time(self, owner: object, method: str, phase: str) -> None:
+        """Mark the time between parts as `other`, and that of the part itself."""
+        called = getattr(owner, method)
+
+        @wraps(called)
+        def marking(*arguments: Any, **more: Any) -> Any:
+            self._mark("other")
+            result = called(*arguments, **more)
+            self._mark(phase)
+            return result
+
+        setattr(owner, method, marking)
+
+
+def lone_trainer(
+    config: PretrainConfig,
+    form: Form,
+    device: torch.device,
+    checkpoints: Checkpoints,
+    listeners: Sequence[Listener] = (),
+) -> Pretrainer:
+    """A trainer alone in its process group, whose `take` is given batches by hand."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ[name] = value
+    os.environ["MASTER_PORT"] = str(free_port())
+    join_process_group(device)
+    learner = _learner(config, form, device)
+    engine = Engine(
+        Objective(learner.network, temperature=config.objective.temperature, autocast=form.bfloat16),
+        config.optimizer,
+        batch_per_rank=config.train.global_batch,
+        accumulate=config.train.accumulate,
+    )
+    return Pretrainer(
+        engine=engine,
+        learner=learner,
+        ranks=Ranks(device),
+        schedule=Schedule(config.optimizer.learning_rate, 1000, 1000, warmup_epochs=0.0),
+        losses=replace(config.objective, order="none"),
+        checkpoints=checkpoints,
+        checkpoint_every=1000,
+        config=asdict(config),
+        batches=iter(()),
+        settings=config.train,
+        listeners=listeners,
+    )
+
+
+def noise(config: PretrainConfig, device: torch.device) -> TubeletBatch:
+    """A global batch in host memory, pinned where a GPU copies from it."""
+    draws = torch.Generator().manual_seed(config.run.seed)
+    size, data = config.train.global_batch, config.data
+    shape = (size, NUM_VIEWS, data.frames, data.crop, data.crop, 3)
+    batch = TubeletBatch(
+        views=torch.randint(0, 256, shape, dtype=torch.uint8, generator=draws),
+        motion=torch.rand(size, *config.encoder.grid(data.frames, data.crop), generator=draws),
+        order=torch.randint(0, 2, (size,), generator=draws),
+        samples=torch.arange(size),
+        boxes=torch.zeros(size, NUM_VIEWS, 4),
+    )
+    return batch.pinned() if device.type == "cuda" else batch
+
+
+def _learner(config: PretrainConfig, form: Form, device: torch.device) -> Learner:
+    torch.manual_seed(config.run.seed)
+    network = Network(config.encoder, config.heads)
+    network.to(device).train()
+    momentum = MomentumEncoder(network, Ranks(device), seed=config.run.seed, autocast=form.bfloat16)
+    draws = torch.Generator().manual_seed(config.run.seed)
+    learner = Learner(network, momentum, Queue.random(config.objective.queue, config.heads.dim, draws, device))
+    if form.compiled:
+        learner.compile()
+    return learner

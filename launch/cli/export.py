@@ -1,0 +1,40 @@
+"""`mcl export`: an encoder as a file for other programs."""
+
+from __future__ import annotations
+
+import argparse
+
+FORMATS = ("safetensors", "torchscript", "onnx", "reference")
+EXAMPLE = """example:
+  mcl export runs/ucf101 --format safetensors --out encoder.safetensors
+  mcl export runs/ucf101 --format onnx --out encoder.onnx
+
+TorchScript and ONNX take clips (B, 3, T, H, W) of the size pre-trained on, in RGB from 0 to 1 less ImageNet's mean and
+over its deviation, and give features (B, C). `reference` has the reference's names, as safetensors.
+"""
+
+
+def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `mcl export`."""
+    parser = commands.add_parser(
+        "export",
+        help="write an encoder for other programs",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", metavar="C", help="run folder, step-… folder, or a weights file")
+    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("--out", required=True, metavar="FILE", help="path or URL to write to")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export as the command line says; returns 0."""
+    from launch.evaluation.encoder_under_test import settled
+    from mcl_dist.checkpoint.interchange import exported
+    from mcl_dist.storage.folder import write_file
+
+    data = exported(settled(arguments.checkpoint), arguments.format)
+    write_file(arguments.out, data)
+    print(f"{arguments.out}: {len(data)} bytes")
+    return 0

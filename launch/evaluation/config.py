@@ -1,0 +1,176 @@
+"""The configurations of evaluations, composed of the sections that their parts own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from dataloading.loader.config import ReadingConfig, SupervisedConfig
+from dataloading.loader.probe_clips import ClipsConfig
+from launch.run.config import RunConfig
+from launch.supervision.hang_detection import SuperviseConfig
+from mcl_dist.checkpoint import CheckpointConfig
+from mcl_dist.config import choice, number
+from mcl_dist.errors import ConfigError
+from mcl_dist.evaluation.feature_cache import FeaturesConfig
+from mcl_dist.evaluation.knn import KnnConfig
+from mcl_dist.evaluation.metrics import BootstrapConfig
+from mcl_dist.evaluation.svm import SvmConfig
+from mcl_dist.model.encoder import STEM_STRIDE
+from mcl_dist.training.deepspeed_engine import OptimizerConfig
+from mcl_dist.training.trainer import TrainConfig
+
+Evaluation = TypeVar("Evaluation", bound="SupervisedEvaluation")
+
+
+@dataclass(frozen=True)
+class FrozenConfig:
+    """What all protocols on frozen features have.
+
+    Attributes:
+        recalibrate: measure BatchNorm's statistics anew on training clips; None for untrained encoders only.
+    """
+
+    recalibrate: bool | None = None
+    clips: ClipsConfig = field(default_factory=ClipsConfig)
+    data: ReadingConfig = field(default_factory=ReadingConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
+
+
+@dataclass(frozen=True)
+class SvmEvaluation(FrozenConfig):
+    """`mcl evaluate svm`."""
+
+    svm: SvmConfig = field(default_factory=SvmConfig)
+
+
+@dataclass(frozen=True)
+class KnnEvaluation(FrozenConfig):
+    """`mcl evaluate knn`."""
+
+    knn: KnnConfig = field(default_factory=KnnConfig)
+
+
+@dataclass(frozen=True)
+class RetrievalEvaluation(FrozenConfig):
+    """`mcl evaluate retrieval`."""
+
+
+@dataclass(frozen=True)
+class LongClips(ClipsConfig):
+    """Clips of the protocols that train: longer than those of the pre-training."""
+
+    frames: int | None = number(32, minimum=STEM_STRIDE[0])
+    stride: int | None = number(2, minimum=1)
+
+
+@dataclass(frozen=True)
+class SupervisedEvaluation:
+    """What the protocols have that train a classifier. Their run is one as pre-training's, with a folder of its own."""
+
+    run: RunConfig
+    clips: LongClips = field(default_factory=LongClips)
+    data: SupervisedConfig = field(default_factory=SupervisedConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    supervise: SuperviseConfig = field(default_factory=SuperviseConfig)
+    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
+
+    def below(self: Evaluation, name: str) -> Evaluation:
+        """The same with a folder of its own below each that this one has."""
+        folder = self.checkpoint.folder
+        return replace(
+            self,
+            run=replace(self.run, dir=f"{self.run.dir}/{name}"),
+            checkpoint=replace(self.checkpoint, folder=folder and f"{folder}/{name}"),
+        )
+
+    def check(self, num_ranks: int) -> None:
+        """What no section can check alone.
+
+        Raises:
+            ConfigError: when ranks do not divide the batch, or parameters or optimizer cannot be sharded as asked.
+        """
+        self.optimizer.check()
+        self.train.batch_per_rank(num_ranks)
+        if self.optimizer.zero_stage == 3:
+            raise ConfigError(
+                "optimizer.zero_stage: found 3, must be at most 2 here: each rank tests videos of its own, with all "
+                "parameters"
+            )
+
+
+@dataclass(frozen=True)
+class LinearOptimizer(OptimizerConfig):
+    """The linear layer's rate, for features of unit length, without decay and warm-up."""
+
+    learning_rate: float = number(16.0, minimum=0)
+    weight_decay: float = number(0.0, minimum=0)
+    warmup_epochs: float = number(0.0, minimum=0)
+
+
+@dataclass(frozen=True)
+class LinearTraining(TrainConfig):
+    """Batch and length of the linear layer's training."""
+
+    global_batch: int = number(128, minimum=1)
+    epochs: int = number(100, minimum=1)
+
+
+@dataclass(frozen=True)
+class LinearEvaluation(SupervisedEvaluation):
+    """`mcl evaluate linear`; `recalibrate` as of `FrozenConfig`."""
+
+    recalibrate: bool | None = None
+    optimizer: LinearOptimizer = field(default_factory=LinearOptimizer)
+    train: LinearTraining = field(default_factory=LinearTraining)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How the whole of an encoder is trained.
+
+    Attributes:
+        dropout: share of the pooled features that the linear layer is not shown in training.
+        batch_norm: as of `EncoderConfig`; there are no keys, and so nothing to shuffle.
+        checkpointing: as of `EncoderConfig`.
+    """
+
+    dropout: float = number(0.9, minimum=0, maximum=0.99)
+    batch_norm: str = choice("local", "synchronized")
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class FinetuneClips(LongClips):
+    """Three crops of a test clip."""
+
+    crops: int = number(3, minimum=1, maximum=3)
+
+
+@dataclass(frozen=True)
+class FinetuneOptimizer(OptimizerConfig):
+    """The rate of all parameters, without warm-up."""
+
+    learning_rate: float = number(0.01, minimum=0)
+    warmup_epochs: float = number(0.0, minimum=0)
+
+
+@dataclass(frozen=True)
+class FinetuneTraining(TrainConfig):
+    """Batch and length of fine-tuning."""
+
+    global_batch: int = number(256, minimum=1)
+    epochs: int = number(150, minimum=1)
+
+
+@dataclass(frozen=True)
+class FinetuneEvaluation(SupervisedEvaluation):
+    """`mcl evaluate finetune`."""
+
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    clips: FinetuneClips = field(default_factory=FinetuneClips)
+    optimizer: FinetuneOptimizer = field(default_factory=FinetuneOptimizer)
+    train: FinetuneTraining = field(default_factory=FinetuneTraining)

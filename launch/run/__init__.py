@@ -1,0 +1,1 @@
+"""What all runs share: their configuration and the lock on their folder."""

@@ -1,0 +1,72 @@
+"""The one configuration of a pre-training run, composed of the sections that its parts own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dataloading.loader.config import DataConfig, check_clips
+from launch.evaluation.online_knn_config import EvaluateConfig
+from launch.supervision.hang_detection import SuperviseConfig
+from mcl_dist.checkpoint import CheckpointConfig
+from mcl_dist.config import number
+from mcl_dist.errors import ConfigError
+from mcl_dist.model.encoder import EncoderConfig
+from mcl_dist.model.network import HeadsConfig
+from mcl_dist.model.pretrained_weights import InitialConfig
+from mcl_dist.objective.objective import ObjectiveConfig
+from mcl_dist.training.deepspeed_engine import OptimizerConfig
+from mcl_dist.training.trainer import TrainConfig
+from monitoring.http.server import MonitoringConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives, and the seed of all its draws.
+
+    Attributes:
+        dir: the run folder: configuration, logs, metrics, checkpoints.
+        seed: of weights, order, tubelets and shuffles.
+        report: whether the first rank writes `report.html` once all steps are done; `mcl report` does at any time.
+    """
+
+    dir: str
+    seed: int = number(0, minimum=0)
+    report: bool = True
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A pre-training run."""
+
+    run: RunConfig
+    data: DataConfig
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    heads: HeadsConfig = field(default_factory=HeadsConfig)
+    initial: InitialConfig = field(default_factory=InitialConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    supervise: SuperviseConfig = field(default_factory=SuperviseConfig)
+    monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
+
+
+def check(config: PretrainConfig, num_ranks: int) -> None:
+    """What no section can check alone.
+
+    Raises:
+        ConfigError: when ranks do not divide the batch, the optimizer cannot be sharded as asked, clips do not fit the
+            encoder, or an evaluation lacks a set.
+    """
+    config.optimizer.check()
+    config.monitoring.check()
+    config.evaluate.check(config.data.train)
+    if config.train.compile and config.optimizer.zero_stage == 3:
+        raise ConfigError("train.compile: found true, must be false with optimizer.zero_stage=3: it hooks every layer")
+    if config.train.compile and config.objective.alignment_layer is not None:
+        raise ConfigError(
+            "train.compile: found true, must be false with objective.alignment_layer, which differentiates twice"
+        )
+    config.train.batch_per_rank(num_ranks)
+    check_clips(config.data, config.encoder.grid(config.data.frames, config.data.crop))

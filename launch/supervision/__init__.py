@@ -1,0 +1,1 @@
+"""Supervision of one node: starts its ranks, watches them, and restarts them from the newest checkpoint."""

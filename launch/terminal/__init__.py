@@ -1,0 +1,1 @@
+"""What terminals show: progress bars, the monitor screen, sparklines, and numbers with units."""

@@ -1,0 +1,1 @@
+"""Networks (METHOD.md, section 3): in go clips, out come features, projections and order logits."""
