@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 import torch
 
-from tests.s3 import S3Store, running_store
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests.support.gloo_ranks import run_gloo_ranks
+from tests.support.paths import REPOSITORY
+from tests.support.s3 import S3Store, running_store
 
 
 def pytest_configure() -> None:
@@ -78,3 +78,9 @@ def s3_url(s3_store: S3Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     S3FileSystem().mkdir(bucket)
     yield f"s3://{bucket}/set"
     S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[..., None]:
+    """`run_ranks(file, function, count, *arguments)`: see `run_gloo_ranks`."""
+    return run_gloo_ranks

@@ -13,8 +13,9 @@ import yaml
 
 from launch.run.config import PretrainConfig
 from mcl_dist.config import load_config
+from tests.support.paths import REPOSITORY
 
-LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+LAUNCH = REPOSITORY / "launch"
 BATCH = LAUNCH / "slurm" / "pretrain.sbatch"
 # In Slurm's and our program's place; what they are asked is written down.
 PROGRAMS = {

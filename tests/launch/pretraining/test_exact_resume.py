@@ -1,0 +1,129 @@
+"""Runs on videos, put together as by `mcl pretrain`: resumed anywhere, and by other numbers of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed
+
+from launch.pretraining.compose import assembled
+from launch.run.config import PretrainConfig
+from mcl_dist.batch import TubeletBatch
+from mcl_dist.config import load_config
+from mcl_dist.distributed.heartbeat import Heartbeat
+from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.shutdown import StopRequest
+from mcl_dist.run_log.goodput import Birth
+from mcl_dist.training.deepspeed_engine import join_process_group, pick_device
+from tests.support.paths import REPOSITORY
+
+SMALL = ("data.crop=48", "encoder.width=4", "heads.dim=8", "objective.queue=64", "train.global_batch=4")
+STEPS = 12
+RESUMES = 10
+
+
+def train(ranks: Ranks, device: torch.device, shards: str, folder: Path, until: int, *more: str) -> None:
+    """Go on to a step in the folder, noting every sample of this rank in order."""
+    words = [f"data.train={shards}", f"run.dir={folder}", f"train.steps={STEPS}", "checkpoint.keep=99", *SMALL, *more]
+    config = load_config(PretrainConfig, REPOSITORY / "configs" / "pretrain" / "tiny.yaml", words)
+    with assembled(config, ranks, device, StopRequest(), Heartbeat(), Birth(0.0)) as trainer:
+        batches = trainer.batches
+
+        def noted() -> Iterator[TubeletBatch]:
+            for step in range(trainer.start, until):
+                batch = next(batches)
+                everyone = ranks.gather(batch.samples).tolist()
+                if ranks.is_first:
+                    with (folder / "samples.jsonl").open("a") as file:
+                        file.write(json.dumps({"step": step + 1, "samples": everyone}) + "\n")
+                yield batch
+
+        trainer.batches = noted()
+        try:
+            trainer.fit()
+        except StopIteration:
+            assert until < STEPS
+    ranks.barrier()
+
+
+def resuming(shards: str, folder: str) -> None:
+    device = pick_device()
+    join_process_group(device)
+    ranks = Ranks(device)
+    whole = Path(folder, "whole")
+    more = ("checkpoint.every=1", "train.on_spike=warn", "train.spike_window=4")
+    train(ranks, device, shards, whole, STEPS, *more)
+    for step in sorted(random.Random(6).sample(range(1, STEPS), RESUMES)):
+        resumed = Path(folder, f"from-{step}")
+        if ranks.is_first:
+            shutil.copytree(whole / f"checkpoints/step-{step:09d}", resumed / f"checkpoints/step-{step:09d}")
+        ranks.barrier()
+        torch.manual_seed(step)  # nothing of the process itself may matter
+        train(ranks, device, shards, resumed, STEPS, *more)
+
+
+def going_on(shards: str, folder: str, until: str) -> None:
+    device = pick_device()
+    join_process_group(device)
+    more = ("checkpoint.every=1", "encoder.batch_norm=synchronized")
+    train(Ranks(device), device, shards, Path(folder), int(until), *more)
+
+
+def lines(path: Path) -> dict[int, dict[str, object]]:
+    return {line["step"]: line for line in map(json.loads, path.read_text().splitlines())}
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {step: float(str(line["loss"])) for step, line in lines(run / "metrics.jsonl").items()}
+
+
+def content(run: Path) -> dict[str, bytes]:
+    """The last checkpoint but for its configuration, which names the run's folder."""
+    files = {path.name: path.read_bytes() for path in (run / f"checkpoints/step-{STEPS:09d}").iterdir()}
+    state = json.loads(files.pop("state.json"))
+    del state["config"], files["COMMITTED"]
+    return files | {"state": json.dumps(state).encode()}
+
+
+@pytest.mark.slow
+def test_a_run_resumed_at_any_step_equals_the_uninterrupted_one_to_the_bit(
+    run_ranks: Callable[..., None], synthetic_shards: Path, tmp_path: Path
+) -> None:
+    run_ranks(__file__, "resuming", 2, synthetic_shards, tmp_path)
+    whole, resumed = tmp_path / "whole", sorted(tmp_path.glob("from-*"))
+    assert len(resumed) == RESUMES
+    for run in resumed:
+        later = range(int(run.name.removeprefix("from-")) + 1, STEPS + 1)
+        for name in ("samples", "losses"):
+            every, some = (losses(at) if name == "losses" else lines(at / "samples.jsonl") for at in (whole, run))
+            assert {step: every[step] for step in later} == some, f"{run.name}: {name}"
+        assert content(run) == content(whole), run.name
+
+
+@pytest.mark.slow
+def test_two_four_and_one_ranks_take_turns_on_the_same_samples_with_the_same_losses(
+    run_ranks: Callable[..., None], synthetic_shards: Path, tmp_path: Path
+) -> None:
+    whole, turns = tmp_path / "whole", tmp_path / "turns"
+    run_ranks(__file__, "going_on", 2, synthetic_shards, whole, STEPS)
+    for ranks, until in ((2, 4), (4, 8), (1, STEPS)):
+        run_ranks(__file__, "going_on", ranks, synthetic_shards, turns, until)
+    assert lines(turns / "samples.jsonl") == lines(whole / "samples.jsonl")
+    expected, found = losses(whole), losses(turns)
+    assert expected.keys() == found.keys()
+    for step, loss in expected.items():
+        assert abs(found[step] - loss) <= 1e-4, f"step {step}"
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
+    distributed.barrier()
+    os._exit(0)  # tearing gloo down aborts now and then

@@ -1,0 +1,126 @@
+"""BatchNorm over the clips of all ranks against one rank that has them all, on gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed
+from torch.nn.functional import normalize
+
+from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.events import Started
+from mcl_dist.model.encoder import EncoderConfig
+from mcl_dist.model.network import HeadsConfig, Network
+from mcl_dist.objective.momentum_encoder import Keys, MomentumEncoder
+from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.objective import LossWeights, Objective
+from mcl_dist.run_log.listeners import MetricsFile
+from mcl_dist.training.deepspeed_engine import OptimizerConfig
+from tests.support.gloo_runs import STEPS, joined, noise, put_together
+
+GLOBAL_BATCH, DIM = 8, 8
+
+
+def small_network(batch_norm: str, *, checkpointing: bool = False) -> Network:
+    torch.manual_seed(0)
+    config = EncoderConfig(width=4, blocks=(1, 1), batch_norm=batch_norm, checkpointing=checkpointing)
+    return Network(config, HeadsConfig(dim=DIM)).double().train()
+
+
+def backward(network: Network, own: slice) -> torch.Tensor:
+    """Loss of some of the global batch's videos, gradients left in the network."""
+    draws = torch.Generator().manual_seed(1)
+    clips = torch.randn(GLOBAL_BATCH, 3, 8, 32, 32, generator=draws, dtype=torch.float64)
+    motion = torch.rand(GLOBAL_BATCH, 2, 4, 4, generator=draws, dtype=torch.float64)
+    vectors = normalize(torch.randn(4, 3, GLOBAL_BATCH, DIM, generator=draws, dtype=torch.float64), dim=-1)
+    queue = Queue(normalize(torch.randn(50, DIM, generator=draws, dtype=torch.float64), dim=-1))
+    order = torch.arange(GLOBAL_BATCH) % 2
+    objective = Objective(network, temperature=0.1)
+    loss = objective(clips[own], Keys(*vectors).of(own), queue, motion[own], order[own], LossWeights(1.0, 2.0, 0.5))
+    loss.backward()
+    return loss.detach()
+
+
+def share(ranks: Ranks) -> slice:
+    size = GLOBAL_BATCH // ranks.count
+    return slice(size * ranks.rank, size * (ranks.rank + 1))
+
+
+def gradients_are_those_of_the_whole_batch(*changes: str) -> None:
+    distributed.init_process_group("gloo")
+    ranks = Ranks()
+    whole = small_network("local")
+    loss = backward(whole, slice(None))
+    parts = small_network("synchronized", checkpointing="checkpointing" in changes)
+    if "compiled" in changes:
+        parts.encoder.compile(backend="aot_eager")
+    torch.testing.assert_close(ranks.mean(backward(parts, share(ranks))), loss, rtol=0, atol=1e-10)
+    for (name, one), all_of_it in zip(parts.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ranks.mean(one.grad), all_of_it.grad, rtol=0, atol=1e-10, msg=name)
+    for (name, one), all_of_it in zip(parts.named_buffers(), whole.buffers(), strict=True):
+        torch.testing.assert_close(one, all_of_it, rtol=0, atol=1e-10, msg=name)
+
+
+def keys_are_those_of_the_whole_batch() -> None:
+    distributed.init_process_group("gloo")
+    ranks = Ranks()
+    views = torch.randint(0, 256, (GLOBAL_BATCH, 4, 4, 16, 16, 3), dtype=torch.uint8)
+    distributed.broadcast(views, src=0)
+    own = share(ranks)
+    keys = MomentumEncoder(small_network("synchronized"), ranks, seed=0, autocast=False).encode(views[own], step=3)
+    alone = Ranks()
+    alone.rank, alone.count = 0, 1
+    expected = MomentumEncoder(small_network("local"), alone, seed=0, autocast=False).encode(views, step=3)
+    torch.testing.assert_close(keys.inter_all, expected.inter, rtol=0, atol=1e-10)
+    for one, all_of_it in zip(keys[:3], expected[:3], strict=True):
+        torch.testing.assert_close(one, all_of_it[:, own], rtol=0, atol=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "changes"), [(2, ["checkpointing"]), (2, ["checkpointing", "compiled"]), (4, [])])
+def test_a_synchronised_step_is_that_of_the_whole_batch(
+    run_ranks: Callable[..., None], count: int, changes: list[str]
+) -> None:
+    run_ranks(__file__, gradients_are_those_of_the_whole_batch.__name__, count, *changes)
+
+
+def train(folder: str) -> None:
+    ranks = joined()
+    config = OptimizerConfig(learning_rate=0.01, zero_stage=1)
+    trainer = put_together(folder, ranks, config, lambda start: noise(ranks, start), batch_norm="synchronized")
+    if ranks.is_first:
+        trainer.listeners = [MetricsFile(Path(folder) / "metrics.jsonl")]
+        trainer.listeners[0](Started(0, STEPS, None))
+    trainer.fit()
+
+
+@pytest.mark.slow
+def test_a_synchronised_run_has_the_losses_of_any_number_of_ranks(
+    run_ranks: Callable[..., None], tmp_path: Path
+) -> None:
+    losses = {}
+    for count in (1, 2, 4):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        run_ranks(__file__, train.__name__, count, folder)
+        losses[count] = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses[1]) == STEPS
+    assert losses[2] == pytest.approx(losses[1], rel=0, abs=1e-5)
+    assert losses[4] == pytest.approx(losses[1], rel=0, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_synchronised_keys_are_those_of_the_whole_batch(run_ranks: Callable[..., None]) -> None:
+    run_ranks(__file__, keys_are_those_of_the_whole_batch.__name__, 2)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
+    distributed.barrier()
+    os._exit(0)  # tearing gloo down aborts now and then

@@ -1,0 +1,100 @@
+"""The rules as promtool sees them, and the runbook beside them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launch.run.config import PretrainConfig
+from mcl_dist.checkpoint.manager import CheckpointConfig
+from mcl_dist.config import load_config
+from mcl_dist.errors import EXIT_FAILURE
+from tests.support.paths import REPOSITORY
+
+RULES = REPOSITORY / "monitoring" / "prometheus"
+UNIT_TESTS = Path(__file__).with_name("alerts.test.yml")
+RECORDING_TESTS = UNIT_TESTS.with_name("recording.test.yml")
+RUNBOOK = REPOSITORY / "docs" / "runbook.md"
+
+
+def rules_of(file: str) -> list[dict[str, Any]]:
+    groups = yaml.safe_load((RULES / file).read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+ALERTS = {rule["alert"]: rule for rule in rules_of("alerts.yml")}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("promtool", "check", "config", "--lint=all", "--lint-fatal", RULES / "prometheus.yml"),
+        ("promtool", "check", "rules", "--lint=all", "--lint-fatal", RULES / "recording.yml", RULES / "alerts.yml"),
+        ("promtool", "test", "rules", UNIT_TESTS, RECORDING_TESTS),
+        ("amtool", "check-config", RULES.parent / "alertmanager" / "alertmanager.yml"),
+    ],
+    ids=lambda words: " ".join(str(word) for word in words[:3]),
+)
+def test_prometheus_own_tools_find_no_fault(words: tuple[str | Path, ...]) -> None:
+    if shutil.which(str(words[0])) is None:
+        pytest.skip(f"{words[0]} is not installed")
+    result = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_alert_is_tested_firing_and_quiet() -> None:
+    tests = [test for case in yaml.safe_load(UNIT_TESTS.read_text())["tests"] for test in case["alert_rule_test"]]
+    for fires in (True, False):
+        assert {test["alertname"] for test in tests if bool(test["exp_alerts"]) == fires} == set(ALERTS)
+
+
+@pytest.mark.parametrize("name", ALERTS)
+def test_an_alert_says_how_bad_it_is_what_happened_and_where_to_read_on(name: str) -> None:
+    assert ALERTS[name]["labels"]["severity"] in ("critical", "warning")
+    annotations = ALERTS[name]["annotations"]
+    assert set(annotations) == {"summary", "description", "runbook"}
+    assert annotations["runbook"] == f"docs/runbook.md#{name.lower()}"
+
+
+def test_the_runbook_has_a_section_for_each_alert_and_no_other() -> None:
+    text = RUNBOOK.read_text()
+    sections = dict(re.findall(r"^## (\S+)\n\n\*(\w+)\* · ", text, re.MULTILINE))
+    assert sections == {name: rule["labels"]["severity"] for name, rule in ALERTS.items()}
+    for link in re.findall(r"\]\(#(\w+)\)", text):
+        assert link in {name.lower() for name in ALERTS}
+
+
+@pytest.mark.parametrize(
+    "section", re.split(r"^## ", RUNBOOK.read_text(), flags=re.MULTILINE)[1:], ids=lambda section: section.split()[0]
+)
+def test_a_section_of_the_runbook_says_how_to_see_it_what_it_means_and_what_to_do_in_commands(section: str) -> None:
+    for part in ("See", "Means", "Do"):
+        assert f"- **{part}:**" in section
+    assert "`" in section.split("- **Do:**")[1]
+
+
+def test_the_runbook_says_after_how_many_failed_checkpoints_a_run_ends() -> None:
+    section = RUNBOOK.read_text().split("## MclCheckpointFailing")[1].split("## ")[0]
+    assert f"`checkpoint.max_failures` ({CheckpointConfig().max_failures})" in section
+    assert f"exit code {EXIT_FAILURE}" in section
+
+
+def test_the_runbook_names_keys_and_choices_that_configurations_have() -> None:
+    sections = "|".join(field.name for field in fields(PretrainConfig))
+    found = set(re.findall(rf"\b(?:{sections})\.\w+(?:=[a-z]+)?\b", RUNBOOK.read_text()))
+    found -= {name for name in found if Path(name).suffix in (".yaml", ".jsonl")}
+    assert len(found) > 10
+    config = load_config(PretrainConfig, None, ["data.train=set", "run.dir=run"])
+    for name in found:
+        path, _, choice = name.partition("=")
+        section, key = path.split(".")
+        assert hasattr(getattr(config, section), key), name
+        if choice:
+            load_config(PretrainConfig, None, ["data.train=set", "run.dir=run", name])

@@ -1,0 +1,103 @@
+"""A real Prometheus with our own configuration, in a hurry."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+from launch.supervision.deepspeed_launcher import free_port
+from tests.support.queries import MONITORING
+
+FASTER = 30  # two scrapes a second, and two minutes of patience are four seconds
+SCRAPE_SECONDS = 15 / FASTER
+MILLISECONDS = {"s": 1000, "m": 60_000, "h": 3_600_000}
+Series = tuple[dict[str, str], dict[float, float]]
+
+
+def faster(text: str) -> str:
+    """The same with every time divided by FASTER: durations (`15s`, `[5m]`), and numbers `* 60` or `* 3600`."""
+    text = re.sub(r"\b(\d+)([smh])\b", lambda found: f"{int(found[1]) * MILLISECONDS[found[2]] // FASTER}ms", text)
+    return re.sub(r"\* (60|3600)\b", lambda found: f"* {int(found[1]) // FASTER}", text)
+
+
+def until(happened: Callable[[], bool], seconds: float) -> bool:
+    """Whether it happened in time."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.3)
+    return True
+
+
+class Prometheus:
+    """A server on the loopback; ports and paths are other ones, times are shorter, all else is as we ship it.
+
+    Args:
+        folder: to work in.
+        ports: where a build and a bench of the loader answer, and others that the files name, by the ports there.
+
+    Attributes:
+        targets: folder for the files that name runs' ranks.
+    """
+
+    def __init__(self, folder: Path, ports: Mapping[int, int] | None = None) -> None:
+        self.targets = folder / "targets"
+        self.targets.mkdir(parents=True)
+        elsewhere = defaultdict(free_port, ports or {})
+        for file in (MONITORING / "prometheus").glob("*.yml"):
+            text = re.sub(r":(9\d{3})\b", lambda found: f":{elsewhere[int(found[1])]}", file.read_text())
+            (folder / file.name).write_text(faster(text))
+        port = free_port()
+        self._url = f"http://127.0.0.1:{port}/api/v1"
+        self._log = folder / "log"
+        words = [f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                ["prometheus", *words, f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        self._began = time.time()
+        assert until(self._answers, 30), self._log.read_text()
+
+    def close(self) -> None:
+        """End it."""
+        self._process.terminate()
+        self._process.wait(30)
+
+    def get(self, path: str, **parameters: str | float) -> Any:
+        """What it answers at a path of its API."""
+        with urlopen(f"{self._url}/{path}?{urlencode(parameters)}", timeout=10) as answer:
+            return json.load(answer)["data"]
+
+    def series(self, query: str) -> list[Series]:
+        """Labels, and finite values by their time, of all that a query has found until now, a point a scrape."""
+        found = self.get("query_range", query=query, start=self._began, end=time.time(), step=SCRAPE_SECONDS)
+        points = [(each["metric"], {at: float(value) for at, value in each["values"]}) for each in found["result"]]
+        finite = [(labels, {at: value for at, value in x.items() if math.isfinite(value)}) for labels, x in points]
+        return [(labels, values) for labels, values in finite if values]
+
+    def firing(self) -> set[tuple[str, str]]:
+        """Name of every alert that fires, and the rank that it is of."""
+        labels = [each["labels"] for each in self.get("alerts")["alerts"] if each["state"] == "firing"]
+        return {(each["alertname"], each.get("rank", "")) for each in labels}
+
+    def _answers(self) -> bool:
+        assert self._process.poll() is None, self._log.read_text()
+        try:
+            self.get("status/buildinfo")
+        except URLError:
+            return False
+        return True
