@@ -43,7 +43,7 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class View:
+class TubeletView:
     """A tubelet, where its clip moves most, and some of its frames: whole and cut out, uint8 (h, w, 3) RGB."""
 
     name: str
@@ -87,7 +87,7 @@ class InspectedVideo:
     order: int
     rim: float
     moments: tuple[Moment, ...]
-    views: tuple[View, ...]
+    views: tuple[TubeletView, ...]
 
 
 def sample_positions(num_videos: int, count: int, seed: int) -> list[int]:
@@ -197,7 +197,7 @@ def _moments(video: StoredVideo) -> tuple[float, tuple[Moment, ...]]:
     return rim, tuple(moments)
 
 
-def _views(video: StoredVideo, tubelets: Sequence[Tubelet]) -> tuple[View, ...]:
+def _views(video: StoredVideo, tubelets: Sequence[Tubelet]) -> tuple[TubeletView, ...]:
     views = []
     for name, tubelet in zip(VIEWS, tubelets, strict=True):
         frames = _evenly(tubelet.frames.tolist(), NUM_VIEW_FRAMES)
@@ -205,7 +205,7 @@ def _views(video: StoredVideo, tubelets: Sequence[Tubelet]) -> tuple[View, ...]:
         cut_outs = decoded(video.frames(frames), boxes, (CUT_OUT_SIDE, CUT_OUT_SIDE))
         pictures = [_shrunk(picture, PICTURE_SIDE) for picture in decoded_frames(video, frames)]
         region = motion_region(video.frame_maps[tubelet.frames].mean(axis=0), video.height, video.width)
-        views.append(View(name, tubelet, region, tuple(zip(frames, pictures, cut_outs, strict=True))))
+        views.append(TubeletView(name, tubelet, region, tuple(zip(frames, pictures, cut_outs, strict=True))))
     return tuple(views)
 
 

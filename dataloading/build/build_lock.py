@@ -29,7 +29,7 @@ STALE_SECONDS = 120.0  # six refreshes missed: more than a store's bad minute
 
 
 @dataclass(frozen=True)
-class Claim:
+class BuildLock:
     """The right to write at a destination.
 
     Attributes:
@@ -44,7 +44,7 @@ class Claim:
 
 
 @contextmanager
-def claimed(destination: Folder) -> Iterator[Claim]:
+def claimed(destination: Folder) -> Iterator[BuildLock]:
     """Hold the destination until the block ends; what a killed builder left half-written is removed.
 
     Raises:
@@ -55,7 +55,7 @@ def claimed(destination: Folder) -> Iterator[Claim]:
 
 
 @contextmanager
-def _locked(destination: Folder) -> Iterator[Claim]:
+def _locked(destination: Folder) -> Iterator[BuildLock]:
     work = Path(destination.path(WORK_FOLDER))
     is_new = not work.parent.exists()
     try:
@@ -68,7 +68,7 @@ def _locked(destination: Folder) -> Iterator[Claim]:
                 if entry.name != LOCK:
                     entry.unlink()
             destination.remove_partials()
-            yield Claim(work, partial(_check_lock, lock, work, destination.url))
+            yield BuildLock(work, partial(_check_lock, lock, work, destination.url))
         finally:
             shutil.rmtree(work, ignore_errors=True)
             if is_new:
@@ -110,12 +110,12 @@ def _is_at(file: TextIO, path: Path) -> bool:
 
 
 @contextmanager
-def _leased(destination: Folder) -> Iterator[Claim]:
+def _leased(destination: Folder) -> Iterator[BuildLock]:
     lease = Lease(destination)
     taken_from = lease.take()
     try:
         with lease.kept(), tempfile.TemporaryDirectory() as work:
-            yield Claim(Path(work), lease.refresh, taken_from)
+            yield BuildLock(Path(work), lease.refresh, taken_from)
     finally:
         lease.give_back()
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dataloading.build.build_lock import LEASE, Claim, claimed
+from dataloading.build.build_lock import LEASE, BuildLock, claimed
 from dataloading.build.journal import FinishedShard, check_record, read_finished, remove_journals
 from dataloading.build.local_executor import Executor
-from dataloading.build.near_duplicates import Look, near_duplicates
-from dataloading.build.video_processor import BuildConfig, Outcome, Processed, VideoProcessor
+from dataloading.build.near_duplicates import VideoHash, near_duplicates
+from dataloading.build.video_processor import BuildConfig, Processed, VideoOutcome, VideoProcessor
 from dataloading.shards.format import (
     MANIFEST,
     REPORT,
@@ -33,13 +33,13 @@ from dataloading.shards.format import (
 from dataloading.videos.sources import Source, SourceFolder
 from mcl_dist.errors import UserError
 from mcl_dist.storage.folder import Folder, naming
-from mcl_dist.storage.retry import Patience
+from mcl_dist.storage.retry import RetryPolicy
 
 MEGABYTE = 1_000_000
 
 
 @dataclass(frozen=True)
-class GoingOn:
+class ResumedBuild:
     """Told first when an earlier run left something: whose lease had run out, and what is kept of its shards."""
 
     taken_from: str | None
@@ -48,7 +48,7 @@ class GoingOn:
     refused: int
 
 
-Listener = Callable[[Outcome | GoingOn], None]
+Listener = Callable[[VideoOutcome | ResumedBuild], None]
 
 
 def build_shards(
@@ -151,14 +151,14 @@ def _complete(destination: Folder, record: dict[str, Any]) -> Manifest | None:
     return manifest
 
 
-def _tell_kept(shards: list[FinishedShard], claim: Claim, listen: Listener) -> None:
+def _tell_kept(shards: list[FinishedShard], claim: BuildLock, listen: Listener) -> None:
     if shards or claim.taken_from:
         num_stored = sum(shard.entry.samples for shard in shards)
         num_refused = sum(len(shard.refused) for shard in shards)
-        listen(GoingOn(claim.taken_from, len(shards), num_stored, num_refused))
+        listen(ResumedBuild(claim.taken_from, len(shards), num_stored, num_refused))
 
 
-def _told(processed: Iterator[Processed], patience: Patience, listen: Listener) -> Iterator[Outcome]:
+def _told(processed: Iterator[Processed], patience: RetryPolicy, listen: Listener) -> Iterator[VideoOutcome]:
     for each in processed:
         patience.failures.update(each.failures)
         listen(each.outcome)
@@ -177,7 +177,7 @@ class _Rest:
     def __init__(
         self,
         destination: Folder,
-        claim: Claim,
+        claim: BuildLock,
         config: BuildConfig,
         record: dict[str, Any],
         shards: list[FinishedShard],
@@ -190,10 +190,10 @@ class _Rest:
         self._shards = shards
         self._taken = taken
         self._seconds = 0.0
-        self._looks: list[Look] = []
+        self._looks: list[VideoHash] = []
         self.refused: list[RefusedVideo] = []
 
-    def build(self, outcomes: Iterator[Outcome]) -> None:
+    def build(self, outcomes: Iterator[VideoOutcome]) -> None:
         """Take all outcomes that are left."""
         while True:
             shard = self._claim.work / shard_name(len(self._shards))
@@ -211,7 +211,7 @@ class _Rest:
             self._looks.clear()
             self._seconds = 0.0
 
-    def _fill(self, writer: ShardWriter, outcomes: Iterator[Outcome]) -> None:
+    def _fill(self, writer: ShardWriter, outcomes: Iterator[VideoOutcome]) -> None:
         for outcome in outcomes:
             self._taken += 1
             if isinstance(outcome, RefusedVideo):
@@ -219,7 +219,7 @@ class _Rest:
                 continue
             writer.add(outcome)
             self._seconds += outcome.seconds
-            self._looks.append(Look(outcome.info["source"], outcome.info["dhash"]))
+            self._looks.append(VideoHash(outcome.info["source"], outcome.info["dhash"]))
             if writer.num_bytes >= self._num_bytes:
                 return
 

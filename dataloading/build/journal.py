@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dataloading.build.near_duplicates import Look
+from dataloading.build.near_duplicates import VideoHash
 from dataloading.shards.format import RefusedVideo, ShardEntry, index_name, sha256, shard_name
 from mcl_dist.errors import UserError
 from mcl_dist.storage.folder import Folder
@@ -31,7 +31,7 @@ class FinishedShard:
     entry: ShardEntry
     refused: tuple[RefusedVideo, ...]
     taken: int
-    looks: tuple[Look, ...]
+    looks: tuple[VideoHash, ...]
 
     def write(self, destination: Folder) -> None:
         """Note it beside its shard; from then on a build that starts again keeps the shard."""
@@ -82,7 +82,7 @@ def _read(destination: Folder, name: str) -> FinishedShard | None:
     try:
         tree = json.loads(destination.read(name))
         refused = tuple(RefusedVideo(**video) for video in tree["refused"])
-        looks = tuple(Look(**look) for look in tree["looks"])
+        looks = tuple(VideoHash(**look) for look in tree["looks"])
         return FinishedShard(dict(tree["build"]), ShardEntry(**tree["entry"]), refused, int(tree["taken"]), looks)
     except (ValueError, KeyError, TypeError):
         return None  # torn by a store that does not write as a whole: its shard is built anew

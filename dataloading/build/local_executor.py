@@ -28,6 +28,11 @@ class StoppedError(Exception):
     """The parent no longer wants the result."""
 
 
+def num_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Executor(Protocol):
     """What runs tasks somewhere, and hands their results out in the order of the tasks."""
 

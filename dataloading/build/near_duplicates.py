@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from dataloading.shards.format import NearDuplicate
+
 MOMENTS = (0.25, 0.5, 0.75)  # of the video: the frames that are hashed
 ROWS, COLUMNS = 8, 8  # bits of a frame's hash
 BAND_BYTES = 2
@@ -19,20 +21,11 @@ NUM_BITS_OF = np.array([number.bit_count() for number in range(256)], dtype=np.u
 
 
 @dataclass(frozen=True)
-class Look:
+class VideoHash:
     """A stored video's source and hash, in hexadecimal."""
 
     source: str
     dhash: str
-
-
-@dataclass(frozen=True)
-class NearDuplicate:
-    """A video that looks like an earlier one of the set, and in how many bits of the hash they differ."""
-
-    source: str
-    like: str
-    bits: int
 
 
 def dhash(frames: Sequence[bytes]) -> str:
@@ -46,7 +39,7 @@ def dhash(frames: Sequence[bytes]) -> str:
     return np.packbits(np.array(bits)).tobytes().hex()
 
 
-def near_duplicates(looks: Sequence[Look]) -> tuple[NearDuplicate, ...]:
+def near_duplicates(looks: Sequence[VideoHash]) -> tuple[NearDuplicate, ...]:
     """Each video that looks like an earlier one, with the earliest; in the order given."""
     hashes = np.array([list(bytes.fromhex(look.dhash)) for look in looks], dtype=np.uint8).reshape(-1, NUM_BYTES)
     earliest: dict[int, tuple[int, int]] = {}

@@ -26,21 +26,21 @@ from dataloading.videos.sources import Source
 from mcl_dist.config import choice, number
 from mcl_dist.errors import ConfigError, UserError
 from mcl_dist.storage.folder import Folder
-from mcl_dist.storage.retry import Patience
+from mcl_dist.storage.retry import RetryPolicy
 from mcl_dist.storage.store_requests import Failure
 
 # At 95 the flow is off by 0.06 to 0.08 px (root mean square) on real clips, half a step of its bytes (0.157 px),
 # and targets by 3 to 7 %, for a sixth of what the frames take; at 75 it is 0.10 to 0.13 px, and 5 to 22 %.
 FLOW_QUALITY = 95
 
-Outcome = Sample | RefusedVideo
+VideoOutcome = Sample | RefusedVideo
 
 
 @dataclass(frozen=True)
 class Processed:
     """What became of a video, and how many requests to its store had to be made again, by reason."""
 
-    outcome: Outcome
+    outcome: VideoOutcome
     failures: Mapping[Failure, int]
 
 
@@ -96,7 +96,7 @@ class VideoProcessor:
         root: folder of the videos, at any fsspec URL.
         classes: names by label.
         config: what decides the sample's bytes.
-        retry_seconds, request_seconds: patience with the store of the videos (`Patience`).
+        retry_seconds, request_seconds: patience with the store of the videos (`RetryPolicy`).
     """
 
     def __init__(
@@ -104,8 +104,8 @@ class VideoProcessor:
         root: str | Path,
         classes: Sequence[str],
         config: BuildConfig,
-        retry_seconds: float = Patience.seconds,
-        request_seconds: float = Patience.request_seconds,
+        retry_seconds: float = RetryPolicy.seconds,
+        request_seconds: float = RetryPolicy.request_seconds,
     ) -> None:
         # Elsewhere the same relative path would mean another folder.
         self._root = str(root) if "://" in str(root) else str(Path(root).absolute())
@@ -115,10 +115,10 @@ class VideoProcessor:
 
     def processed(self, source: Source) -> Processed:
         """The same as calling it, and what its store took; errors as there."""
-        patience = Patience(*self._patience)
+        patience = RetryPolicy(*self._patience)
         return Processed(self(source, patience), dict(patience.failures))
 
-    def __call__(self, source: Source, patience: Patience | None = None) -> Outcome:
+    def __call__(self, source: Source, patience: RetryPolicy | None = None) -> VideoOutcome:
         """The sample that `source` is stored as; the same bytes in any process.
 
         Raises:
@@ -199,7 +199,7 @@ class VideoProcessor:
 
 
 @contextmanager
-def local_file(root: str, path: str, patience: Patience | None = None) -> Iterator[Path]:
+def local_file(root: str, path: str, patience: RetryPolicy | None = None) -> Iterator[Path]:
     """The file at `path` below the folder: itself on this machine, else a copy that goes when the block ends.
 
     Raises:

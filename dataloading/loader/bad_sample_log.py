@@ -11,7 +11,7 @@ from typing import Any
 from dataloading.shards.bad_sample import BadSampleError
 
 
-class BadList:
+class BadSampleLog:
     """Each bad sample once for each thing that is wrong with it, also over restarts of a run.
 
     Attributes:

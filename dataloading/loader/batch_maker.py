@@ -11,14 +11,14 @@ import torch
 from dataloading.loader.augment import augment
 from dataloading.loader.config import DataConfig, LabelledConfig
 from dataloading.loader.dali_decoder import StillDecoder
-from dataloading.loader.stage_timer import StageClock
+from dataloading.loader.stage_timer import StageTimer
 from dataloading.loader.video_source import EncodedVideo
 from dataloading.motion import motion_target
 from dataloading.shards.bad_sample import BadSampleError
 from mcl_dist.batch import NUM_VIEWS, QUERY, Batch, LabelledBatch, TubeletBatch
 from mcl_dist.errors import UserError
 
-StandIn = Callable[[EncodedVideo, BadSampleError], tuple[EncodedVideo, list[BadSampleError]]]
+Replacement = Callable[[EncodedVideo, BadSampleError], tuple[EncodedVideo, list[BadSampleError]]]
 # Stills worked on at a time: on a CPU so few that their pixels are still in the cache when they are resized.
 STILLS_ON_CPU, STILLS_ON_GPU = 64, 256
 
@@ -41,7 +41,7 @@ class BatchMaker:
         self._config = config
         self._grid = grid
         self._device = device
-        self.stages = StageClock()
+        self.stages = StageTimer()
         self._pixels, self._flow = (
             StillDecoder(
                 size=(config.crop, config.crop),
@@ -63,7 +63,7 @@ class BatchMaker:
         return (num_videos, num_views, self._config.frames, self._config.crop, self._config.crop, 3)
 
     def batch(
-        self, videos: list[EncodedVideo], stand_in: StandIn, views: torch.Tensor | None = None
+        self, videos: list[EncodedVideo], stand_in: Replacement, views: torch.Tensor | None = None
     ) -> tuple[Batch, list[EncodedVideo], list[BadSampleError]]:
         """The batch of these videos, into `views` where given, uint8 of `views_shape`.
 
@@ -122,7 +122,7 @@ class BatchMaker:
             flow = self._flow(stills, windows, np.repeat(np.arange(len(stills)), 2))
         return flow.view(len(videos), frames, 2, *flow.shape[1:3])
 
-    def _good(self, video: EncodedVideo, stand_in: StandIn, bad: list[BadSampleError]) -> EncodedVideo:
+    def _good(self, video: EncodedVideo, stand_in: Replacement, bad: list[BadSampleError]) -> EncodedVideo:
         """The video itself if it can be decoded alone, else what stands in for it."""
         views = torch.empty(self.views_shape(1), dtype=torch.uint8, device=self._device)
         while isinstance(error := self._try(views, [video]), UserError):

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from dataloading.loader.step_jobs import MadeStep
+from dataloading.loader.step_jobs import DecodedStep
 
 
-def beside_training(steps: Iterable[MadeStep], device: torch.device) -> Iterator[MadeStep]:
+def beside_training(steps: Iterable[DecodedStep], device: torch.device) -> Iterator[DecodedStep]:
     """The steps, their kernels and copies in a CUDA stream of their own; for the thread that makes them."""
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
@@ -18,7 +18,7 @@ def beside_training(steps: Iterable[MadeStep], device: torch.device) -> Iterator
             yield replace(made, ready=stream.record_event())
 
 
-def arrived(made: MadeStep) -> MadeStep:
+def arrived(made: DecodedStep) -> DecodedStep:
     """The step for the thread that trains on it: its stream waits for the batch, the host does not."""
     if made.ready is not None:
         present = torch.cuda.current_stream(made.batch.views.device)

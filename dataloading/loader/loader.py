@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 
-from dataloading.loader.bad_sample_log import BadList
+from dataloading.loader.bad_sample_log import BadSampleLog
 from dataloading.loader.batch_maker import BatchMaker
 from dataloading.loader.config import DataConfig, LabelledConfig, check_blur, check_clips
 from dataloading.loader.cuda_stream import arrived, beside_training
@@ -19,16 +19,16 @@ from dataloading.loader.prefetch import Prefetcher
 from dataloading.loader.step_jobs import (
     HERE,
     BatchWorker,
-    MadeStep,
-    ReadStep,
+    DecodedStep,
+    EncodedStep,
+    LoaderShard,
     ReadWorker,
-    Share,
     Spent,
     StepReader,
     decode_step,
 )
 from dataloading.loader.video_source import added, too_many_bad
-from dataloading.loader.worker_pool import Crew
+from dataloading.loader.worker_pool import WorkerPool
 from mcl_dist.batch import Batch, LabelledBatch, TubeletBatch
 from mcl_dist.events import LoaderReport
 
@@ -78,19 +78,19 @@ class Loader(Generic[Delivered]):
         elif grid is not None:
             check_clips(config, grid)
         self._config = config
-        share = Share(seed, global_batch, rank, num_ranks, grid)
+        share = LoaderShard(seed, global_batch, rank, num_ranks, grid)
         self._source = share.source(config)
         self.steps_per_epoch = self._source.steps_per_epoch
         self.num_left_out = self._source.num_left_out
         self.num_steps = None if epochs is None else epochs * self.steps_per_epoch
-        self._bad = BadList(bad_samples)
+        self._bad = BadSampleLog(bad_samples)
         self._listen = listen
         self._last_told = time.monotonic()
         self._spent: Spent = {}
         self._per_step = global_batch // num_ranks
         self._expected = self._delivered = self._replaced = 0
         self._waited = 0.0
-        self._crew: Crew | None = None
+        self._crew: WorkerPool | None = None
         self._maker: BatchMaker | None = None
         steps = itertools.count(start_step) if self.num_steps is None else range(start_step, self.num_steps)
         self._ahead = Prefetcher(
@@ -149,7 +149,7 @@ class Loader(Generic[Delivered]):
             self._maker.close()
         self._tell()
 
-    def _chain(self, share: Share, steps: Iterable[int], device: torch.device) -> Iterable[MadeStep]:
+    def _chain(self, share: LoaderShard, steps: Iterable[int], device: torch.device) -> Iterable[DecodedStep]:
         """Batches on the device, made there or copied to it; on a GPU in a stream of its own."""
         where = self._config.decoder_device(device)
         made = self._made(share, steps, where)
@@ -157,20 +157,20 @@ class Loader(Generic[Delivered]):
             made = (replace(each, batch=each.batch.to(device)) for each in made)
         return beside_training(made, device) if device.type == "cuda" else made
 
-    def _made(self, share: Share, steps: Iterable[int], device: torch.device) -> Iterable[MadeStep]:
+    def _made(self, share: LoaderShard, steps: Iterable[int], device: torch.device) -> Iterable[DecodedStep]:
         """From steps to batches: read and drawn, then decoded, each in the workers or here."""
         config, num_workers = self._config, self._config.workers
         if num_workers and device.type == "cpu":
-            self._crew = Crew(BatchWorker(config, share), num_workers, steps)
+            self._crew = WorkerPool(BatchWorker(config, share), num_workers, steps)
             return map(BatchWorker.received, self._crew)
         maker = self._maker = BatchMaker(config, share.grid, device)
-        read: Iterable[ReadStep] = map(StepReader(self._source), steps)
+        read: Iterable[EncodedStep] = map(StepReader(self._source), steps)
         if num_workers:
-            self._crew = Crew(ReadWorker(config, share), num_workers, steps)
+            self._crew = WorkerPool(ReadWorker(config, share), num_workers, steps)
             read = map(ReadWorker.received, self._crew)
         return (decode_step(each, maker, self._source) for each in read)
 
-    def _take_in(self, made: MadeStep) -> None:
+    def _take_in(self, made: DecodedStep) -> None:
         """Count a batch, and hold its bad samples against the budget."""
         self._expected += self._per_step
         self._delivered += len(made.batch.samples) - made.replaced

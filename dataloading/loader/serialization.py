@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from dataloading.loader.augment import Augmentation
-from dataloading.loader.shared_memory import Room
+from dataloading.loader.shared_memory import SharedArrays
 from dataloading.loader.video_source import EncodedVideo
-from dataloading.sampling.mixture import Turn
+from dataloading.sampling.mixture import Slot
 
 
-def pack(videos: list[EncodedVideo], room: Room) -> list[dict[str, Any]]:
+def pack(videos: list[EncodedVideo], room: SharedArrays) -> list[dict[str, Any]]:
     """Put the arrays of videos into a room; returns the rest in JSON's types."""
     stills = [still for video in videos for still in (*video.frames, *video.flow)]
     sizes = np.array([len(still) for still in stills], dtype=np.int64)
@@ -40,7 +40,7 @@ def unpack(rest: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> list[En
     stills = iter(np.split(arrays["stills"], np.cumsum(arrays["sizes"])[:-1]))
     return [
         EncodedVideo(
-            turn=Turn(*one["turn"]),
+            turn=Slot(*one["turn"]),
             attempt=one["attempt"],
             sample=one["sample"],
             where=one["where"],

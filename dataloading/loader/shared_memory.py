@@ -14,20 +14,20 @@ from numpy.typing import DTypeLike
 _ALIGNMENT = 64
 _PAGE = mmap.PAGESIZE
 # Name, type, shape and first byte of an array.
-Place = tuple[str, str, list[int], int]
+ArraySpec = tuple[str, str, list[int], int]
 
 
-class Room:
+class SharedArrays:
     """Room for named arrays, one set of them after another; it grows as needed.
 
     Attributes:
-        descriptor: of the memory, to be sent to another process, which makes a `Room` of it.
+        descriptor: of the memory, to be sent to another process, which makes a `SharedArrays` of it.
         places: of the arrays that were made since `clear`.
     """
 
     def __init__(self, descriptor: int | None = None) -> None:
         self.descriptor = os.memfd_create("mcl-room") if descriptor is None else descriptor
-        self.places: list[Place] = []
+        self.places: list[ArraySpec] = []
         self._end = 0
         self._bytes = np.empty(0, dtype=np.uint8)
 
@@ -49,7 +49,7 @@ class Room:
         """A copy of an array."""
         self.array(name, values.shape, values.dtype)[...] = values
 
-    def arrays(self, places: Sequence[Place], when_gone: Callable[[], Any]) -> dict[str, np.ndarray]:
+    def arrays(self, places: Sequence[ArraySpec], when_gone: Callable[[], Any]) -> dict[str, np.ndarray]:
         """Arrays that another process made; `when_gone` is called when nobody here has any of them any longer."""
         # A view of its own, which all arrays, and tensors made of them, keep alive.
         lease = np.frombuffer(self._mapped().data, dtype=np.uint8)
@@ -67,7 +67,7 @@ class Room:
         return self._bytes
 
 
-def _placed(memory: np.ndarray, place: Place) -> np.ndarray:
+def _placed(memory: np.ndarray, place: ArraySpec) -> np.ndarray:
     _, dtype, shape, first = place
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     return memory[first : first + size].view(dtype).reshape(shape)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class StageClock:
+class StageTimer:
     """CPU seconds of named stages, added up.
 
     They are the process's, so that decoding threads count; what else runs in the process meanwhile counts too.

@@ -14,8 +14,8 @@ from dataloading.loader.bad_sample_log import described
 from dataloading.loader.batch_maker import BatchMaker
 from dataloading.loader.config import DataConfig, LabelledConfig
 from dataloading.loader.serialization import pack, unpack
-from dataloading.loader.shared_memory import Room
-from dataloading.loader.stage_timer import StageClock
+from dataloading.loader.shared_memory import SharedArrays
+from dataloading.loader.stage_timer import StageTimer
 from dataloading.loader.video_source import EncodedVideo, VideoSource
 from dataloading.loader.worker_pool import Done, DoStep
 from mcl_dist.batch import Batch, LabelledBatch, TubeletBatch
@@ -26,7 +26,7 @@ Spent = dict[int, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Share:
+class LoaderShard:
     """Which part of which run: what with the step decides what a batch holds; `grid` as of `BatchMaker`."""
 
     seed: int
@@ -43,7 +43,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class ReadStep:
+class EncodedStep:
     """A step's videos before decoding, and the bad samples met (`described`)."""
 
     step: int
@@ -53,7 +53,7 @@ class ReadStep:
 
 
 @dataclass(frozen=True)
-class MadeStep:
+class DecodedStep:
     """A step's batch, how many of its videos stand in for others, and the bad samples met (`described`).
 
     Attributes:
@@ -73,26 +73,29 @@ class StepReader:
 
     def __init__(self, source: VideoSource) -> None:
         self._source = source
-        self._clock = StageClock()
+        self._clock = StageTimer()
 
-    def __call__(self, step: int) -> ReadStep:
+    def __call__(self, step: int) -> EncodedStep:
         """The videos of a step; errors as `VideoSource.videos`."""
         with self._clock("draw and read"):
             videos, bad = self._source.videos(step)
         taken = {"stages": dict(self._clock.seconds), "storage": self._source.counters()}
-        return ReadStep(step, videos, [described(error) for error in bad], {HERE: taken})
+        return EncodedStep(step, videos, [described(error) for error in bad], {HERE: taken})
 
 
 def decode_step(
-    read: ReadStep, maker: BatchMaker, source: VideoSource, room_for_views: Callable[[int], torch.Tensor] | None = None
-) -> MadeStep:
+    read: EncodedStep,
+    maker: BatchMaker,
+    source: VideoSource,
+    room_for_views: Callable[[int], torch.Tensor] | None = None,
+) -> DecodedStep:
     """The batch of what was read, in this process; `room_for_views` gives memory for so many videos' views."""
     views = room_for_views(len(read.videos)) if room_for_views else None
     batch, videos, bad = maker.batch(read.videos, source.stand_in, views)
     taken = read.spent.get(HERE, {})
     here = {**taken, "stages": {**taken.get("stages", {}), **maker.stages.seconds}}
     replaced = sum(video.attempt > 0 for video in videos)
-    return MadeStep(
+    return DecodedStep(
         read.step, batch, replaced, read.bad + [described(error) for error in bad], {**read.spent, HERE: here}
     )
 
@@ -102,14 +105,14 @@ class ReadWorker:
     """Starts a worker that reads and draws, for a process with a GPU to decode."""
 
     config: DataConfig | LabelledConfig
-    share: Share
+    share: LoaderShard
 
     def __call__(self) -> DoStep:
         """What puts the encoded videos of a step into a room."""
         reader = StepReader(self.share.source(self.config))
         started = time.process_time()
 
-        def do_step(step: int, room: Room) -> dict[str, Any]:
+        def do_step(step: int, room: SharedArrays) -> dict[str, Any]:
             read = reader(step)
             return {
                 "step": step,
@@ -121,11 +124,11 @@ class ReadWorker:
         return do_step
 
     @staticmethod
-    def received(done: Done) -> ReadStep:
+    def received(done: Done) -> EncodedStep:
         """What the worker has read."""
         said = done.report
         videos = unpack(said["videos"], done.arrays)
-        return ReadStep(said["step"], videos, said["bad"], {done.worker: said["spent"]})
+        return EncodedStep(said["step"], videos, said["bad"], {done.worker: said["spent"]})
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class BatchWorker:
     """Starts a worker that makes whole batches on the CPU."""
 
     config: DataConfig | LabelledConfig
-    share: Share
+    share: LoaderShard
 
     def __call__(self) -> DoStep:
         """What puts the tensors of a step's batch into a room."""
@@ -142,7 +145,7 @@ class BatchWorker:
         reader, maker = StepReader(source), BatchMaker(self.config, self.share.grid, torch.device("cpu"))
         started = time.process_time()
 
-        def do_step(step: int, room: Room) -> dict[str, Any]:
+        def do_step(step: int, room: SharedArrays) -> dict[str, Any]:
             def views(num_videos: int) -> torch.Tensor:
                 return torch.from_numpy(room.array("views", maker.views_shape(num_videos), "uint8"))
 
@@ -155,12 +158,12 @@ class BatchWorker:
         return do_step
 
     @staticmethod
-    def received(done: Done) -> MadeStep:
+    def received(done: Done) -> DecodedStep:
         """What the worker has made; its memory is the worker's again when the batch is gone."""
         said = done.report
         kind = LabelledBatch if "labels" in done.arrays else TubeletBatch
         batch = kind(**{name: torch.from_numpy(values) for name, values in done.arrays.items()})
-        return MadeStep(said["step"], batch, said["replaced"], said["bad"], {done.worker: said["spent"]})
+        return DecodedStep(said["step"], batch, said["replaced"], said["bad"], {done.worker: said["spent"]})
 
 
 def _of_worker(spent: Spent, started: float) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataloading.loader.augment import Augmentation, draw_augmentation
 from dataloading.loader.config import DataConfig, LabelledConfig, SetConfig
 from dataloading.reading.shard_set import ShardSet, StoredVideo
 from dataloading.sampling.epoch_order import lanes_of_rank, sample_generator
-from dataloading.sampling.mixture import MixedSet, Mixture, Turn
+from dataloading.sampling.mixture import MixedSet, Mixture, Slot
 from dataloading.sampling.tubelets import Box, CutConfig, Tubelet, draw_clip, draw_tubelets
 from dataloading.shards.bad_sample import BadSampleError
 from mcl_dist.batch import QUERY
@@ -43,7 +43,7 @@ class EncodedVideo:
         flow_windows: (2, 4), where the two components' parts lie in each.
     """
 
-    turn: Turn
+    turn: Slot
     attempt: int
     sample: int
     where: str
@@ -158,7 +158,7 @@ class VideoSource:
         least = 1 if isinstance(config, LabelledConfig) else config.min_windows * cut.window
         return _OpenSet(stored, cut, np.flatnonzero(stored.num_frames >= least), without_credentials(given.url))
 
-    def _turns_of(self, step: int) -> list[tuple[Turn, int]]:
+    def _turns_of(self, step: int) -> list[tuple[Slot, int]]:
         """The turns of a step, each with its position in its set."""
         return [(turn, self._mixture.position(turn)) for turn in self._mixture.turns(step, self._lanes)]
 
@@ -168,7 +168,7 @@ class VideoSource:
         for number, each in enumerate(self._sets):
             each.stored.expect([position for turn, position in coming if turn.number == number])
 
-    def _first_good(self, turn: Turn, attempt: int = 0) -> tuple[EncodedVideo, list[BadSampleError]]:
+    def _first_good(self, turn: Slot, attempt: int = 0) -> tuple[EncodedVideo, list[BadSampleError]]:
         """The turn's video or, where its sample is bad, the next of its lane that is good."""
         bad: list[BadSampleError] = []
         while isinstance(read := self._try(turn, attempt), BadSampleError):
@@ -176,19 +176,19 @@ class VideoSource:
             turn, attempt = self._next(turn, attempt, read)
         return read, bad
 
-    def _next(self, turn: Turn, attempt: int, error: BadSampleError) -> tuple[Turn, int]:
+    def _next(self, turn: Slot, attempt: int, error: BadSampleError) -> tuple[Slot, int]:
         """The turn after one whose sample is bad; as many bad ones in a row as there may be at all are too many."""
         if attempt + 1 > min(self.bad_allowed, self._mixture.lane_length(turn) - 1):
             raise too_many_bad(self._config.max_bad_fraction, self.num_samples, error)
         return self._mixture.next_turn(turn), attempt + 1
 
-    def _try(self, turn: Turn, attempt: int) -> EncodedVideo | BadSampleError:
+    def _try(self, turn: Slot, attempt: int) -> EncodedVideo | BadSampleError:
         try:
             return self._read(turn, attempt)
         except BadSampleError as error:
             return error
 
-    def _read(self, turn: Turn, attempt: int) -> EncodedVideo:
+    def _read(self, turn: Slot, attempt: int) -> EncodedVideo:
         """Read what the draws look at, draw, and read the stills that they ask for."""
         source, position = self._sets[turn.number], self._mixture.position(turn)
         video = source.stored.read(position)

@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataloading.loader.shared_memory import Room
+from dataloading.loader.shared_memory import SharedArrays
 from mcl_dist.errors import UserError
 
 # Does one step: puts arrays into the room and returns what else there is to say, in JSON's types.
-DoStep = Callable[[int, Room], dict[str, Any]]
+DoStep = Callable[[int, SharedArrays], dict[str, Any]]
 _REPORT = "report"
 _MESSAGE = 2**16  # bytes of the longest
 _PATIENCE = 10.0  # seconds until a worker that does not leave is killed
@@ -39,7 +39,7 @@ class Done(NamedTuple):
     arrays: dict[str, np.ndarray]
 
 
-class Crew:
+class WorkerPool:
     """Workers that each do one step ahead, taking turns; iterate for their results in the steps' order.
 
     Args:
@@ -54,7 +54,7 @@ class Crew:
 
     def __init__(self, start: Callable[[], DoStep], num_workers: int, steps: Iterable[int]) -> None:
         self._steps = iter(steps)
-        self._rooms: list[Room] = []
+        self._rooms: list[SharedArrays] = []
         self._free: deque[int] = deque()
         self._workers = [_Worker(start, number) for number in range(num_workers)]
         self._busy: deque[_Worker] = deque()
@@ -87,7 +87,7 @@ class Crew:
         if step is None:
             return
         if not self._free:
-            self._rooms.append(Room())
+            self._rooms.append(SharedArrays())
             self._free.append(len(self._rooms) - 1)
         room = self._free.popleft()
         worker.do(step, room, self._rooms[room])
@@ -108,7 +108,7 @@ class _Worker:
         self._known: set[int] = set()
         self._room = -1
 
-    def do(self, step: int, number: int, room: Room) -> None:
+    def do(self, step: int, number: int, room: SharedArrays) -> None:
         """Have a step done in a room."""
         message = json.dumps({"step": step, "room": number}).encode()
         descriptors = [] if number in self._known else [room.descriptor]
@@ -159,7 +159,7 @@ def _work(start: Callable[[], DoStep], parent: socket.socket) -> None:
     # Ctrl-C reaches the whole process group; the parent alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-    rooms: dict[int, Room] = {}
+    rooms: dict[int, SharedArrays] = {}
     do_step: DoStep | None = None
     with suppress(OSError):  # of a socket that the parent has just hung up
         while True:
@@ -168,7 +168,7 @@ def _work(start: Callable[[], DoStep], parent: socket.socket) -> None:
                 return
             task = json.loads(message)
             for descriptor in descriptors:  # one, when the room is new here
-                rooms[task["room"]] = Room(descriptor)
+                rooms[task["room"]] = SharedArrays(descriptor)
             answer: dict[str, Any]
             try:
                 do_step = do_step or start()
@@ -180,7 +180,7 @@ def _work(start: Callable[[], DoStep], parent: socket.socket) -> None:
             parent.send(json.dumps(answer).encode())
 
 
-def _done(do_step: DoStep, step: int, room: Room) -> list[Any]:
+def _done(do_step: DoStep, step: int, room: SharedArrays) -> list[Any]:
     room.clear()
     report = do_step(step, room)
     room.put(_REPORT, np.frombuffer(json.dumps(report).encode(), dtype=np.uint8))

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from dataloading.reading.byte_ranges import ByteRange, merged
-from dataloading.reading.read_counters import FetchReport
-from dataloading.reading.store import Store
-from dataloading.reading.thread_map import SideBySide
+from dataloading.reading.read_counters import ReadCounters
+from dataloading.reading.store import RangeReader
+from dataloading.reading.thread_map import ThreadMap
 from mcl_dist.config import byte_size, choice, number
-from mcl_dist.storage.retry import PassingError, Patience
+from mcl_dist.storage.retry import RetryPolicy, TransientError
 
 PART_BYTES = 2**25  # of a shard, in one request
 NUM_REQUESTS = 16  # of a process at a time
@@ -45,12 +45,12 @@ class Fetcher:
     or does not answer for `retry_seconds`.
     """
 
-    def __init__(self, store: Store, config: FetchConfig, report: FetchReport) -> None:
+    def __init__(self, store: RangeReader, config: FetchConfig, report: ReadCounters) -> None:
         self.url = store.url
         self._store = store
         self._report = report
-        self._patience = Patience(config.retry_seconds, config.request_seconds, failures=report.retries)
-        self._requests = SideBySide(NUM_REQUESTS, "fetch")
+        self._patience = RetryPolicy(config.retry_seconds, config.request_seconds, failures=report.retries)
+        self._requests = ThreadMap(NUM_REQUESTS, "fetch")
 
     def close(self) -> None:
         """Give up what is being waited for; requests under way end by themselves."""
@@ -90,7 +90,7 @@ class Fetcher:
             found = file_sha256(descriptor)
             if found != sha256 and found not in seen:
                 seen.add(found)
-                raise PassingError("wrong_digest", f"{self.url}/{name}: not the bytes that the manifest names")
+                raise TransientError("wrong_digest", f"{self.url}/{name}: not the bytes that the manifest names")
             return found == sha256
 
         return self._patience.until_it_works(attempt)
@@ -130,9 +130,9 @@ class Fetcher:
             if (identity := zlib.crc32(data)) not in seen:
                 seen.add(identity)
                 what = f"{self.url}/{name}: {len(data)} bytes from {start}"
-                raise PassingError("short_body" if is_short else "wrong_digest", what)
+                raise TransientError("short_body" if is_short else "wrong_digest", what)
             if is_short and self._request(name, start + len(data), end, 0):
-                raise PassingError("short_body", f"{self.url}/{name}: {len(data)} bytes from {start}, and more after")
+                raise TransientError("short_body", f"{self.url}/{name}: {len(data)} bytes from {start}, and more after")
             return data
 
         return self._patience.until_it_works(attempt)

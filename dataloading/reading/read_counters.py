@@ -22,7 +22,7 @@ _FAILURES: tuple[Failure, ...] = Failure.__args__  # type: ignore[attr-defined]
 _STAGES: tuple[Stage, ...] = Stage.__args__  # type: ignore[attr-defined]
 
 
-class FetchReport:
+class ReadCounters:
     """Counters that several threads add to; they only grow.
 
     Attributes:

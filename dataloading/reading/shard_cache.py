@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dataloading.reading.file_lock import LockedFile, locked
-from dataloading.reading.read_counters import FetchReport
+from dataloading.reading.read_counters import ReadCounters
 from mcl_dist.storage.folder import naming
 
 DAMAGED, PARTIAL, NEXT = ".damaged", ".partial", ".next"
@@ -26,14 +26,14 @@ LOCK = "lock"
 Fill = Callable[[int], bool]
 
 
-class FileCache:
+class ShardCache:
     """Files by the digest of their bytes: sets may share a cache, and a rebuilt one finds nothing stale in it.
 
     `limit` bytes are exceeded only by files that are being read, or fetched for someone who waits. All methods raise
     `UserError` when the disk fails or is full.
     """
 
-    def __init__(self, folder: Path, limit: int | None, report: FetchReport, suffix: str = ".tar") -> None:
+    def __init__(self, folder: Path, limit: int | None, report: ReadCounters, suffix: str = ".tar") -> None:
         self._folder = folder
         self._limit = limit
         self._report = report

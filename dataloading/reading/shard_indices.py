@@ -9,8 +9,8 @@ from collections import OrderedDict
 import numpy as np
 
 from dataloading.reading.fetcher import Fetcher, write_at
-from dataloading.reading.shard_cache import FileCache, Fill
-from dataloading.reading.thread_map import SideBySide
+from dataloading.reading.shard_cache import Fill, ShardCache
+from dataloading.reading.thread_map import ThreadMap
 from dataloading.shards.format import Manifest, ShardEntry, columns_from, index_from, index_name, max_index_size, sha256
 from dataloading.shards.index import COLUMNS, ShardIndex
 
@@ -18,7 +18,7 @@ MOST_TABLES = 2**28  # bytes of still tables that are kept in memory
 NUM_READERS = 8
 
 
-class Indices:
+class ShardIndices:
     """Every index is read and checked once at the start, several at a time; its tables are parsed when needed.
 
     Attributes:
@@ -29,7 +29,7 @@ class Indices:
         UserError: an index is missing, is not the one that the manifest names, or is no index.
     """
 
-    def __init__(self, manifest: Manifest, fetcher: Fetcher, cache: FileCache | None) -> None:
+    def __init__(self, manifest: Manifest, fetcher: Fetcher, cache: ShardCache | None) -> None:
         self._entries = manifest.shards
         self._fetcher = fetcher
         self._cache = cache
@@ -37,7 +37,7 @@ class Indices:
         self._tables: OrderedDict[int, ShardIndex] = OrderedDict()
         self._num_bytes = 0
         self.first_positions = np.cumsum([0, *(entry.samples for entry in manifest.shards)])
-        readers = SideBySide(min(NUM_READERS, len(manifest.shards)), "indices")
+        readers = ThreadMap(min(NUM_READERS, len(manifest.shards)), "indices")
         try:
             parts = readers.map(self._columns_of, manifest.shards)
         finally:

@@ -15,11 +15,11 @@ import numpy as np
 from dataloading.motion import MAP_CELLS
 from dataloading.reading.fetcher import FetchConfig, Fetcher
 from dataloading.reading.read_ahead import ReadAhead
-from dataloading.reading.read_counters import Counters, FetchReport
-from dataloading.reading.shard_cache import FileCache, Fill
-from dataloading.reading.shard_indices import Indices
-from dataloading.reading.shard_source import CachedFile, FetchedRanges, FileInPlace, ShardBytes
-from dataloading.reading.store import MissingFileError, Store
+from dataloading.reading.read_counters import Counters, ReadCounters
+from dataloading.reading.shard_cache import Fill, ShardCache
+from dataloading.reading.shard_indices import ShardIndices
+from dataloading.reading.shard_source import CachedFile, FetchedRanges, FileInPlace, ShardSource
+from dataloading.reading.store import MissingFileError, RangeReader
 from dataloading.shards.bad_sample import BadSampleError, Reason
 from dataloading.shards.format import MANIFEST, MAX_MANIFEST, Manifest, ShardEntry, manifest_from, manifest_is_right
 from dataloading.shards.index import MEMBERS, ShardIndex, StillKind
@@ -51,26 +51,26 @@ class ShardSet:
     def __init__(self, url: str, cache: str | None = None, config: FetchConfig | None = None) -> None:
         config = config or FetchConfig()
         self._url = without_credentials(url.rstrip("/"))
-        self._report = FetchReport()
+        self._report = ReadCounters()
         self._folder = Folder(url)
         if cache is None and not self._folder.is_local:
             raise ConfigError(
                 f"data.cache: missing; {self._url} is not on this machine, name a local folder to keep its shards in"
             )
-        self._fetcher = Fetcher(Store(url), config, self._report)
+        self._fetcher = Fetcher(RangeReader(url), config, self._report)
         self.manifest = self._read_manifest()
         self.keep_every = self._stored_frames()
-        self._cache: FileCache | None = None
+        self._cache: ShardCache | None = None
         self._ahead: ReadAhead | None = None
         index_cache = None
         if cache is not None and not self._folder.is_local:
-            index_cache = FileCache(Path(cache) / "indices", None, FetchReport(), suffix=".npz")
+            index_cache = ShardCache(Path(cache) / "indices", None, ReadCounters(), suffix=".npz")
             if config.fetch == "whole":
-                self._cache = FileCache(Path(cache), config.cache_limit, self._report)
+                self._cache = ShardCache(Path(cache), config.cache_limit, self._report)
                 self._ahead = ReadAhead(self._fetch_ahead)
         with self._report.timed("index"):
-            self._indices = Indices(self.manifest, self._fetcher, index_cache)
-        self._open: weakref.WeakValueDictionary[int, ShardBytes] = weakref.WeakValueDictionary()
+            self._indices = ShardIndices(self.manifest, self._fetcher, index_cache)
+        self._open: weakref.WeakValueDictionary[int, ShardSource] = weakref.WeakValueDictionary()
         self._opening = threading.Lock()
         columns = self._indices.columns
         self.keys, self.labels, self.num_frames = columns["keys"], columns["labels"], columns["num_frames"]
@@ -89,7 +89,7 @@ class ShardSet:
             self._cache.close()
 
     def counters(self) -> Counters:
-        """What reading has taken so far; see `FetchReport.counters`."""
+        """What reading has taken so far; see `ReadCounters.counters`."""
         return self._report.counters()
 
     def expect(self, positions: Iterable[int]) -> None:
@@ -163,7 +163,7 @@ class ShardSet:
             raise UserError(f"{self._url}/{MANIFEST}: says keep_every {str(keep_every)[:40]!r}; rebuild the set")
         return keep_every
 
-    def _opened(self, shard: int) -> ShardBytes:
+    def _opened(self, shard: int) -> ShardSource:
         """The shard, which videos that are read at the same time share."""
         with self._opening:
             source = self._open.get(shard)
@@ -173,7 +173,7 @@ class ShardSet:
                 self._open[shard] = source
         return source
 
-    def _new_source(self, entry: ShardEntry) -> ShardBytes:
+    def _new_source(self, entry: ShardEntry) -> ShardSource:
         if self._folder.is_local:
             return FileInPlace(self._folder.path(entry.name), self._report)
         if self._cache is None:
@@ -199,7 +199,9 @@ class StoredVideo:
         clip_scores: float32 (N - window + 1,).
     """
 
-    def __init__(self, source: ShardBytes, index: ShardIndex, sample: int, shard_url: str, report: FetchReport) -> None:
+    def __init__(
+        self, source: ShardSource, index: ShardIndex, sample: int, shard_url: str, report: ReadCounters
+    ) -> None:
         self.where = f"{shard_url}, video {index.keys[sample]}"
         self._shard_url = shard_url
         self._source = source

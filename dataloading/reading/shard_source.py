@@ -11,12 +11,12 @@ import numpy as np
 
 from dataloading.reading.fetcher import Fetcher
 from dataloading.reading.file_lock import LockedFile
-from dataloading.reading.read_counters import FetchReport
-from dataloading.reading.shard_cache import FileCache, Fill
+from dataloading.reading.read_counters import ReadCounters
+from dataloading.reading.shard_cache import Fill, ShardCache
 from dataloading.shards.format import ShardEntry
 
 
-class ShardBytes(Protocol):
+class ShardSource(Protocol):
     """One shard, open for as long as this is held."""
 
     def read(self, places: np.ndarray, crcs: np.ndarray) -> list[bytes]:
@@ -31,7 +31,7 @@ class ShardBytes(Protocol):
 class FileInPlace:
     """A shard that is read where it lies; `OSError` when it is not there."""
 
-    def __init__(self, path: str, report: FetchReport) -> None:
+    def __init__(self, path: str, report: ReadCounters) -> None:
         self._descriptor = os.open(path, os.O_RDONLY)
         self._report = report
 
@@ -40,7 +40,7 @@ class FileInPlace:
             os.close(self._descriptor)
 
     def read(self, places: np.ndarray, crcs: np.ndarray) -> list[bytes]:  # noqa: ARG002 (part of the protocol)
-        """See `ShardBytes`."""
+        """See `ShardSource`."""
         with self._report.timed("read"):
             pieces = _pieces(self._descriptor, places)
         self._report.add("bytes_read", sum(map(len, pieces)))
@@ -50,7 +50,7 @@ class FileInPlace:
 class CachedFile:
     """A shard's copy in the cache; one that has gone bad there is fetched once more."""
 
-    def __init__(self, cache: FileCache, entry: ShardEntry, fill: Fill, report: FetchReport) -> None:
+    def __init__(self, cache: ShardCache, entry: ShardEntry, fill: Fill, report: ReadCounters) -> None:
         self._open: Callable[[], LockedFile] = lambda: cache.open(entry.sha256, entry.bytes, fill)
         self._discard: Callable[[LockedFile], bool] = lambda file: cache.discard(entry.sha256, file)
         self._report = report
@@ -58,7 +58,7 @@ class CachedFile:
             self._file = self._open()
 
     def read(self, places: np.ndarray, crcs: np.ndarray) -> list[bytes]:
-        """See `ShardBytes`."""
+        """See `ShardSource`."""
         with self._report.timed("read"):
             pieces = _pieces(self._file.descriptor, places)
         if [zlib.crc32(piece) for piece in pieces] == crcs.tolist() or not self._discard(self._file):
@@ -72,13 +72,13 @@ class CachedFile:
 class FetchedRanges:
     """A shard of which each piece is fetched when it is asked for."""
 
-    def __init__(self, fetcher: Fetcher, name: str, report: FetchReport) -> None:
+    def __init__(self, fetcher: Fetcher, name: str, report: ReadCounters) -> None:
         self._fetcher = fetcher
         self._name = name
         self._report = report
 
     def read(self, places: np.ndarray, crcs: np.ndarray) -> list[bytes]:
-        """See `ShardBytes`."""
+        """See `ShardSource`."""
         with self._report.timed("ranges"):
             return self._fetcher.pieces(self._name, places, crcs)
 

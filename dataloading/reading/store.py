@@ -22,7 +22,7 @@ class MissingFileError(UserError):
     """The store answers, and has no such file."""
 
 
-class Store:
+class RangeReader:
     """Named files below one URL, read a range at a time.
 
     Its connections belong to one process: after a fork the child makes its own.

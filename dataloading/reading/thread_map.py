@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class SideBySide:
+class ThreadMap:
     """A few threads that end with the process, whatever they wait for: an executor's would hold it up."""
 
     def __init__(self, num_threads: int, name: str) -> None:

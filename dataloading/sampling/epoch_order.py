@@ -14,7 +14,7 @@ _ORDER_STREAM, _SAMPLE_STREAM = 0, 1
 _DOUBLES = 4  # that a step of Philox's counter gives
 
 
-class Plan:
+class EpochOrder:
     """The order of N samples in endless epochs, the same for any number of ranks.
 
     In an epoch every lane owns an equal, contiguous run of samples; the few that would make lanes unequal sit

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataloading.sampling.epoch_order import Plan
+from dataloading.sampling.epoch_order import EpochOrder
 from mcl_dist.errors import ConfigError
 
 # Lanes start the pattern of sets at places that never bunch up: multiples of the golden ratio.
@@ -26,7 +26,7 @@ class MixedSet:
     name: str
 
 
-class Turn(NamedTuple):
+class Slot(NamedTuple):
     """A slot's sample: the set, that set's own epoch, lane and place in the lane."""
 
     number: int
@@ -62,7 +62,7 @@ class Mixture:
         self._per_step = global_batch // lanes
         alone = len(sets) == 1
         self._plans = [
-            Plan(
+            EpochOrder(
                 len(each.usable),
                 lanes=lanes,
                 seed=seed,
@@ -75,25 +75,25 @@ class Mixture:
         ]
         self.steps_per_epoch = max(1, sum(len(each.usable) for each in sets) // global_batch)
 
-    def turns(self, step: int, lanes: range) -> list[Turn]:
+    def turns(self, step: int, lanes: range) -> list[Slot]:
         """The slots that these lanes give to the global batch of `step`, in its order."""
         slots = range(step * self._per_step, (step + 1) * self._per_step)
         return [self._turn(lane, slot) for lane in lanes for slot in slots]
 
-    def next_turn(self, turn: Turn) -> Turn:
+    def next_turn(self, turn: Slot) -> Slot:
         """The turn of the sample that stands in for a bad one: the next of its set in the lane."""
         return turn._replace(place=(turn.place + 1) % self.lane_length(turn))
 
-    def lane_length(self, turn: Turn) -> int:
+    def lane_length(self, turn: Slot) -> int:
         """Samples of a turn's set in its lane."""
         return self._plans[turn.number].lane_length
 
-    def position(self, turn: Turn) -> int:
+    def position(self, turn: Slot) -> int:
         """The position in its set of a turn's sample."""
         plan = self._plans[turn.number]
         return int(self._sets[turn.number].usable[plan.sample(turn.epoch, turn.lane, turn.place)])
 
-    def sample_id(self, turn: Turn) -> int:
+    def sample_id(self, turn: Slot) -> int:
         """The number of a turn's sample among those of all sets, one set after the other."""
         return self._sets[turn.number].first_id + self.position(turn)
 
@@ -101,7 +101,7 @@ class Mixture:
         """Samples that these lanes own in an epoch of each set."""
         return sum(plan.lane_length for plan in self._plans) * len(lanes)
 
-    def _turn(self, lane: int, slot: int) -> Turn:
+    def _turn(self, lane: int, slot: int) -> Slot:
         """Of every set in turn: does this slot take it, or is it left to the sets after?
 
         A set whose share of what is left is p takes floor((slot + 1) p + c) - floor(slot p + c) of a slot, so how
@@ -113,7 +113,7 @@ class Mixture:
             share = each.weight / left if number < len(self._sets) - 1 else 1.0
             taken = math.floor(slot * share + phase)
             if math.floor((slot + 1) * share + phase) > taken:
-                return Turn(number, *self._place(number, lane, taken))
+                return Slot(number, *self._place(number, lane, taken))
             slot -= taken
             left -= each.weight
         raise ValueError(f"slot {slot} of lane {lane} belongs to no set")

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import webdataset
 
-from dataloading.build.near_duplicates import NearDuplicate
 from dataloading.shards.index import CHECKSUMS, MEMBERS, TAR_HEADER, ShardIndex, max_index_bytes, parse_columns
 from dataloading.shards.npy import to_npy
 from mcl_dist.errors import UserError
@@ -57,6 +56,15 @@ class RefusedVideo:
 
     source: str
     reason: str
+
+
+@dataclass(frozen=True)
+class NearDuplicate:
+    """A video that looks like an earlier one of the set, and in how many bits of the hash they differ."""
+
+    source: str
+    like: str
+    bits: int
 
 
 @dataclass(frozen=True)

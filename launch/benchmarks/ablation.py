@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
-from launch.cli.shards import num_cores
+from dataloading.build.local_executor import num_cores
 from mcl_dist.errors import ConfigError, UserError
 
 CONFIG = Path(__file__).with_name("ablation.yaml")  # inside the package, so that an installed wheel has it
@@ -57,7 +57,7 @@ NUMBERS = {
 
 
 @dataclass(frozen=True)
-class Outcome:
+class VariantScores:
     """Top-1 of one encoder, as fractions, by protocol."""
 
     variant: str
@@ -146,7 +146,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
+def table(outcomes: Sequence[VariantScores]) -> str:
     """Means over seeds with all seeds beside them, and gains over the baseline of the same seed."""
     lines = []
     for protocol in PROTOCOLS:
@@ -163,7 +163,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def _write_page(study: Study, outcomes: Sequence[Outcome]) -> None:
+def _write_page(study: Study, outcomes: Sequence[VariantScores]) -> None:
     """Of the runs that are still there; finished ones may have been removed."""
     from launch.benchmarks.ablation_page import page
 
@@ -220,20 +220,20 @@ def _make_sets(study: Study) -> None:
         _mcl(study, f"shards-{split}", "shards", "build", str(videos / split), str(study.shards(split)), *options)
 
 
-def _outcomes(study: Study, say: Callable[[str], None]) -> Iterator[Outcome]:
+def _outcomes(study: Study, say: Callable[[str], None]) -> Iterator[VariantScores]:
     """Every variant's of every seed, told as they come and yielded in order."""
     wanted = [(variant, seed) for seed in range(study.seeds) for variant in study.variants]
     with ThreadPoolExecutor(study.jobs) as pool:
         yield from pool.map(partial(_outcome, study, say), wanted)
 
 
-def _outcome(study: Study, say: Callable[[str], None], wanted: tuple[str, int]) -> Outcome:
+def _outcome(study: Study, say: Callable[[str], None], wanted: tuple[str, int]) -> VariantScores:
     variant, seed = wanted
     settings = study.settings(variant, seed)
     record = study.folder / f"{variant}-{seed}.json"
     if record.exists() and (kept := json.loads(record.read_text()))["settings"] == settings:
         say(f"{variant}, seed {seed}: taken from {record}")
-        return Outcome(**kept["outcome"])
+        return VariantScores(**kept["outcome"])
     mcl = partial(_mcl, study, f"{variant}-{seed}")
     changes = [
         f"clips.count={NUMBERS[study.scene].clips}",
@@ -252,7 +252,7 @@ def _outcome(study: Study, say: Callable[[str], None], wanted: tuple[str, int]) 
         for protocol in PROTOCOLS
     }
     say(f"{variant}, seed {seed}: " + ", ".join(f"{name} {score:.1%}" for name, score in scores.items()))
-    outcome = Outcome(variant, seed, **scores)
+    outcome = VariantScores(variant, seed, **scores)
     whole = record.with_suffix(".part")  # a record that exists is whole, however the command ended
     whole.write_text(json.dumps({"settings": settings, "outcome": asdict(outcome)}))
     whole.replace(record)

@@ -10,13 +10,13 @@ from statistics import median
 
 import torch
 
-from launch.benchmarks.step_forms import Form, lone_trainer, noise
+from launch.benchmarks.step_forms import LogSumExpForm, lone_trainer, noise
 from launch.run.config import PretrainConfig
-from mcl_dist.checkpoint import Checkpoints
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.checkpoint import CheckpointManager
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.events import CheckpointWritten, Event
 from mcl_dist.training.deepspeed_engine import pick_device
-from mcl_dist.training.phase_timer import PhaseClock
+from mcl_dist.training.phase_timer import PhaseTimer
 
 VIDEOS, CROP = 1, 112  # of a step: the shorter it is, the less of a copy it hides
 
@@ -75,8 +75,8 @@ class _Bench:
         )
         self._device = pick_device()
         settings = replace(config.checkpoint, keep=1, keep_every=None)
-        self._checkpoints = Checkpoints(folder, Ranks(self._device), settings)
-        form = Form("trainer", bfloat16=config.train.precision == "bfloat16")
+        self._checkpoints = CheckpointManager(folder, ProcessGroup(self._device), settings)
+        form = LogSumExpForm("trainer", bfloat16=config.train.precision == "bfloat16")
         self._trainer = lone_trainer(config, form, self._device, self._checkpoints)
         self._batch = noise(config, self._device).to(self._device)
         self._written: list[CheckpointWritten] = []
@@ -127,7 +127,7 @@ class _Bench:
 
     def _step(self) -> tuple[float, float]:
         """Take a step, and wait for the device: its seconds, and those that it stood still for a checkpoint's copy."""
-        start, clock = time.perf_counter(), PhaseClock(self._device)
+        start, clock = time.perf_counter(), PhaseTimer(self._device)
         pending = self._trainer.take(self._steps, self._batch, clock, waited=0.0)
         if self._device.type == "cuda":
             torch.cuda.synchronize()

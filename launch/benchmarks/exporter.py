@@ -21,10 +21,10 @@ from launch.run.config import PretrainConfig
 from launch.telemetry.batch_job_metrics import showing
 from mcl_dist.events import Event, Listener, LoaderReport
 from mcl_dist.training.deepspeed_engine import pick_device
-from monitoring.http.healthz import Pulse
+from monitoring.http.healthz import Healthz
 from monitoring.metrics.gpu import Gpu
 from monitoring.metrics.machine import watch_machine
-from monitoring.metrics.registry import Board
+from monitoring.metrics.registry import Registry
 from monitoring.metrics.training_metrics import TrainingMetrics
 
 SCRAPE_SECONDS = 15.0  # between two scrapes, as in monitoring/prometheus/prometheus.yml
@@ -76,9 +76,9 @@ def benchmark(config: PretrainConfig, steps: int) -> ExporterResult:
 
 def _measure(config: PretrainConfig, steps: int) -> ExporterResult:
     device = pick_device()
-    board = Board(["run", "rank", "node"])
+    board = Registry(["run", "rank", "node"])
     watch_machine(board, {"run": Path(tempfile.gettempdir())}, Gpu.of(device))
-    exported = _Timed(TrainingMetrics(board, Pulse(600.0), peak_flops=1e12))
+    exported = _Timed(TrainingMetrics(board, Healthz(600.0), peak_flops=1e12))
     listeners: list[Listener] = []
     step, batch = TrainerStep(config, forms(config, device)[-1], device, listeners), noise(config, device)
     take = partial(step, batch, lambda _: None)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dataloading.loader.loader import TubeletLoader
-from dataloading.loader.step_jobs import Share
+from dataloading.loader.step_jobs import LoaderShard
 from launch.run.config import PretrainConfig
 from mcl_dist.batch import TubeletBatch
 from mcl_dist.config import load_config
@@ -62,7 +62,7 @@ def benchmark_settings(url: str, config: str | None, overrides: Sequence[str], c
 
 def _usable(settings: PretrainConfig) -> int:
     """Videos that are long enough, of all sets."""
-    alone = Share(settings.run.seed, global_batch=1, rank=0, num_ranks=1, grid=(1, 1, 1))
+    alone = LoaderShard(settings.run.seed, global_batch=1, rank=0, num_ranks=1, grid=(1, 1, 1))
     source = alone.source(settings.data)
     try:
         return source.num_samples

@@ -17,16 +17,16 @@ from torch import distributed
 from torch.nn.functional import normalize
 
 from mcl_dist.batch import FIRST_KEY, NUM_VIEWS
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import UserError
-from mcl_dist.objective.log_sum_exp import Form, chunked, fused, fused_runs
+from mcl_dist.objective.log_sum_exp import LogSumExpForm, chunked, fused, fused_runs
 from mcl_dist.objective.losses import inter_loss, own_similarities
-from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.negative_queue import NegativeQueue
 
 TEMPERATURE = 0.1
 REPEATS = 5
 WARM_UP_SIZE = 4096  # vectors of a first round that starts threads and libraries
-FORMS: dict[str, tuple[Form, bool]] = {  # how they pass over the queue, and whether it is sharded
+FORMS: dict[str, tuple[LogSumExpForm, bool]] = {  # how they pass over the queue, and whether it is sharded
     "chunked": (chunked, False),
     "sharded": (chunked, True),
     "fused": (fused, True),
@@ -96,28 +96,28 @@ def _measure(task: _Task, rank: int) -> NegativesResult:
     if task.count > 1:
         backend = "gloo" if device.type == "cpu" else "nccl"
         distributed.init_process_group(backend, init_method=task.meeting, rank=rank, world_size=task.count)
-    ranks = Ranks(device)
-    _round(task, ranks, min(task.size, WARM_UP_SIZE))()
-    measured = _round(task, ranks, task.size)
+    group = ProcessGroup(device)
+    _round(task, group, min(task.size, WARM_UP_SIZE))()
+    measured = _round(task, group, task.size)
     # The first round at full size: later ones find freed memory that the process still holds.
     loss, peak = _with_peak_memory(measured, device)
-    ms = min(_timed(measured, ranks) for _ in range(REPEATS))
-    peak = int(ranks.gather(torch.tensor([peak], device=device)).max())
-    result = NegativesResult(task.name, ms, peak, float(ranks.mean(loss)))
+    ms = min(_timed(measured, group) for _ in range(REPEATS))
+    peak = int(group.gather(torch.tensor([peak], device=device)).max())
+    result = NegativesResult(task.name, ms, peak, float(group.mean(loss)))
     if task.count > 1:
-        ranks.barrier()
+        group.barrier()
         distributed.destroy_process_group()
     return result
 
 
-def _round(task: _Task, ranks: Ranks, size: int) -> Callable[[], torch.Tensor]:
+def _round(task: _Task, group: ProcessGroup, size: int) -> Callable[[], torch.Tensor]:
     """Forward and backward of the inter loss of this rank's queries, by the task's form."""
     form, sharded = FORMS.get(task.name, (chunked, False))
     draws = torch.Generator().manual_seed(0)
-    queue = Queue.random(size, task.dim, draws, ranks.device, ranks=ranks, sharded=sharded, form=form)
+    queue = NegativeQueue.random(size, task.dim, draws, group.device, group=group, sharded=sharded, form=form)
     num_vectors = 1 + NUM_VIEWS - FIRST_KEY
-    vectors = normalize(torch.randn(ranks.count, num_vectors, task.batch, task.dim, generator=draws), dim=3)
-    queries, *keys = vectors[ranks.rank].to(ranks.device)
+    vectors = normalize(torch.randn(group.size, num_vectors, task.batch, task.dim, generator=draws), dim=3)
+    queries, *keys = vectors[group.rank].to(group.device)
     own_keys = torch.stack(keys)
 
     def once() -> torch.Tensor:
@@ -133,9 +133,9 @@ def _round(task: _Task, ranks: Ranks, size: int) -> Callable[[], torch.Tensor]:
     return once
 
 
-def _timed(once: Callable[[], torch.Tensor], ranks: Ranks) -> float:
+def _timed(once: Callable[[], torch.Tensor], group: ProcessGroup) -> float:
     """Milliseconds of a round that all ranks begin together."""
-    ranks.barrier()
+    group.barrier()
     start = time.perf_counter()
     once().item()  # waits for a GPU
     return (time.perf_counter() - start) * 1e3

@@ -12,12 +12,12 @@ from typing import TypeVar
 
 import torch
 
-from launch.benchmarks.step_forms import Form, GrowingStep, TrainerStep, forms, noise
+from launch.benchmarks.step_forms import GrowingStep, LogSumExpForm, TrainerStep, forms, noise
 from launch.run.config import PretrainConfig
 from mcl_dist.errors import ConfigError, UserError
 from mcl_dist.objective.flops import operations_per_video
 from mcl_dist.training.deepspeed_engine import pick_device
-from mcl_dist.training.phase_timer import PhaseClock
+from mcl_dist.training.phase_timer import PhaseTimer
 from mcl_dist.training.trainer import peak_bytes
 
 PHASES = ("copy", "keys", "forward", "backward", "optimizer", "momentum", "queue", "other")
@@ -103,14 +103,14 @@ def benchmark(
     return results
 
 
-def _named(found: list[Form], names: Sequence[str]) -> list[Form]:
+def _named(found: list[LogSumExpForm], names: Sequence[str]) -> list[LogSumExpForm]:
     for name in names:
         if name not in (form.name for form in found):
             raise ConfigError(f"--forms: found {name}, must be of {', '.join(form.name for form in found)}")
     return [form for form in found if form.name in names or not names]
 
 
-def _measure(config: PretrainConfig, form: Form, steps: int) -> _Measured:
+def _measure(config: PretrainConfig, form: LogSumExpForm, steps: int) -> _Measured:
     device = pick_device()
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, for all forms
     matmul_ms = _matmul_ms(device, torch.bfloat16 if form.bfloat16 else torch.float32)
@@ -124,7 +124,7 @@ def _measure(config: PretrainConfig, form: Form, steps: int) -> _Measured:
         torch.cuda.reset_peak_memory_stats()
     clocks, cpu = [], []
     for _ in range(steps):
-        start, clock = time.process_time(), PhaseClock(device)
+        start, clock = time.process_time(), PhaseTimer(device)
         step(batch, clock.mark)
         clock.mark("other")
         clocks.append(clock)
@@ -146,7 +146,7 @@ def _matmul_ms(device: torch.device, dtype: torch.dtype) -> float:
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     rounds = []
     for _ in range(MATMUL_ROUNDS):
-        clock, start = PhaseClock(device), time.process_time()
+        clock, start = PhaseTimer(device), time.process_time()
         left @ right
         clock.mark("matmul")
         spent = time.process_time() - start

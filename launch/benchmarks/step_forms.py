@@ -15,27 +15,27 @@ from launch.benchmarks import reference_step as plain_step
 from launch.run.config import PretrainConfig
 from launch.supervision.deepspeed_launcher import free_port
 from mcl_dist.batch import FIRST_KEY, NUM_VIEWS, QUERY, TubeletBatch
-from mcl_dist.checkpoint import Checkpoints
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.checkpoint import CheckpointManager
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.events import Listener
 from mcl_dist.model.encoder import normalise
 from mcl_dist.model.network import Network
 from mcl_dist.objective.alignment import align, alignment_map, similarity_gradient
 from mcl_dist.objective.losses import inter_loss, intra_loss, order_loss, own_similarities
 from mcl_dist.objective.momentum_encoder import NUM_KEYS, MomentumEncoder
-from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.negative_queue import NegativeQueue
 from mcl_dist.objective.objective import Objective
 from mcl_dist.objective.schedule import Schedule
 from mcl_dist.training.deepspeed_engine import Engine, join_process_group, make_optimizer
-from mcl_dist.training.phase_timer import PhaseClock
-from mcl_dist.training.pretrain_state import Learner
-from mcl_dist.training.pretrain_step import Pretrainer
+from mcl_dist.training.phase_timer import PhaseTimer
+from mcl_dist.training.pretrain_state import PretrainState
+from mcl_dist.training.pretrain_step import PretrainTrainer
 
 Mark = Callable[[str], None]  # called with a phase's name when it ends
 
 
 @dataclass(frozen=True)
-class Form:
+class LogSumExpForm:
     """Which changes a form of the step has over the plain one."""
 
     name: str
@@ -48,15 +48,15 @@ class Form:
     trainer: bool = False
 
 
-def forms(config: PretrainConfig, device: torch.device) -> list[Form]:
+def forms(config: PretrainConfig, device: torch.device) -> list[LogSumExpForm]:
     """The plain form, then one change more each; what only GPUs gain by is left out on a CPU, unless configured."""
     is_gpu = device.type == "cuda"
     changes = ["closed_form", "one_pass", "fused", "channels_last"]
     changes += ["bfloat16"] if is_gpu or config.train.precision == "bfloat16" else []
     changes += ["compiled"] if is_gpu or config.train.compile else []
-    made = [Form("plain")]
+    made = [LogSumExpForm("plain")]
     for change in [*changes, "trainer"]:
-        made.append(Form(**{**asdict(made[-1]), "name": change, change: True}))
+        made.append(LogSumExpForm(**{**asdict(made[-1]), "name": change, change: True}))
     return made
 
 
@@ -67,7 +67,7 @@ class GrowingStep:
         loss: of the last step.
     """
 
-    def __init__(self, config: PretrainConfig, form: Form, device: torch.device) -> None:
+    def __init__(self, config: PretrainConfig, form: LogSumExpForm, device: torch.device) -> None:
         self._form, self._device, self._losses = form, device, config.objective
         learner = _learner(config, form, device)
         self._network, self._momentum, self._queue = learner.network, learner.momentum, learner.queue
@@ -143,10 +143,10 @@ class TrainerStep:
     """The step of `mcl pretrain` itself, alone on its rank, with marks where its parts end; listeners hear of each."""
 
     def __init__(
-        self, config: PretrainConfig, form: Form, device: torch.device, listeners: Sequence[Listener] = ()
+        self, config: PretrainConfig, form: LogSumExpForm, device: torch.device, listeners: Sequence[Listener] = ()
     ) -> None:
         self._device = device
-        checkpoints = Checkpoints(tempfile.gettempdir(), Ranks(device))  # none is written
+        checkpoints = CheckpointManager(tempfile.gettempdir(), ProcessGroup(device))  # none is written
         trainer = self._trainer = lone_trainer(config, form, device, checkpoints, listeners)
         self._mark: Mark = lambda _: None
         for owner, method, phase in (
@@ -170,7 +170,7 @@ class TrainerStep:
         self._mark = mark
         batch = batch.to(self._device)
         mark("copy")
-        self._trainer.take(self._step, batch, PhaseClock(self._device), waited=0.0).seconds = 1.0
+        self._trainer.take(self._step, batch, PhaseTimer(self._device), waited=0.0).seconds = 1.0
         self._step += 1
 
     def _time(self, owner: object, method: str, phase: str) -> None:
@@ -189,11 +189,11 @@ class TrainerStep:
 
 def lone_trainer(
     config: PretrainConfig,
-    form: Form,
+    form: LogSumExpForm,
     device: torch.device,
-    checkpoints: Checkpoints,
+    checkpoints: CheckpointManager,
     listeners: Sequence[Listener] = (),
-) -> Pretrainer:
+) -> PretrainTrainer:
     """A trainer alone in its process group, whose `take` is given batches by hand."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ[name] = value
@@ -206,10 +206,10 @@ def lone_trainer(
         batch_per_rank=config.train.global_batch,
         accumulate=config.train.accumulate,
     )
-    return Pretrainer(
+    return PretrainTrainer(
         engine=engine,
         learner=learner,
-        ranks=Ranks(device),
+        group=ProcessGroup(device),
         schedule=Schedule(config.optimizer.learning_rate, 1000, 1000, warmup_epochs=0.0),
         losses=replace(config.objective, order="none"),
         checkpoints=checkpoints,
@@ -236,13 +236,15 @@ def noise(config: PretrainConfig, device: torch.device) -> TubeletBatch:
     return batch.pinned() if device.type == "cuda" else batch
 
 
-def _learner(config: PretrainConfig, form: Form, device: torch.device) -> Learner:
+def _learner(config: PretrainConfig, form: LogSumExpForm, device: torch.device) -> PretrainState:
     torch.manual_seed(config.run.seed)
     network = Network(config.encoder, config.heads)
     network.to(device).train()
-    momentum = MomentumEncoder(network, Ranks(device), seed=config.run.seed, autocast=form.bfloat16)
+    momentum = MomentumEncoder(network, ProcessGroup(device), seed=config.run.seed, autocast=form.bfloat16)
     draws = torch.Generator().manual_seed(config.run.seed)
-    learner = Learner(network, momentum, Queue.random(config.objective.queue, config.heads.dim, draws, device))
+    learner = PretrainState(
+        network, momentum, NegativeQueue.random(config.objective.queue, config.heads.dim, draws, device)
+    )
     if form.compiled:
         learner.compile()
     return learner

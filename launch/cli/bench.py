@@ -216,7 +216,7 @@ def run_loader(args: argparse.Namespace) -> int:
 
     from launch.benchmarks.loader import benchmark_settings, measure_loader
     from launch.telemetry.batch_job_metrics import showing
-    from monitoring.metrics.registry import Board
+    from monitoring.metrics.registry import Registry
     from monitoring.metrics.training_metrics import show_loader
 
     for name, value in (("--epochs", args.epochs), ("--world-size", args.world_size)):
@@ -225,7 +225,7 @@ def run_loader(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device: found cuda, but this machine has no CUDA device")
     overrides = args.overrides + ([] if args.workers is None else [f"data.workers={args.workers}"])
-    board = Board(["rank"])
+    board = Registry(["rank"])
     with tempfile.TemporaryDirectory(prefix="mcl-bench-") as cache, showing(board, args.metrics_port):
         report = measure_loader(
             benchmark_settings(args.data, args.config, overrides, cache),

@@ -128,8 +128,8 @@ def _empty(folder: Path) -> None:
 
 
 def _write_videos(demo: Demo) -> None:
+    from dataloading.build.local_executor import num_cores
     from dataloading.synthetic.videos import write_synthetic
-    from launch.cli.shards import num_cores
 
     write_synthetic(demo.folder / "videos", seed=demo.seed, processes=num_cores())
 
@@ -193,7 +193,7 @@ def _draw(demo: Demo) -> Path:
 def _report(demo: Demo, untrained: float, pretrained: float, picture: Path) -> None:
     """Print the table, and write it for machines."""
     from dataloading.synthetic.scenes import SCENES
-    from launch.cli.report import FILE as REPORT
+    from launch.report.run_report import FILE as REPORT
 
     classes = SCENES["demo"].classes
     accuracy = {"chance": 1 / len(classes), "untrained": untrained, "pretrained": pretrained}

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Look, print the table; 1 when any line fails."""
     hosts = read_hostfile(arguments.hostfile) if arguments.hostfile else None
     config = _config(arguments)
-    examination = Examination(hosts, ssh.from_arguments(arguments), config, arguments.master_port, arguments.timeout)
+    examination = Diagnostics(hosts, ssh.from_arguments(arguments), config, arguments.master_port, arguments.timeout)
     rows = examination.rows()
     print(json.dumps([row._asdict() for row in rows], indent=1) if arguments.json else table(rows))
     return EXIT_FAILURE if any(row.state == FAIL for row in rows) else 0
@@ -79,7 +79,7 @@ class Reply(NamedTuple):
     problem: str
 
 
-class Examination:
+class Diagnostics:
     """Asks every node at once, first of itself, then together with the others."""
 
     def __init__(

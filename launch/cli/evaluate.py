@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from launch.evaluation.encoder_under_test import RANDOM, load_pretrain_config, settled
 from launch.evaluation.job import SUPERVISED, Job
 from launch.evaluation.rank import evaluate
-from launch.supervision.deepspeed_launcher import Meeting, launch_ranks
+from launch.supervision.deepspeed_launcher import NodeSpec, launch_ranks
 from mcl_dist.errors import EXIT_FAILURE, EXIT_USAGE, ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -82,9 +82,9 @@ def run(arguments: argparse.Namespace) -> int:
         return _by_ranks(job, arguments.ranks)
     import torch
 
-    from mcl_dist.distributed.process_group import Ranks
+    from mcl_dist.distributed.process_group import ProcessGroup
 
-    evaluate(job, Ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    evaluate(job, ProcessGroup(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     return 0
 
 
@@ -112,7 +112,7 @@ def _supervise(job: Job, num_ranks: int) -> int:
         end = Supervisor(
             script=str(SCRIPT),
             words=[json.dumps(asdict(job))],
-            meeting=Meeting(num_ranks),
+            meeting=NodeSpec(num_ranks),
             limits=config.supervise,
             runtime=Path(runtime),
             log=Path(config.run.dir) / "log.jsonl",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mcl_dist.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
-    from monitoring.history.run_view import View
+    from monitoring.history.run_view import RunView
 
 EXAMPLE = """\
 example:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def source(args: argparse.Namespace) -> Callable[[], View]:
+def source(args: argparse.Namespace) -> Callable[[], RunView]:
     """Where the run's figures come from: asked again, it has newer ones."""
     from monitoring.history.remote_run import RemoteRun
     from monitoring.history.run_folder import RunFolder
@@ -75,7 +75,7 @@ def source(args: argparse.Namespace) -> Callable[[], View]:
     return RunFolder(Path(args.source)).view
 
 
-def _serve(look: Callable[[], View], port: int) -> None:
+def _serve(look: Callable[[], RunView], port: int) -> None:
     """Answer browsers of this machine until Ctrl-C."""
     from wsgiref.simple_server import WSGIRequestHandler, make_server
 
@@ -95,7 +95,7 @@ def _serve(look: Callable[[], View], port: int) -> None:
         server.serve_forever()
 
 
-def _print(view: View) -> None:
+def _print(view: RunView) -> None:
     from rich.console import Console
 
     from launch.terminal.monitor_screen import Screen
@@ -103,7 +103,7 @@ def _print(view: View) -> None:
     Console(highlight=False).print(Screen(view))
 
 
-def _watch(look: Callable[[], View], interval: float) -> None:
+def _watch(look: Callable[[], RunView], interval: float) -> None:
     """Fill the terminal until Ctrl-C, with the view of before while there is no newer one."""
     from rich.console import Console
     from rich.live import Live

@@ -43,7 +43,7 @@ def launch(arguments: argparse.Namespace) -> int:
     if arguments.hostfile:
         return cluster.run(arguments)
     from launch.run.config import PretrainConfig, check
-    from launch.supervision.rendezvous import Host, Member
+    from launch.supervision.rendezvous import RendezvousClient, RendezvousServer
     from launch.supervision.supervisor import Supervisor
     from mcl_dist.config import load_config
 
@@ -58,8 +58,8 @@ def launch(arguments: argparse.Namespace) -> int:
         if meeting.nodes > 1:
             patience = config.supervise.node_seconds
             if meeting.node == 0:
-                stack.callback(Host(meeting.port, meeting.nodes, patience).close)
-            member = Member(meeting.address, meeting.port, meeting.node, meeting.nodes, patience)
+                stack.callback(RendezvousServer(meeting.port, meeting.nodes, patience).close)
+            member = RendezvousClient(meeting.address, meeting.port, meeting.node, meeting.nodes, patience)
             stack.callback(member.close)
         end = Supervisor(
             script=str(SCRIPT),

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
-FILE = "report.html"
-AT_MOST_SECONDS = 900.0  # that a run's end waits for its report
+from launch.report.run_report import FILE
+
 EXAMPLE = """\
 example:
   mcl report runs/first
@@ -42,43 +40,10 @@ def run(args: argparse.Namespace) -> int:
         UserError: there is no run, or the page cannot be written.
         ConfigError: a number out of range.
     """
+    from launch.report.run_report import write_report
     from mcl_dist.errors import ConfigError
 
     if args.videos < 1:
         raise ConfigError(f"--videos: found {args.videos}, must be at least 1")
     print(write_report(args.run_folder, args.out, args.videos, args.cache))
     return 0
-
-
-def write_report(folder: Path, out: str | None = None, num_videos: int = 3, cache: str | None = None) -> str:
-    """Write a run's report, by default into its folder; returns where.
-
-    Raises:
-        UserError: there is no run, or the page cannot be written.
-    """
-    from launch.report.run_page import report
-    from mcl_dist.storage.folder import write_file
-
-    page = report(folder, num_videos, cache)
-    out = out or str(folder / FILE)
-    write_file(out, page.encode())
-    return out
-
-
-def report_at_the_end(folder: str) -> None:
-    """The report of a run that is done, by its first rank; the run counts as done whatever becomes of it.
-
-    In a process of its own: in a rank's, once the others had left, files that it read were seen closed under it.
-    """
-    command = [sys.executable, "-m", "mcl_dist", "report", folder]
-    try:
-        result = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=AT_MOST_SECONDS, check=False
-        )
-        said = (
-            (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1] if result.returncode else ""
-        )
-    except subprocess.TimeoutExpired:
-        said = f"not done after {AT_MOST_SECONDS:.0f} s"
-    told = f"no report written ({said}); `mcl report {folder}` tries again" if said else f"report: {folder}/{FILE}"
-    print(told, flush=True)

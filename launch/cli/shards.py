@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import socket
 import sys
 import time
@@ -14,17 +13,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataloading.build.local_executor import num_cores
 from launch.cli import inspect_shards
 from mcl_dist.errors import EXIT_FAILURE, ConfigError, UserError
 
 if TYPE_CHECKING:
-    from dataloading.build.builder import GoingOn
+    from dataloading.build.builder import ResumedBuild
     from dataloading.build.local_executor import Executor
-    from dataloading.build.video_processor import BuildConfig, Outcome
+    from dataloading.build.video_processor import BuildConfig, VideoOutcome
     from dataloading.shards.format import Manifest
     from dataloading.videos.video_lists import ListChoice
-    from mcl_dist.storage.retry import Patience
-    from monitoring.http.pushgateway import Gateway
+    from mcl_dist.storage.retry import RetryPolicy
+    from monitoring.http.pushgateway import Pushgateway
 
 BUILD_EXAMPLE = """\
 example:
@@ -131,11 +131,6 @@ def _add_patience_arguments(build: argparse.ArgumentParser) -> None:
     )
 
 
-def num_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run_build(args: argparse.Namespace) -> int:
     """Build a shard set; errors as in `build_shards`, and for a complete set of another make."""
     from dataloading.build.builder import build_shards, existing_set, remove_traces
@@ -170,7 +165,7 @@ def run_build(args: argparse.Namespace) -> int:
     try:
         with build_metrics(args.metrics_port, len(sources.videos), patience, gateway) as metrics:
 
-            def listen(outcome: Outcome | GoingOn) -> None:
+            def listen(outcome: VideoOutcome | ResumedBuild) -> None:
                 progress(outcome)
                 metrics(outcome)
 
@@ -221,12 +216,12 @@ class BuildProgress:
         self._start = self._told = time.monotonic()
         self._rewrites = sys.stderr.isatty()
 
-    def __call__(self, outcome: Outcome | GoingOn) -> None:
+    def __call__(self, outcome: VideoOutcome | ResumedBuild) -> None:
         """Take the next video's outcome, or first of all what an earlier run left."""
-        from dataloading.build.builder import GoingOn
+        from dataloading.build.builder import ResumedBuild
         from dataloading.shards.format import RefusedVideo
 
-        if isinstance(outcome, GoingOn):
+        if isinstance(outcome, ResumedBuild):
             self._go_on(outcome)
             return
         self.num_built += 1
@@ -249,7 +244,7 @@ class BuildProgress:
         """Leave the line of progress clean for what follows."""
         self._clear()
 
-    def _go_on(self, found: GoingOn) -> None:
+    def _go_on(self, found: ResumedBuild) -> None:
         if found.taken_from:
             _say(f"the build before ({found.taken_from}) is gone without a word; taking over")
         if found.shards:
@@ -342,28 +337,28 @@ def _executor(args: argparse.Namespace, tell: Callable[[str], None]) -> Executor
     return LocalExecutor(args.workers)
 
 
-def _gateway(args: argparse.Namespace, tell: Callable[[str], None]) -> Gateway | None:
+def _gateway(args: argparse.Namespace, tell: Callable[[str], None]) -> Pushgateway | None:
     """The group of a set's metrics has the name of its folder; a build of it again replaces them."""
-    from monitoring.http.client import Client
-    from monitoring.http.pushgateway import Gateway
+    from monitoring.http.client import HttpClient
+    from monitoring.http.pushgateway import Pushgateway
 
     if args.push_gateway is None:
         for option, value in (("--push-credentials", args.push_credentials), ("--push-ca", args.push_ca)):
             if value is not None:
                 raise ConfigError(f"{option}: found {str(value)!r} without --push-gateway; give both")
         return None
-    client = Client(args.push_gateway, args.push_credentials, args.push_ca, option="--push-")
+    client = HttpClient(args.push_gateway, args.push_credentials, args.push_ca, option="--push-")
     labels = {"run": args.destination.rstrip("/").rpartition("/")[2], "instance": socket.gethostname()}
-    return Gateway(client, "mcl-build", labels, tell)
+    return Pushgateway(client, "mcl-build", labels, tell)
 
 
-def _patience(args: argparse.Namespace, tell: Callable[[str], None]) -> Patience:
-    from mcl_dist.storage.retry import Patience
+def _patience(args: argparse.Namespace, tell: Callable[[str], None]) -> RetryPolicy:
+    from mcl_dist.storage.retry import RetryPolicy
 
     for option in ("retry_seconds", "request_seconds"):
         if not 0 <= getattr(args, option) < math.inf:
             raise ConfigError(f"--{option.replace('_', '-')}: found {getattr(args, option)}, must be at least 0")
-    return Patience(args.retry_seconds, args.request_seconds, tell)
+    return RetryPolicy(args.retry_seconds, args.request_seconds, tell)
 
 
 def _report(manifest: Manifest, seconds: float, num_built: int, more: dict[str, Any], *, as_json: bool) -> None:

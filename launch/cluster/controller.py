@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING
 from launch.cluster import ssh
 from launch.cluster.environment import travelling
 from launch.cluster.hostfile import Host, read_hostfile
-from launch.cluster.remote_shell import Fleet
+from launch.cluster.remote_shell import RemoteShell
 from launch.supervision.deepspeed_launcher import RESTARTED
 from launch.supervision.node_discovery import DEFAULT_PORT
-from launch.supervision.outcome import LOST, End
-from launch.supervision.policy import Restarts
+from launch.supervision.outcome import LOST, Outcome
+from launch.supervision.policy import RestartPolicy
 from mcl_dist.distributed.shutdown import EXIT_AT_ONCE, StopRequest
 from mcl_dist.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USAGE, ConfigError, UserError
 
@@ -148,8 +148,8 @@ class Cluster:
 
     def _attempts(self) -> int:
         limits = self.config.supervise
-        restarts = Restarts(limits.restarts, limits.progress_steps)
-        cause: End | None = None
+        restarts = RestartPolicy(limits.restarts, limits.progress_steps)
+        cause: Outcome | None = None
         there = self._ended(self.hosts)
         while True:
             hosts = self._layout(there)
@@ -175,7 +175,9 @@ class Cluster:
             return end
         return EXIT_STOPPED if self.stop.is_asked else None
 
-    def _attempt(self, hosts: Sequence[Host], restart: int, cause: End | None) -> tuple[dict[str, int], dict[str, End]]:
+    def _attempt(
+        self, hosts: Sequence[Host], restart: int, cause: Outcome | None
+    ) -> tuple[dict[str, int], dict[str, Outcome]]:
         """Exit codes by host of those that ended before the attempt was over, and what was said of it there."""
         told = {"MCL_RUN": self._name, **self.environment}
         if cause:
@@ -183,7 +185,7 @@ class Cluster:
         _say(f"training on {', '.join(host.name for host in hosts)}, by {self.launcher}")
         unasked = {host: node for node, host in enumerate(hosts)}
         ask_at = 0.0
-        with Fleet(hosts, self._command(hosts, told), self.launcher, self.how) as fleet:
+        with RemoteShell(hosts, self._command(hosts, told), self.launcher, self.how) as fleet:
             while not fleet.is_over() and not self._is_hurried:
                 unasked = {host: node for host, node in unasked.items() if host.name not in fleet.codes}
                 if self.stop.is_asked and unasked and time.monotonic() >= ask_at:
@@ -293,14 +295,14 @@ def _final(codes: Mapping[str, int]) -> int | None:
     return None
 
 
-def _cause(codes: Mapping[str, int], ends: Mapping[str, End]) -> End:
+def _cause(codes: Mapping[str, int], ends: Mapping[str, Outcome]) -> Outcome:
     """Why an attempt failed: what a host's supervisor says of its ranks, unless a host was lost."""
     if ssh.UNREACHABLE not in codes.values():
         for name, end in ends.items():
             if end.may_be_mended and end.cause != LOST:
                 return replace(end, reason=f"{name}: {end.reason}")
     told = ", ".join(f"{name} {_told(code)}" for name, code in codes.items() if code)
-    return End(EXIT_FAILURE, LOST, told)
+    return Outcome(EXIT_FAILURE, LOST, told)
 
 
 def _told(code: int) -> str:

@@ -104,12 +104,12 @@ def _read(url: str) -> dict[str, Any]:
     from dataloading.shards.format import MANIFEST, manifest_from
     from mcl_dist.errors import UserError
     from mcl_dist.storage.folder import Folder
-    from mcl_dist.storage.retry import Patience
+    from mcl_dist.storage.retry import RetryPolicy
     from mcl_dist.storage.store_requests import without_credentials
 
     name = without_credentials(url)
     try:
-        folder = Folder(url, Patience(STORE_SECONDS))
+        folder = Folder(url, RetryPolicy(STORE_SECONDS))
         data = folder.read(MANIFEST)
         manifest = manifest_from(data, f"{name}/{MANIFEST}")
         for shard in manifest.shards[:1]:
@@ -123,12 +123,12 @@ def _written(url: str, request: dict[str, Any]) -> dict[str, Any]:
     """Whether a file can be written, read and removed there; a local one stays for the other nodes to see."""
     from mcl_dist.errors import UserError
     from mcl_dist.storage.folder import Folder
-    from mcl_dist.storage.retry import Patience
+    from mcl_dist.storage.retry import RetryPolicy
     from mcl_dist.storage.store_requests import without_credentials
 
     found: dict[str, Any] = {"url": without_credentials(url), "error": None, "local": None, "free_bytes": None}
     try:
-        folder = Folder(url, Patience(STORE_SECONDS))
+        folder = Folder(url, RetryPolicy(STORE_SECONDS))
         if folder.is_local:
             place = nearest(Path(folder.path("")))
             folder = Folder(str(place))

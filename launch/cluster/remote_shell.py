@@ -16,7 +16,7 @@ from typing import IO
 
 from launch.cluster.hostfile import Host
 from launch.cluster.ssh import UNREACHABLE, Ssh
-from launch.supervision.outcome import OUTCOME_LINE, End
+from launch.supervision.outcome import OUTCOME_LINE, Outcome
 
 FAN_OUT = 1024  # hosts that pdsh is at, at a time: all of them, they run till the end
 # The kernel ends what we started with us; the hosts then find their standard input at its end.
@@ -24,7 +24,7 @@ WITH_US = ("setpriv", "--pdeathsig", "KILL")
 ENDED = re.compile(r"pdsh@[^:]*: (?P<host>\S+): .*exited with exit code (?P<code>\d+)")
 
 
-class Fleet:
+class RemoteShell:
     """A shell command on every host, running until the block ends; its variable `node` is the host's number, from 0.
 
     Attributes:
@@ -34,13 +34,13 @@ class Fleet:
 
     def __init__(self, hosts: Sequence[Host], command: str, launcher: str, how: Ssh) -> None:
         self.codes: dict[str, int] = {}
-        self.ends: dict[str, End] = {}
+        self.ends: dict[str, Outcome] = {}
         self._hosts = list(hosts)
         self._news: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
         start = self._start_pdsh if launcher == "pdsh" else self._start_ssh
         self._processes = start(command, how)
 
-    def __enter__(self) -> Fleet:
+    def __enter__(self) -> RemoteShell:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -114,7 +114,7 @@ class Fleet:
         if word == OUTCOME_LINE:
             with suppress(ValueError, KeyError):
                 end = json.loads(text)
-                self.ends[name] = End(end["exit_code"], end["cause"], end["reason"])
+                self.ends[name] = Outcome(end["exit_code"], end["cause"], end["reason"])
                 return
         with suppress(OSError):  # of a terminal that was closed; how the host ends is still to be heard
             print(f"{name}: {line}", end="", flush=True)

@@ -20,7 +20,7 @@ from mcl_dist.model.encoder import STEM_STRIDE
 from mcl_dist.training.deepspeed_engine import OptimizerConfig
 from mcl_dist.training.trainer import TrainConfig
 
-Evaluation = TypeVar("Evaluation", bound="SupervisedEvaluation")
+Evaluation = TypeVar("Evaluation", bound="TrainingEvaluation")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class LongClips(ClipsConfig):
 
 
 @dataclass(frozen=True)
-class SupervisedEvaluation:
+class TrainingEvaluation:
     """What the protocols have that train a classifier. Their run is one as pre-training's, with a folder of its own."""
 
     run: RunConfig
@@ -120,7 +120,7 @@ class LinearTraining(TrainConfig):
 
 
 @dataclass(frozen=True)
-class LinearEvaluation(SupervisedEvaluation):
+class LinearEvaluation(TrainingEvaluation):
     """`mcl evaluate linear`; `recalibrate` as of `FrozenConfig`."""
 
     recalibrate: bool | None = None
@@ -167,7 +167,7 @@ class FinetuneTraining(TrainConfig):
 
 
 @dataclass(frozen=True)
-class FinetuneEvaluation(SupervisedEvaluation):
+class FinetuneEvaluation(TrainingEvaluation):
     """`mcl evaluate finetune`."""
 
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)

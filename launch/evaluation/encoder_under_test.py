@@ -21,7 +21,7 @@ NEEDLESS = ("data.train=''", "run.dir=''")
 
 
 @dataclass(frozen=True)
-class Subject:
+class EncoderUnderTest:
     """What is evaluated.
 
     Attributes:
@@ -63,7 +63,7 @@ def settled(checkpoint: str) -> str:
     return url
 
 
-def load_subject(checkpoint: str, pretrain: PretrainConfig | None = None) -> Subject:
+def load_subject(checkpoint: str, pretrain: PretrainConfig | None = None) -> EncoderUnderTest:
     """The encoder of a checkpoint, or the one that a pre-training run starts from.
 
     Args:
@@ -86,14 +86,14 @@ def load_subject(checkpoint: str, pretrain: PretrainConfig | None = None) -> Sub
             raise ConfigError(
                 "--checkpoint random: say which encoder with --pretrain FILE, a pre-training configuration"
             )
-        return Subject(RANDOM, _untrained(pretrain), _geometry(pretrain), is_untrained=True)
+        return EncoderUnderTest(RANDOM, _untrained(pretrain), _geometry(pretrain), is_untrained=True)
     if is_file(checkpoint):
         encoder = load_weights(checkpoint)
         clips = clips_of_file(checkpoint) or {"frames": FRAMES, "stride": STRIDE, "crop": CROP}
-        return Subject(checkpoint, encoder, ClipGeometry(**clips))
+        return EncoderUnderTest(checkpoint, encoder, ClipGeometry(**clips))
     encoder, stored = load_encoder(checkpoint)
     data = build_config(PretrainConfig, stored).data
-    return Subject(checkpoint, encoder, ClipGeometry(data.frames, data.stride, data.crop))
+    return EncoderUnderTest(checkpoint, encoder, ClipGeometry(data.frames, data.stride, data.crop))
 
 
 def load_pretrain_config(file: str, overrides: Sequence[str] = ()) -> PretrainConfig:

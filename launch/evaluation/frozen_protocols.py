@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from dataloading.build.local_executor import num_cores
 from dataloading.loader.config import ReadingConfig
 from dataloading.loader.probe_clips import ClipGeometry, ProbeClips
 from dataloading.reading.shard_set import ShardSet
 from dataloading.videos.video_lists import UNLABELLED
-from launch.cli.shards import num_cores
 from launch.evaluation.config import FrozenConfig, KnnEvaluation, SvmEvaluation
-from launch.evaluation.encoder_under_test import Subject
+from launch.evaluation.encoder_under_test import EncoderUnderTest
 from launch.terminal.progress import watched
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import RankError, UserError
 from mcl_dist.evaluation.feature_cache import FeatureCache, digest_of
 from mcl_dist.evaluation.features import (
@@ -42,7 +42,7 @@ RECALIBRATION_VIDEOS = 32  # a batch: as many as small pre-training runs use
 
 
 def evaluate_frozen(
-    subject: Subject, train_url: str, test_url: str, config: FrozenConfig, ranks: Ranks | None = None
+    subject: EncoderUnderTest, train_url: str, test_url: str, config: FrozenConfig, group: ProcessGroup | None = None
 ) -> Scores | None:
     """Features of both sets, a probe on the one, its scores on the other (METHOD.md, section 6); on the first rank.
 
@@ -51,23 +51,23 @@ def evaluate_frozen(
             no video.
         ConfigError: a set does not store the frames that the stride asks for.
     """
-    ranks = ranks or Ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    group = group or ProcessGroup(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with ExitStack() as opened:
         train, test = (
             opened.enter_context(closing(ShardSet(url, config.data.cache, config.data)))
             for url in (train_url, test_url)
         )
-        check_split(train_url, train, test_url, test, told=ranks.is_first)
-        encoder = subject.encoder.to(ranks.device)
+        check_split(train_url, train, test_url, test, told=group.is_first)
+        encoder = subject.encoder.to(group.device)
         geometry = subject.shown(config.clips)
         if subject.is_untrained if config.recalibrate is None else config.recalibrate:
-            recalibrate(encoder, recalibration_clips(train, geometry, config.data, ranks))
+            recalibrate(encoder, recalibration_clips(train, geometry, config.data, group))
         features = [
-            _features(encoder, shard_set, geometry, config, ranks, what)
+            _features(encoder, shard_set, geometry, config, group, what)
             for shard_set, what in ((train, "training features"), (test, "test features"))
         ]
         names = train.manifest.classes
-    if not ranks.is_first:
+    if not group.is_first:
         return None
     scores = score(_answers(features[0], features[1], len(names), config), names, config.bootstrap)
     return replace(scores, neighbours=neighbours_to_show(*features))
@@ -119,7 +119,7 @@ def _empty_classes(shard_set: ShardSet) -> list[str]:
 
 
 def _features(
-    encoder: Encoder, shard_set: ShardSet, geometry: ClipGeometry, config: FrozenConfig, ranks: Ranks, what: str
+    encoder: Encoder, shard_set: ShardSet, geometry: ClipGeometry, config: FrozenConfig, group: ProcessGroup, what: str
 ) -> Features:
     """A set's features, on the first rank at least; all ranks must ask together."""
     cache = FeatureCache(config.features)
@@ -128,50 +128,50 @@ def _features(
         "set": shard_set.manifest.digest,
         "clips": {**asdict(geometry), "count": config.clips.count, "crops": config.clips.crops},
     }
-    kept, line = cache.read(made_of) if ranks.is_first else (None, "")
-    if ranks.is_first and line:
+    kept, line = cache.read(made_of) if group.is_first else (None, "")
+    if group.is_first and line:
         print(f"{what} of {len(shard_set)} videos: {line}", file=sys.stderr)
-    if ranks.from_first(int(kept is not None)):
+    if group.from_first(int(kept is not None)):
         return kept or Features(np.empty((0, encoder.feature_dim), np.float32), np.empty(0, np.int64))
     batches = ProbeClips(
         shard_set,
         geometry,
-        device=ranks.device,
-        decoder_device=config.data.decoder_device(ranks.device),
+        device=group.device,
+        decoder_device=config.data.decoder_device(group.device),
         num_clips=config.clips.count,
         num_crops=config.clips.crops,
-        positions=share_of(len(shard_set), ranks),
+        positions=share_of(len(shard_set), group),
         batch_videos=1,
         threads=num_threads(),
     )
-    told = watched(batches, len(batches), f"{what} of {len(shard_set)} videos") if ranks.is_first else batches
-    with told_by(ranks):
+    told = watched(batches, len(batches), f"{what} of {len(shard_set)} videos") if group.is_first else batches
+    with told_by(group):
         own = extract_features(encoder, ((batch.clips, batch.labels) for batch in told))
         check_finite(own, batches.name_of)
-    features = gather_features(own, len(shard_set), ranks)
-    if ranks.is_first and (line := cache.write(made_of, features)):
+    features = gather_features(own, len(shard_set), group)
+    if group.is_first and (line := cache.write(made_of, features)):
         print(f"{what}: {line}", file=sys.stderr)
     return features
 
 
 @contextmanager
-def told_by(ranks: Ranks) -> Iterator[None]:
+def told_by(group: ProcessGroup) -> Iterator[None]:
     """What is met in here one rank alone has met: no other reads what it reads."""
     try:
         yield
     except UserError as error:
-        raise RankError(f"rank {ranks.rank}: {error}" if ranks.count > 1 else str(error)) from error
+        raise RankError(f"rank {group.rank}: {error}" if group.size > 1 else str(error)) from error
 
 
 def recalibration_clips(
-    train: ShardSet, geometry: ClipGeometry, data: ReadingConfig, ranks: Ranks
+    train: ShardSet, geometry: ClipGeometry, data: ReadingConfig, group: ProcessGroup
 ) -> Iterator[torch.Tensor]:
     """Batches of one clip each of as many videos; a set's order is random, so its first ones are a fair share."""
     batches = ProbeClips(
         train,
         geometry,
-        device=ranks.device,
-        decoder_device=data.decoder_device(ranks.device),
+        device=group.device,
+        decoder_device=data.decoder_device(group.device),
         num_clips=1,
         batch_videos=RECALIBRATION_VIDEOS,
         threads=num_threads(),

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from launch.evaluation.encoder_under_test import load_pretrain_config, load_subject
 
 if TYPE_CHECKING:
-    from launch.evaluation.config import FrozenConfig, SupervisedEvaluation
-    from launch.evaluation.encoder_under_test import Subject
+    from launch.evaluation.config import FrozenConfig, TrainingEvaluation
+    from launch.evaluation.encoder_under_test import EncoderUnderTest
 
 SUPERVISED = ("linear", "finetune")  # those that train for long: a run each, with a folder
 
@@ -52,17 +52,17 @@ class Job:
         }
         return load_config(schemas[self.protocol], self.config, self.overrides)
 
-    def supervised(self, num_ranks: int) -> SupervisedEvaluation:
+    def supervised(self, num_ranks: int) -> TrainingEvaluation:
         """… of one that trains, on so many ranks."""
         from launch.evaluation.config import FinetuneEvaluation, LinearEvaluation
         from mcl_dist.config import load_config
 
-        schemas: dict[str, type[SupervisedEvaluation]] = {"linear": LinearEvaluation, "finetune": FinetuneEvaluation}
+        schemas: dict[str, type[TrainingEvaluation]] = {"linear": LinearEvaluation, "finetune": FinetuneEvaluation}
         config = load_config(schemas[self.protocol], self.config, self.overrides)
         config.check(num_ranks)
         return config
 
-    def subject(self) -> Subject:
+    def subject(self) -> EncoderUnderTest:
         """What is evaluated; errors as of `load_subject`."""
         if self.pretrain is None:
             return load_subject(self.evaluated or self.checkpoint)

@@ -14,7 +14,7 @@ from dataloading.reading.shard_set import ShardSet
 from launch.evaluation.frozen_protocols import check_split, num_threads
 from launch.evaluation.results_log import ON_THE_WAY, add
 from launch.run.config import PretrainConfig
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.distributed.shutdown import StopRequest
 from mcl_dist.errors import UserError
 from mcl_dist.evaluation.features import Features, check_finite, extract_features, gather_features, share_of
@@ -26,7 +26,7 @@ from mcl_dist.model.encoder import Encoder
 TELL_SECONDS = 20.0  # between signs of life of a rank that makes features
 
 
-class HeldOut:
+class OnlineKnn:
     """Scores encoders on the same clips of the same videos, over all ranks; nothing of a run depends on it.
 
     Args:
@@ -41,17 +41,21 @@ class HeldOut:
     """
 
     def __init__(
-        self, config: PretrainConfig, ranks: Ranks, listen: Callable[[Event], None], stop: StopRequest | None = None
+        self,
+        config: PretrainConfig,
+        group: ProcessGroup,
+        listen: Callable[[Event], None],
+        stop: StopRequest | None = None,
     ) -> None:
-        self._config, self._ranks, self._listen = config.evaluate, ranks, listen
+        self._config, self._group, self._listen = config.evaluate, group, listen
         self._stop = stop or StopRequest()
         urls = self._urls = (config.evaluate.train or str(config.data.train), str(config.evaluate.test))
         self._folder = Path(config.run.dir)
         with ExitStack() as opened:
             self._sets = [opened.enter_context(closing(ShardSet(url, config.data.cache, config.data))) for url in urls]
             train, test = self._sets
-            check_split(urls[0], train, urls[1], test, told=ranks.is_first)
-            self._decoder_device = config.data.decoder_device(ranks.device)
+            check_split(urls[0], train, urls[1], test, told=group.is_first)
+            self._decoder_device = config.data.decoder_device(group.device)
             geometry = ClipGeometry(config.data.frames, config.data.stride, config.data.crop)
             self._clips = [self._own_clips(shard_set, geometry) for shard_set in self._sets]
             self._opened = opened.pop_all()
@@ -71,14 +75,14 @@ class HeldOut:
             own = [self._features(encoder, clips, step) for clips in self._clips]
         except UserError as error:
             trouble = str(error)
-        if trouble := self._ranks.first_word(trouble):
+        if trouble := self._group.first_word(trouble):
             self._listen(Notice(f"step {step}: not evaluated: {trouble}"))
             return None
         train, test = (
-            gather_features(features, self._num_videos(shard_set), self._ranks)
+            gather_features(features, self._num_videos(shard_set), self._group)
             for features, shard_set in zip(own, self._sets, strict=True)
         )
-        return self._scores(train, test, step) if self._ranks.is_first else None
+        return self._scores(train, test, step) if self._group.is_first else None
 
     def _scores(self, train: Features, test: Features, step: int) -> dict[str, float]:
         """Of the features of both sets; with some neighbours to look at they are kept for the run's report."""
@@ -113,10 +117,10 @@ class HeldOut:
         return ProbeClips(
             shard_set,
             geometry,
-            device=self._ranks.device,
+            device=self._group.device,
             decoder_device=self._decoder_device,
             num_clips=self._config.clips,
-            positions=share_of(self._num_videos(shard_set), self._ranks),
+            positions=share_of(self._num_videos(shard_set), self._group),
             batch_videos=1,
             threads=num_threads(),
         )

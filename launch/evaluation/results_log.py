@@ -14,7 +14,7 @@ from mcl_dist.config import RUN_CONFIG
 from mcl_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from launch.evaluation.config import FrozenConfig, SupervisedEvaluation
+    from launch.evaluation.config import FrozenConfig, TrainingEvaluation
     from mcl_dist.evaluation.metrics import Scores
 
 FILE = "evaluations.jsonl"
@@ -34,7 +34,7 @@ def keep(
     evaluated: str,
     report: Mapping[str, Any],
     splits: Sequence[Scores],
-    settings: FrozenConfig | SupervisedEvaluation,
+    settings: FrozenConfig | TrainingEvaluation,
 ) -> str:
     """Add an evaluation of a run or of one of its checkpoints; returns why it could not be kept, where it could not.
 

@@ -11,14 +11,14 @@ from launch.evaluation.job import Job
 from mcl_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from launch.evaluation.config import FrozenConfig, SupervisedEvaluation
+    from launch.evaluation.config import FrozenConfig, TrainingEvaluation
     from mcl_dist.evaluation.metrics import Scores
 
 LABELS = {"top1": "top-1", "top5": "top-5", "mean_class": "mean of classes"}
 MOST_LINES = 40  # of the table of classes on a terminal
 
 
-def tell_once(job: Job, splits: Sequence[Scores], settings: SupervisedEvaluation) -> None:
+def tell_once(job: Job, splits: Sequence[Scores], settings: TrainingEvaluation) -> None:
     """Print the scores of a supervised run, which is not to start again where nobody reads them (`mcl … | head`).
 
     Raises:
@@ -33,7 +33,7 @@ def tell_once(job: Job, splits: Sequence[Scores], settings: SupervisedEvaluation
         ) from error
 
 
-def tell(job: Job, splits: Sequence[Scores], settings: FrozenConfig | SupervisedEvaluation) -> None:
+def tell(job: Job, splits: Sequence[Scores], settings: FrozenConfig | TrainingEvaluation) -> None:
     """Print what was found, and keep it for the report of the run that it is of."""
     from launch.evaluation.results_log import keep
 

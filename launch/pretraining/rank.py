@@ -22,13 +22,13 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 def pretrain(config_path: str, overrides: Sequence[str], stop: StopRequest, heartbeat: Heartbeat) -> bool:
     """Run this rank's part of the training from the newest checkpoint to the end; False if it was asked to stop."""
     birth = this_birth()
-    from launch.cli.report import report_at_the_end
     from launch.pretraining.compose import assembled
+    from launch.report.run_report import report_at_the_end
     from launch.run.config import PretrainConfig, check
     from launch.run.run_lock import only_run
     from launch.supervision.parent_watch import stop_with_launcher
     from mcl_dist.config import load_config
-    from mcl_dist.distributed.process_group import Ranks
+    from mcl_dist.distributed.process_group import ProcessGroup
     from mcl_dist.training.deepspeed_engine import join_process_group, pick_device
 
     stop_with_launcher(stop)
@@ -37,15 +37,15 @@ def pretrain(config_path: str, overrides: Sequence[str], stop: StopRequest, hear
     device = pick_device()
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
     join_process_group(device)
-    ranks = Ranks(device)
-    alone = only_run(Path(config.run.dir)) if ranks.is_first else nullcontext()
+    group = ProcessGroup(device)
+    alone = only_run(Path(config.run.dir)) if group.is_first else nullcontext()
     with alone:
-        with assembled(config, ranks, device, stop, heartbeat, birth) as trainer:
+        with assembled(config, group, device, stop, heartbeat, birth) as trainer:
             is_done = trainer.fit()
-            ranks.barrier()
+            group.barrier()
             if not is_done:
                 stop_file.unlink(missing_ok=True)
-        if is_done and ranks.is_first and config.run.report:
+        if is_done and group.is_first and config.run.report:
             heartbeat.enters(EVALUATING)
             report_at_the_end(config.run.dir)
     return is_done

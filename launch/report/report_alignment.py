@@ -35,7 +35,7 @@ grid-template-columns:minmax(3.6rem,max-content) repeat(var(--n),minmax(0,6rem))
 
 
 @dataclass(frozen=True)
-class Look:
+class AlignmentSnapshot:
     """Where the network of one checkpoint looks.
 
     Attributes:
@@ -64,14 +64,14 @@ def alignment(config: PretrainConfig, checkpoints: str) -> Markup:
     return tag("div", _how_to_read(config, len(batch.order)), _agreements(looks), _videos(batch, looks))
 
 
-def look(snapshot: Snapshot, batch: TubeletBatch) -> Look:
+def look(snapshot: Snapshot, batch: TubeletBatch) -> AlignmentSnapshot:
     """The alignment map M of a checkpoint's query network for a batch, and how far it agrees with the targets D."""
     query, key = (_restored(snapshot, side) for side in ("query", "key"))
     with torch.no_grad():
         first_key = key(normalise(batch.views[:, FIRST_KEY])).inter.vector
         output = query(normalise(batch.views[:, QUERY]))
         maps = alignment_map(similarity_gradient(query, output, first_key))
-    return Look(snapshot.step, maps.numpy(), align(maps, batch.motion))
+    return AlignmentSnapshot(snapshot.step, maps.numpy(), align(maps, batch.motion))
 
 
 def _restored(snapshot: Snapshot, side: str) -> Network:
@@ -118,7 +118,7 @@ def _how_to_read(config: PretrainConfig, num_videos: int) -> Markup:
     )
 
 
-def _agreements(looks: Sequence[Look]) -> Markup:
+def _agreements(looks: Sequence[AlignmentSnapshot]) -> Markup:
     head = ("checkpoint", "space and time", "space", "time")
     rows = ((f"step {each.step:,}", *(f"{number(float(value.mean()))}" for value in each.agreed[1:])) for each in looks)
     return tag(
@@ -133,12 +133,12 @@ def _agreements(looks: Sequence[Look]) -> Markup:
     )
 
 
-def _videos(batch: TubeletBatch, looks: Sequence[Look]) -> Markup:
+def _videos(batch: TubeletBatch, looks: Sequence[AlignmentSnapshot]) -> Markup:
     shown = range(min(NUM_SHOWN, len(batch.order)))
     return tag("div", *(_video(batch, looks, place) for place in shown), class_="grid")
 
 
-def _video(batch: TubeletBatch, looks: Sequence[Look], place: int) -> Markup:
+def _video(batch: TubeletBatch, looks: Sequence[AlignmentSnapshot], place: int) -> Markup:
     clip, target = batch.views[place, QUERY].numpy(), batch.motion[place].numpy()
     groups = len(target)
     frames = [clip[int((group + 0.5) * len(clip) / groups)] for group in range(groups)]

@@ -6,7 +6,7 @@ from launch.report.html import Markup, tag
 from launch.report.svg_chart import Curve, chart
 from mcl_dist.errors import UserError
 from mcl_dist.run_log.listeners import MEASURES
-from monitoring.history.run_view import View
+from monitoring.history.run_view import RunView
 
 # Title, unit, prefix of the figures' names, what they are multiplied by, and what a figure with no more name is called.
 CHARTS = (
@@ -19,7 +19,7 @@ CHARTS = (
 )
 
 
-def curves(view: View) -> Markup:
+def curves(view: RunView) -> Markup:
     """Charts of all that a run's metrics tell.
 
     Raises:
@@ -36,7 +36,7 @@ def curves(view: View) -> Markup:
     return tag("div", *drawn, _accuracies(view, span), class_="grid")
 
 
-def _accuracies(view: View, span: tuple[int, int]) -> Markup:
+def _accuracies(view: RunView, span: tuple[int, int]) -> Markup:
     title, unit = "kNN of held-out videos", "% right"
     evaluations = view["evaluations"]
     if not evaluations["step"]:

@@ -27,7 +27,7 @@ from mcl_dist.config import RUN_CONFIG, load_config
 from mcl_dist.errors import UserError
 from mcl_dist.storage.store_requests import without_credentials
 from monitoring.history.run_folder import RunFolder
-from monitoring.history.run_view import View
+from monitoring.history.run_view import RunView
 
 WITH_STYLE = (chart, report_evaluations, report_alignment, report_neighbours)
 STYLE = """
@@ -104,7 +104,7 @@ def _part(name: str, title: str, make: Callable[[], Markup]) -> Markup:
     return tag("section", tag("h2", title), content, class_="card", id=name)
 
 
-def _summary(view: View) -> Markup:
+def _summary(view: RunView) -> Markup:
     rows = [
         ("state", view["state"] + (f": {view['why']}" if view["why"] else "")),
         ("steps", f"{view['step']:,}" + (f" of {view['total_steps']:,}" if view["total_steps"] else "")),

@@ -9,7 +9,7 @@ import numpy as np
 
 from dataloading.flow.colours import colour_wheel
 from dataloading.sampling.tubelets import CLIP_OF_VIEW, NUM_CLIPS
-from dataloading.visualize import InspectedVideo, View
+from dataloading.visualize import InspectedVideo, TubeletView
 from launch.report.html import Markup, joined, jpeg_uri, png_uri, tag
 
 CURVE_WIDTH, CURVE_HEIGHT, CURVE_MARGIN = 400, 120, 16
@@ -105,7 +105,7 @@ def _moment(video: InspectedVideo, number: int) -> Markup:
     )
 
 
-def _view(video: InspectedVideo, view: View) -> Markup:
+def _view(video: InspectedVideo, view: TubeletView) -> Markup:
     top, left, height, width = view.tubelet.box
     whole, cut = [], []
     for frame, picture, cut_out in view.moments:
@@ -121,7 +121,7 @@ def _view(video: InspectedVideo, view: View) -> Markup:
     return tag("figure", tag("div", *whole, *cut, class_="view"), tag("figcaption", caption))
 
 
-def _boxes(view: View) -> tuple[Markup, Markup]:
+def _boxes(view: TubeletView) -> tuple[Markup, Markup]:
     top, left, height, width = view.tubelet.box
     region = view.region
     return (

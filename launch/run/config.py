@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dataloading.loader.config import DataConfig, check_clips
-from launch.evaluation.online_knn_config import EvaluateConfig
+from launch.run.evaluate_config import EvaluateConfig
 from launch.supervision.hang_detection import SuperviseConfig
 from mcl_dist.checkpoint import CheckpointConfig
 from mcl_dist.config import number

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.supervision.hang_detection import SuperviseConfig, hang, is_pausing
-from launch.supervision.outcome import DONE, HUNG, STOPPED, End, read_ends, verdict
+from launch.supervision.outcome import DONE, HUNG, STOPPED, Outcome, read_ends, verdict
 from launch.supervision.processes import LOOK_SECONDS, is_gone, kill_session, send
 from mcl_dist.distributed.heartbeat import Beat, read_beats
 from mcl_dist.errors import EXIT_FAILURE, UserError
@@ -61,7 +61,7 @@ class Attempt:
         beats = self._present(read_beats(self.folder))
         return len(beats) < self.num_ranks or is_pausing(beats)
 
-    def ended(self, *, others_pause: bool = False) -> End | None:
+    def ended(self, *, others_pause: bool = False) -> Outcome | None:
         """How it ended, once it has; then nothing is left of it.
 
         Args:
@@ -78,7 +78,7 @@ class Attempt:
         if reason is None:
             return None
         self.kill()
-        return End(EXIT_FAILURE, HUNG, reason)
+        return Outcome(EXIT_FAILURE, HUNG, reason)
 
     def kill(self) -> None:
         """End the launcher and all ranks.
@@ -106,7 +106,7 @@ class Attempt:
         ends = read_ends(self.folder) if gone else {}
         return any(rank not in ends or ends[rank].cause not in (DONE, STOPPED) for rank in gone)
 
-    def _verdict(self) -> End:
+    def _verdict(self) -> Outcome:
         """Let the other ranks say what they met, and the launcher with which exit code the first one left."""
         self._wait(WORDS_SECONDS, lambda: not self._present(read_beats(self.folder)))
         beats = read_beats(self.folder)

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from launch.supervision.outcome import CRASHED, DONE, LOST, STOPPED, USER, End
+from launch.supervision.outcome import CRASHED, DONE, LOST, STOPPED, USER, Outcome
 from mcl_dist.distributed.heartbeat import Heartbeat
 from mcl_dist.distributed.shutdown import StopRequest
 from mcl_dist.errors import EXIT_FAILURE, EXIT_STOPPED, RankError, UserError
-from mcl_dist.run_log.goodput import Birth
+from mcl_dist.run_log.goodput import StartInfo
 
 RUNTIME = "MCL_RUNTIME"  # names the folder of the node's supervisor, in the environment of its ranks
 RESTARTED = "MCL_RESTARTED"  # says as JSON why this attempt had to be made
@@ -30,7 +30,7 @@ LOST_LINE = "a rank has gone, and with it this run; the line of that rank says w
 
 
 @dataclass(frozen=True)
-class Meeting:
+class NodeSpec:
     """Where the ranks of all nodes meet, and which of them are on this node.
 
     Attributes:
@@ -47,7 +47,7 @@ class Meeting:
     port: int = 0
 
 
-def launcher_command(script: str, words: Sequence[str], meeting: Meeting) -> list[str]:
+def launcher_command(script: str, words: Sequence[str], meeting: NodeSpec) -> list[str]:
     """What runs a script once a rank of this node, with these words on its command line."""
     world = json.dumps({f"node{node}": _devices(meeting.num_ranks) for node in range(meeting.nodes)})
     command = [sys.executable, "-m", "deepspeed.launcher.launch", "--log_level", "critical"]
@@ -81,7 +81,7 @@ def launcher_environment(more: Mapping[str, str] | None = None) -> dict[str, str
 
 def launch_ranks(script: str, words: Sequence[str], num_ranks: int) -> int:
     """Run a script once a rank, with these words on its command line; returns the launcher's exit code."""
-    command = launcher_command(script, words, Meeting(num_ranks))
+    command = launcher_command(script, words, NodeSpec(num_ranks))
     return subprocess.run(command, env=launcher_environment(), check=False).returncode
 
 
@@ -103,9 +103,9 @@ def heed_stop_file(folder: Path, stop: StopRequest, heartbeat: Heartbeat) -> Pat
     return file
 
 
-def this_birth() -> Birth:
+def this_birth() -> StartInfo:
     """When this start of the run began, which is now, and what a supervisor says of why."""
-    return Birth(time.time(), **json.loads(os.environ.get(RESTARTED, "{}")))
+    return StartInfo(time.time(), **json.loads(os.environ.get(RESTARTED, "{}")))
 
 
 def as_rank(work: Callable[[], bool | None]) -> NoReturn:
@@ -116,20 +116,20 @@ def as_rank(work: Callable[[], bool | None]) -> NoReturn:
     """
     try:
         is_cut_short = work() is False
-        end = End(EXIT_STOPPED, STOPPED, "asked to stop") if is_cut_short else End(0, DONE, "all is done")
+        end = Outcome(EXIT_STOPPED, STOPPED, "asked to stop") if is_cut_short else Outcome(0, DONE, "all is done")
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
             _say(f"mcl: {error}")
-        end = End(error.exit_code, USER, str(error))
+        end = Outcome(error.exit_code, USER, str(error))
     except KeyboardInterrupt:
-        end = End(EXIT_FAILURE, STOPPED, "interrupted")
+        end = Outcome(EXIT_FAILURE, STOPPED, "interrupted")
     except Exception as error:
         if _is_of_another_rank(error):
             _say(f"mcl: {LOST_LINE}")
-            end = End(EXIT_FAILURE, LOST, LOST_LINE)
+            end = Outcome(EXIT_FAILURE, LOST, LOST_LINE)
         else:
             _say(traceback.format_exc())
-            end = End(EXIT_FAILURE, CRASHED, traceback.format_exception_only(error)[-1].strip())
+            end = Outcome(EXIT_FAILURE, CRASHED, traceback.format_exception_only(error)[-1].strip())
     _leave(end)
 
 
@@ -152,7 +152,7 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _leave(end: End) -> NoReturn:
+def _leave(end: Outcome) -> NoReturn:
     """End this rank at once: tearing down DeepSpeed's process groups aborts about one run in twenty."""
     if folder := os.environ.get(RUNTIME):
         with suppress(OSError):

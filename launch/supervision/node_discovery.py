@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Mapping
 
-from launch.supervision.deepspeed_launcher import Meeting
+from launch.supervision.deepspeed_launcher import NodeSpec
 from mcl_dist.errors import ConfigError
 
 NODES, NODE = ("SLURM_STEP_NUM_NODES", "PET_NNODES", "NNODES"), ("SLURM_NODEID", "PET_NODE_RANK", "NODE_RANK")
@@ -25,7 +25,7 @@ def add_node_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attached", action="store_true", help="stop at the end of standard input; print the outcome")
 
 
-def meeting_of(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Meeting:
+def meeting_of(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> NodeSpec:
     """The node that the command line describes, and where it is silent the environment.
 
     Raises:
@@ -36,7 +36,7 @@ def meeting_of(arguments: argparse.Namespace, environment: Mapping[str, str] = o
     num_ranks = arguments.ranks or torch.cuda.device_count() or 1
     nodes = arguments.nodes or _number(environment, NODES) or 1
     if nodes == 1:
-        return Meeting(num_ranks)
+        return NodeSpec(num_ranks)
     node = arguments.node_rank if arguments.node_rank is not None else _number(environment, NODE)
     address = arguments.master_addr or _first(environment, ADDRESS)[1]
     if node is None or not 0 <= node < nodes:
@@ -44,7 +44,7 @@ def meeting_of(arguments: argparse.Namespace, environment: Mapping[str, str] = o
     if not address:
         raise ConfigError(f"--master-addr: missing; give the name of machine 0, as there are {nodes}")
     port = arguments.master_port or _number(environment, PORT) or DEFAULT_PORT
-    return Meeting(num_ranks, nodes, node, address, port)
+    return NodeSpec(num_ranks, nodes, node, address, port)
 
 
 def _first(environment: Mapping[str, str], names: tuple[str, ...]) -> tuple[str, str]:

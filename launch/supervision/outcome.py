@@ -20,7 +20,7 @@ END_FILE = re.compile(r"rank-(\d+)\.end")
 
 
 @dataclass(frozen=True)
-class End:
+class Outcome:
     """The end of a rank or of an attempt.
 
     Attributes:
@@ -44,18 +44,18 @@ class End:
         (folder / f"rank-{rank:05d}.end").write_text(json.dumps(asdict(self)))
 
 
-def read_ends(folder: Path) -> dict[int, End]:
+def read_ends(folder: Path) -> dict[int, Outcome]:
     """What the ranks of this machine that have left said of it."""
     ends = {}
     for file in folder.glob("rank-*.end"):
         match = END_FILE.fullmatch(file.name)
         text = file.read_text()
         if match and text:
-            ends[int(match[1])] = End(**json.loads(text))
+            ends[int(match[1])] = Outcome(**json.loads(text))
     return ends
 
 
-def verdict(ends: Mapping[int, End], silent: Iterable[int], launcher_code: int) -> End:
+def verdict(ends: Mapping[int, Outcome], silent: Iterable[int], launcher_code: int) -> Outcome:
     """What ended an attempt.
 
     Args:
@@ -64,9 +64,9 @@ def verdict(ends: Mapping[int, End], silent: Iterable[int], launcher_code: int) 
         launcher_code: the launcher's exit code, which is that of a rank that failed, if one did.
     """
     how = _how(launcher_code)
-    told = {rank: End(EXIT_FAILURE, KILLED, f"rank {rank} {how}") for rank in silent}
+    told = {rank: Outcome(EXIT_FAILURE, KILLED, f"rank {rank} {how}") for rank in silent}
     told |= {rank: replace(end, reason=f"rank {rank}: {end.reason}") for rank, end in ends.items()}
-    nothing = End(EXIT_FAILURE, KILLED, f"the launcher {how}")
+    nothing = Outcome(EXIT_FAILURE, KILLED, f"the launcher {how}")
     return min(told.values(), key=lambda end: WORST_FIRST.index(end.cause), default=nothing)
 
 

@@ -8,7 +8,7 @@ LONGEST_PAUSE = 60.0
 
 
 @dataclass
-class Restarts:
+class RestartPolicy:
     """So many restarts without progress.
 
     Attributes:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from launch.supervision.deepspeed_launcher import free_port
-from launch.supervision.outcome import DONE, LOST, STOPPED, End
+from launch.supervision.outcome import DONE, LOST, STOPPED, Outcome
 from mcl_dist.errors import EXIT_FAILURE, UserError
 
 TELL_SECONDS = 0.5
@@ -29,7 +29,7 @@ READY, RUNNING, ENDED = "ready", "running", "ended"
 
 
 @dataclass
-class Node:
+class NodeStatus:
     """What a node says of itself; `end` is how the attempt `number` ended there, `pauses` excuses others who wait."""
 
     node: int
@@ -41,7 +41,7 @@ class Node:
 
 
 @dataclass
-class Run:
+class RunStatus:
     """What the host says to a node.
 
     Attributes:
@@ -63,7 +63,7 @@ class Run:
     refusal: str = ""
 
 
-class Lines:
+class JsonConnection:
     """JSON, a line a message, over a connection.
 
     Raises:
@@ -75,7 +75,7 @@ class Lines:
         self._connection = connection
         self._file = connection.makefile("rb")
 
-    def send(self, message: Node | Run) -> None:
+    def send(self, message: NodeStatus | RunStatus) -> None:
         """Send one message."""
         self._connection.sendall(json.dumps(asdict(message)).encode() + b"\n")
 
@@ -97,7 +97,7 @@ class Lines:
         self._connection.close()
 
 
-class Host:
+class RendezvousServer:
     """The first node's side: who is there, and what the run is at.
 
     Args:
@@ -110,10 +110,10 @@ class Host:
         self._num_nodes = num_nodes
         self._patience = patience
         self._lock = threading.Lock()
-        self._nodes: dict[int, tuple[Lines, Node]] = {}
-        self._members: dict[int, Lines] = {}
-        self._said: dict[int, End] = {}  # how the attempt ended, by node
-        self._run = Run()
+        self._nodes: dict[int, tuple[JsonConnection, NodeStatus]] = {}
+        self._members: dict[int, JsonConnection] = {}
+        self._said: dict[int, Outcome] = {}  # how the attempt ended, by node
+        self._run = RunStatus()
         try:
             self._server = socket.create_server(("", port), backlog=num_nodes)
         except OSError as error:
@@ -133,17 +133,19 @@ class Host:
         with suppress(OSError):  # of the server that was closed
             while True:
                 connection, _ = self._server.accept()
-                lines = Lines(connection, self._patience)
+                lines = JsonConnection(connection, self._patience)
                 threading.Thread(target=self._serve, args=(lines,), name="rendezvous-node", daemon=True).start()
 
-    def _serve(self, lines: Lines) -> None:
+    def _serve(self, lines: JsonConnection) -> None:
         """Hear one node and answer, until it is gone."""
         number = -1
         try:
             while True:
-                node = Node(**lines.receive())
+                node = NodeStatus(**lines.receive())
                 if node.nodes != self._num_nodes or not 0 <= node.node < self._num_nodes:
-                    lines.send(Run(refusal=f"node {node.node} of {node.nodes} cannot join a run of {self._num_nodes}"))
+                    lines.send(
+                        RunStatus(refusal=f"node {node.node} of {node.nodes} cannot join a run of {self._num_nodes}")
+                    )
                     return
                 number = node.node
                 lines.send(self._heard(node, lines))
@@ -152,18 +154,18 @@ class Host:
         finally:
             lines.close()
 
-    def _heard(self, node: Node, lines: Lines) -> Run:
+    def _heard(self, node: NodeStatus, lines: JsonConnection) -> RunStatus:
         with self._lock:
             known, _ = self._nodes.get(node.node, (None, None))
             self._nodes[node.node] = (lines, node)
             if known is not lines and node.node in self._members:
-                self._end(End(EXIT_FAILURE, LOST, f"node {node.node} came back anew"))
+                self._end(Outcome(EXIT_FAILURE, LOST, f"node {node.node} came back anew"))
             if node.number == self._run.number and node.end:
-                self._said[node.node] = End(**node.end)
+                self._said[node.node] = Outcome(**node.end)
                 self._end(self._said[node.node])
             self._begin_if_all_are_ready()
             is_outside = self._members.get(node.node) is not lines and not self._run.end
-            run = Run(pauses=any(node.pauses for _, node in self._nodes.values()), missing=self._missing())
+            run = RunStatus(pauses=any(node.pauses for _, node in self._nodes.values()), missing=self._missing())
             if is_outside:
                 return run
             now = self._run
@@ -174,16 +176,16 @@ class Host:
             seen = [end for end in self._said.values() if end.may_be_mended and end.cause != LOST]
             self._said = {}
             before = asdict(seen[0]) if seen else None
-            self._run = Run(number=secrets.token_hex(8), port=free_port(), before=before)
+            self._run = RunStatus(number=secrets.token_hex(8), port=free_port(), before=before)
             self._members = {node: lines for node, (lines, _) in self._nodes.items()}
 
-    def _end(self, end: End) -> None:
+    def _end(self, end: Outcome) -> None:
         """The attempt is over for all; the first reason stays."""
         if self._run.number and not self._run.end:
             self._run.end = asdict(end)
             self._members = {}
 
-    def _lost(self, number: int, lines: Lines, error: Exception) -> None:
+    def _lost(self, number: int, lines: JsonConnection, error: Exception) -> None:
         with self._lock:
             if self._nodes.get(number, (None,))[0] is not lines:
                 return  # it came back already, or never was there
@@ -191,14 +193,14 @@ class Host:
             if self._members.get(number) is lines and node.state != ENDED:
                 silent = isinstance(error, TimeoutError)
                 what = f"was silent for {self._patience:.0f} s" if silent else "has gone"
-                self._end(End(EXIT_FAILURE, LOST, f"node {number} {what}"))
+                self._end(Outcome(EXIT_FAILURE, LOST, f"node {number} {what}"))
 
     def _missing(self) -> list[int]:
         ready = {number for number, (_, node) in self._nodes.items() if node.state == READY}
         return [number for number in range(self._num_nodes) if number not in ready]
 
 
-class Member:
+class RendezvousClient:
     """A node's side, kept up by a thread of its own.
 
     Args:
@@ -209,9 +211,9 @@ class Member:
 
     def __init__(self, address: str, port: int, node: int, num_nodes: int, patience: float) -> None:
         self._where = (address, port)
-        self._node = Node(node, num_nodes)
+        self._node = NodeStatus(node, num_nodes)
         self._patience = patience
-        self._run = Run()
+        self._run = RunStatus()
         self._last_heard = time.monotonic()
         self._num_heard = 0
         self._is_closed = False
@@ -247,16 +249,16 @@ class Member:
         return run.port
 
     @property
-    def before(self) -> End | None:
+    def before(self) -> Outcome | None:
         """How the attempt before this one ended, where a node saw more than others missing."""
-        return End(**self._run.before) if self._run.before else None
+        return Outcome(**self._run.before) if self._run.before else None
 
-    def over(self) -> End | None:
+    def over(self) -> Outcome | None:
         """How the run ended for good on another node, told to one that is ready."""
-        end = End(**self._run.end) if self._run.end else None
+        end = Outcome(**self._run.end) if self._run.end else None
         return end if end and not end.may_be_mended else None
 
-    def news(self, *, pauses: bool) -> End | None:
+    def news(self, *, pauses: bool) -> Outcome | None:
         """How this attempt ended on another node, if it did so that this node's ranks cannot go on.
 
         Args:
@@ -266,13 +268,13 @@ class Member:
         run = self._run
         silent = time.monotonic() - self._last_heard
         if silent > self._patience:
-            return End(EXIT_FAILURE, LOST, f"node 0 was silent for {silent:.0f} s")
+            return Outcome(EXIT_FAILURE, LOST, f"node 0 was silent for {silent:.0f} s")
         if run.number != self._node.number:
-            return End(EXIT_FAILURE, LOST, "node 0 came back anew")
-        end = End(**run.end) if run.end else None
+            return Outcome(EXIT_FAILURE, LOST, "node 0 came back anew")
+        end = Outcome(**run.end) if run.end else None
         return end if end and end.cause not in (DONE, STOPPED) else None
 
-    def ended(self, end: End) -> None:
+    def ended(self, end: Outcome) -> None:
         """Tell how this attempt ended here."""
         self._node.end = asdict(end)
         self._say(ENDED)
@@ -296,11 +298,11 @@ class Member:
             time.sleep(TELL_SECONDS)
 
     def _talk(self) -> None:
-        lines = Lines(socket.create_connection(self._where, CONNECT_SECONDS), self._patience)
+        lines = JsonConnection(socket.create_connection(self._where, CONNECT_SECONDS), self._patience)
         try:
             while not self._is_closed:
                 lines.send(self._node)
-                self._run = Run(**lines.receive())
+                self._run = RunStatus(**lines.receive())
                 self._last_heard = time.monotonic()
                 self._num_heard += 1
                 self._wake.wait(TELL_SECONDS)

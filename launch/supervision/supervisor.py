@@ -18,14 +18,14 @@ from launch.supervision.deepspeed_launcher import (
     RESTARTED,
     RUNTIME,
     STOP_FILE,
-    Meeting,
+    NodeSpec,
     launcher_command,
     launcher_environment,
 )
 from launch.supervision.hang_detection import SuperviseConfig
-from launch.supervision.outcome import LOST, STOPPED, End
-from launch.supervision.policy import Restarts
-from launch.supervision.rendezvous import Member
+from launch.supervision.outcome import LOST, STOPPED, Outcome
+from launch.supervision.policy import RestartPolicy
+from launch.supervision.rendezvous import RendezvousClient
 from mcl_dist.distributed.shutdown import EXIT_AT_ONCE, StopRequest
 from mcl_dist.errors import EXIT_FAILURE, EXIT_STOPPED
 from mcl_dist.events import Failed
@@ -51,22 +51,22 @@ class Supervisor:
 
     script: str
     words: Sequence[str]
-    meeting: Meeting
+    meeting: NodeSpec
     limits: SuperviseConfig
     runtime: Path
     log: Path
-    member: Member | None = None
+    member: RendezvousClient | None = None
     attached: bool = False
     _number: int = 0
     _is_hurried: bool = False
     _stop: StopRequest = field(init=False)
-    _restarts: Restarts = field(init=False)
+    _restarts: RestartPolicy = field(init=False)
 
     def __post_init__(self) -> None:
         self._stop = StopRequest(at_once=self._hurry)
-        self._restarts = Restarts(self.limits.restarts, self.limits.progress_steps)
+        self._restarts = RestartPolicy(self.limits.restarts, self.limits.progress_steps)
 
-    def run(self) -> End:
+    def run(self) -> Outcome:
         """See the run through to its end, which is told."""
         self._stop.heed_signals()
         end = self._attempts()
@@ -76,18 +76,18 @@ class Supervisor:
                 EventLog(self.log)(Failed(end.reason))
         return end
 
-    def _attempts(self) -> End:
-        cause: End | None = None
+    def _attempts(self) -> Outcome:
+        cause: Outcome | None = None
         while True:
             meeting = self._joined()
-            if isinstance(meeting, End):
+            if isinstance(meeting, Outcome):
                 return meeting
             if cause and cause.cause == LOST and self.member and self.member.before:
                 cause = self.member.before  # what this node could but miss, another has seen
             end, step = self._attempt(meeting, cause)
             if self._stop.is_asked and end.may_be_mended:
                 self._say(f"{end.reason}, before all was saved; the run will go on from its newest checkpoint")
-                return End(EXIT_STOPPED, STOPPED, f"asked to stop; {end.reason}")
+                return Outcome(EXIT_STOPPED, STOPPED, f"asked to stop; {end.reason}")
             if not end.may_be_mended or not self._restarts.allow(step):
                 return end
             again = f"restart {self._restarts.in_a_row} of {self.limits.restarts}"
@@ -95,7 +95,7 @@ class Supervisor:
             self._wait(self._restarts.pause, lambda: self._stop.is_asked)
             cause = end
 
-    def _joined(self) -> Meeting | End:
+    def _joined(self) -> NodeSpec | Outcome:
         """Where this attempt's ranks meet, once all nodes are ready; or why there will be no attempt."""
         self._look()
         deadline, told = time.monotonic() + self.limits.join_seconds, time.monotonic()
@@ -111,15 +111,15 @@ class Supervisor:
             where = f"{self.meeting.address}:{self.meeting.port}"
             if time.monotonic() > deadline:
                 waited = f"for {self.limits.join_seconds:.0f} s"
-                return End(EXIT_FAILURE, LOST, f"nodes {self.member.missing} did not come to {where} {waited}")
+                return Outcome(EXIT_FAILURE, LOST, f"nodes {self.member.missing} did not come to {where} {waited}")
             if time.monotonic() - told > TOLD_SECONDS:
                 told = time.monotonic()
                 self._say(f"waiting at {where} for nodes {self.member.missing}")
             time.sleep(LOOK_SECONDS)
             self._look()
-        return End(EXIT_STOPPED, STOPPED, "asked to stop between two attempts")
+        return Outcome(EXIT_STOPPED, STOPPED, "asked to stop between two attempts")
 
-    def _attempt(self, meeting: Meeting, cause: End | None) -> tuple[End, int]:
+    def _attempt(self, meeting: NodeSpec, cause: Outcome | None) -> tuple[Outcome, int]:
         """How an attempt ended, and the steps that were done then."""
         self._number += 1
         folder = self.runtime / f"attempt-{self._number}"
@@ -139,11 +139,11 @@ class Supervisor:
             self.member.ended(end)
         return end, attempt.step
 
-    def _watch(self, attempt: Attempt) -> End:
+    def _watch(self, attempt: Attempt) -> Outcome:
         while True:
             self._look()
             if self._is_hurried:
-                return End(EXIT_AT_ONCE, STOPPED, "interrupted twice")
+                return Outcome(EXIT_AT_ONCE, STOPPED, "interrupted twice")
             if self._stop.is_asked:
                 number = signal.Signals.__members__.get(self._stop.reason or "", signal.SIGUSR1)
                 attempt.ask_to_stop(number)

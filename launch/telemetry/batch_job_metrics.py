@@ -7,16 +7,16 @@ from contextlib import ExitStack, contextmanager
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 
-from monitoring.http.pushgateway import Gateway
+from monitoring.http.pushgateway import Pushgateway
 from monitoring.http.server import Exporter, MonitoringConfig
-from monitoring.metrics.registry import Board
+from monitoring.metrics.registry import Registry
 
 
 @contextmanager
 def showing(
-    board: Board,
+    board: Registry,
     port: int | None,
-    gateway: Gateway | None = None,
+    gateway: Pushgateway | None = None,
     count_failed_push: Callable[[], None] = lambda: None,
 ) -> Iterator[int | None]:
     """Within, a board and the process are served on the loopback, where there is a port; 0 takes one that is free.

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dataloading.build.builder import GoingOn
-from dataloading.build.video_processor import Outcome
+from dataloading.build.builder import ResumedBuild
+from dataloading.build.video_processor import VideoOutcome
 from dataloading.shards.format import RefusedVideo
 from launch.telemetry.batch_job_metrics import showing
-from mcl_dist.storage.retry import Patience
-from monitoring.http.pushgateway import Gateway
-from monitoring.metrics.registry import Board
+from mcl_dist.storage.retry import RetryPolicy
+from monitoring.http.pushgateway import Pushgateway
+from monitoring.metrics.registry import Registry
 
 
 class BuildMetrics:
     """Counts the outcomes of a build."""
 
-    def __init__(self, board: Board, planned: int, patience: Patience) -> None:
+    def __init__(self, board: Registry, planned: int, patience: RetryPolicy) -> None:
         self._board = board
         board.set("mcl_build_videos_planned", planned)
         board.set("mcl_build_videos_kept", 0)
@@ -28,9 +28,9 @@ class BuildMetrics:
             )
         )
 
-    def __call__(self, outcome: Outcome | GoingOn) -> None:
+    def __call__(self, outcome: VideoOutcome | ResumedBuild) -> None:
         """Take the next video's outcome, or first of all what an earlier run left."""
-        if isinstance(outcome, GoingOn):
+        if isinstance(outcome, ResumedBuild):
             self._board.set("mcl_build_videos_kept", outcome.videos + outcome.refused)
         elif isinstance(outcome, RefusedVideo):
             self._board.add("mcl_build_refused_total", 1, outcome.reason.partition(":")[0])
@@ -46,14 +46,14 @@ class BuildMetrics:
 
 @contextmanager
 def build_metrics(
-    port: int | None, planned: int, patience: Patience, gateway: Gateway | None = None
+    port: int | None, planned: int, patience: RetryPolicy, gateway: Pushgateway | None = None
 ) -> Iterator[BuildMetrics]:
     """Metrics that are served on the loopback within, where there is a port, and pushed to a gateway, if one is given.
 
     Raises:
         UserError: the port is taken.
     """
-    board = Board(["build"])
+    board = Registry(["build"])
     metrics = BuildMetrics(board, planned, patience)
     with showing(board, port, gateway, lambda: board.add("mcl_build_pushes_failed_total")):
         yield metrics

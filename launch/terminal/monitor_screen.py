@@ -15,7 +15,7 @@ from launch.terminal.sparkline import sparkline
 from launch.terminal.units import UNKNOWN, counted, duration, number, printable, ratio, size
 from mcl_dist.run_log.listeners import MEASURES
 from monitoring.history.curves import Columns
-from monitoring.history.run_view import Rank, View
+from monitoring.history.run_view import RankView, RunView
 
 WIDE = 120  # columns from which there are two side by side
 GAP = 3
@@ -47,7 +47,7 @@ Lines = list[Text]
 class Screen:
     """A view as a rich renderable; `fits` keeps it within the terminal's height, `trouble` says why it is old."""
 
-    def __init__(self, view: View, trouble: str = "", *, fits: bool = False) -> None:
+    def __init__(self, view: RunView, trouble: str = "", *, fits: bool = False) -> None:
         self._view, self._trouble, self._fits = view, trouble, fits
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -59,7 +59,7 @@ class Screen:
         yield from lines
 
 
-def screen_lines(view: View, width: int, height: int | None, trouble: str = "") -> Lines:
+def screen_lines(view: RunView, width: int, height: int | None, trouble: str = "") -> Lines:
     """The run in lines of `width` columns, at most `height` of them."""
     is_tall = height is not None and height >= TALL
     lines = [_title(view, width), _progress(view, width)]
@@ -77,7 +77,7 @@ def screen_lines(view: View, width: int, height: int | None, trouble: str = "") 
     return (lines + _messages(view, None if height is None else height - len(lines)))[:height]
 
 
-def _title(view: View, width: int) -> Text:
+def _title(view: RunView, width: int) -> Text:
     state = Text(view["state"], style=STATE_STYLES[view["state"]])
     if view["state"] in ("stopped", "stopping", "evaluating") and view["why"]:
         state.append(f": {printable(view['why'])}", style="not bold")
@@ -88,7 +88,7 @@ def _title(view: View, width: int) -> Text:
     return Text.assemble(name, " " * max(2, width - len(name) - len(state)), state)
 
 
-def _progress(view: View, width: int) -> Text:
+def _progress(view: RunView, width: int) -> Text:
     step, total = view["step"], view["total_steps"]
     words = f"step {step:,}" + (f" of {total:,}" if total else "")
     if view["epoch"] is not None:
@@ -101,7 +101,7 @@ def _progress(view: View, width: int) -> Text:
     return Text.assemble(("━" * done, "green"), ("─" * (room - done), "dim"), f" {share:4.0%}  ", words)
 
 
-def _figures(view: View, width: int, height: int) -> Lines:
+def _figures(view: RunView, width: int, height: int) -> Lines:
     values = view["whole"]["values"]
     terms = [name for name in values if name.startswith("loss")]
     curves = [(name, name.removeprefix("loss_").replace("loss", "total loss"), number) for name in terms]
@@ -116,7 +116,7 @@ def _figures(view: View, width: int, height: int) -> Lines:
     return lines
 
 
-def _facts(view: View, width: int) -> Lines:
+def _facts(view: RunView, width: int) -> Lines:
     counts = view["counts"]
     health = [f"skipped {counts['skipped']:,}", f"loss leaps {counts['spikes']:,}"]
     health.append(f"restarts {counted(view['restarts'])}" if view["restarts"] else f"starts {counts['starts']:,}")
@@ -130,7 +130,7 @@ def _facts(view: View, width: int) -> Lines:
     return facts + _fact("checkpoint", _saved(view), width) + _fact("steps", health, width)
 
 
-def _saved(view: View) -> list[str]:
+def _saved(view: RunView) -> list[str]:
     newest, failed = view["checkpoint"], view["counts"]["checkpoints_failed"]
     words = ["none yet"]
     if newest is not None:
@@ -190,7 +190,7 @@ def _phases(phases: Mapping[str, float], width: int) -> Lines:
     return [bar, *_wrapped("", words, " ", width)]
 
 
-def _ranks(ranks: Sequence[Rank], now: float, most: int, width: int) -> Lines:
+def _ranks(ranks: Sequence[RankView], now: float, most: int, width: int) -> Lines:
     """The ranks that wait longest for data or take longest for a step, as many as asked for."""
     if len(ranks) < 2:
         return []
@@ -208,7 +208,7 @@ def _ranks(ranks: Sequence[Rank], now: float, most: int, width: int) -> Lines:
     return lines
 
 
-def _messages(view: View, room: int | None) -> Lines:
+def _messages(view: RunView, room: int | None) -> Lines:
     newest = view["messages"] if room is None else view["messages"][max(0, len(view["messages"]) - room) :]
     lines = []
     for message in newest if room is None or room > 0 else []:

@@ -13,17 +13,17 @@ There are no generators in it: every draw of a run is a function of its seed, th
 
 from mcl_dist.checkpoint.format import COMMITTED
 from mcl_dist.checkpoint.integrity import DamagedError, TornError
-from mcl_dist.checkpoint.manager import CheckpointConfig, Checkpoints
+from mcl_dist.checkpoint.manager import CheckpointConfig, CheckpointManager
 from mcl_dist.checkpoint.reader import load_encoder, load_network, newest, read_snapshot, resolve, restore
-from mcl_dist.checkpoint.state import Progress, Share, Snapshot, Tensors
+from mcl_dist.checkpoint.state import CheckpointShard, Progress, Snapshot, Tensors
 
 __all__ = [
     "COMMITTED",
     "CheckpointConfig",
-    "Checkpoints",
+    "CheckpointManager",
+    "CheckpointShard",
     "DamagedError",
     "Progress",
-    "Share",
     "Snapshot",
     "Tensors",
     "TornError",

@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import distributed
 
-from mcl_dist.distributed.process_group import Ranks, patient_group
+from mcl_dist.distributed.process_group import ProcessGroup, patient_group
 from mcl_dist.errors import UserError
 
 
-class Council:
+class Consensus:
     """The writers of all ranks; made by all together, whatever the backend of training.
 
     Args:
         seconds: after which a rank that says nothing is given up.
     """
 
-    def __init__(self, ranks: Ranks, seconds: float) -> None:
-        self.ranks = ranks
-        self._group = patient_group(seconds) if ranks.count > 1 else None
+    def __init__(self, group: ProcessGroup, seconds: float) -> None:
+        self.group = group
+        self._group = patient_group(seconds) if group.size > 1 else None
 
     def together(self, work: Callable[[], Any]) -> list[Any]:
         """Do something on every rank, and learn how all of them fared; all must call it together.
@@ -40,7 +40,7 @@ class Council:
         words = self._gather(_told(work))
         for rank, word in enumerate(words):
             if "error" in word:
-                raise UserError(word["error"] if self.ranks.count == 1 else f"rank {rank}: {word['error']}")
+                raise UserError(word["error"] if self.group.size == 1 else f"rank {rank}: {word['error']}")
         return [word["result"] for word in words]
 
     def _gather(self, word: dict[str, Any]) -> list[dict[str, Any]]:
@@ -58,7 +58,7 @@ class Council:
         return [json.loads(bytes(row[: int(size)].numpy())) for row, size in zip(heard, sizes, strict=True)]
 
     def _gathered(self, values: torch.Tensor) -> list[torch.Tensor]:
-        rows = [torch.empty_like(values) for _ in range(self.ranks.count)]
+        rows = [torch.empty_like(values) for _ in range(self.group.size)]
         distributed.all_gather(rows, values, group=self._group)
         return rows
 

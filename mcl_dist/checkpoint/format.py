@@ -22,7 +22,7 @@ MAX_FILE_BYTES = 2**34
 
 
 @dataclass(frozen=True)
-class Seal:
+class FileDigest:
     """What is known of a file's bytes: how many they are, and their SHA-256 in hexadecimal."""
 
     bytes: int

@@ -23,7 +23,7 @@ from mcl_dist.checkpoint.format import (
     MAX_RANKS,
     STATE,
     STEP_FOLDER,
-    Seal,
+    FileDigest,
     file_names,
 )
 from mcl_dist.checkpoint.state import Progress, Tensors
@@ -48,7 +48,7 @@ class TornError(DamagedError):
     """A checkpoint that was never completed."""
 
 
-class SealedFolder:
+class CheckedFolder:
     """The folder of one checkpoint.
 
     Attributes:
@@ -117,18 +117,18 @@ class SealedFolder:
             raise self.damaged(f"{name} holds no JSON object")
         return value
 
-    def _parsed_seals(self, committed: dict[str, Any]) -> dict[str, Seal]:
+    def _parsed_seals(self, committed: dict[str, Any]) -> dict[str, FileDigest]:
         files = committed.get("files")
         if not isinstance(files, dict):
             raise self.damaged(f"{COMMITTED} names no files")
         return {name: self._parsed_seal(name, seal) for name, seal in files.items()}
 
-    def _parsed_seal(self, name: str, seal: Any) -> Seal:
+    def _parsed_seal(self, name: str, seal: Any) -> FileDigest:
         match seal:
             case {"bytes": int(size), "sha256": str(digest)} if 0 <= size <= MAX_FILE_BYTES and SHA256.fullmatch(
                 digest
             ):
-                return Seal(size, digest)
+                return FileDigest(size, digest)
         raise self.damaged(f"{COMMITTED} has no usable size and digest of {name[:80]!r}")
 
     def _checked_state(self) -> dict[str, Any]:

@@ -10,19 +10,19 @@ from dataclasses import dataclass
 
 import torch
 
-from mcl_dist.checkpoint.consensus import Council
+from mcl_dist.checkpoint.consensus import Consensus
 from mcl_dist.checkpoint.format import NETWORK, STATE, statistics_file, step_folder, step_of
 from mcl_dist.checkpoint.integrity import TornError
 from mcl_dist.checkpoint.reader import Check, newest, read_snapshot
-from mcl_dist.checkpoint.staging import HostCopy
-from mcl_dist.checkpoint.state import Share, Snapshot
+from mcl_dist.checkpoint.staging import StagingBuffer
+from mcl_dist.checkpoint.state import CheckpointShard, Snapshot
 from mcl_dist.checkpoint.writer import Writer
 from mcl_dist.config import number
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import UserError
 from mcl_dist.events import CheckpointFailed, CheckpointRefused, CheckpointWritten, Notice
 from mcl_dist.storage.folder import Folder
-from mcl_dist.storage.retry import Patience
+from mcl_dist.storage.retry import RetryPolicy
 from mcl_dist.storage.store_requests import without_credentials
 
 FILES_AT_MOST = 6  # that one rank writes, each with the store's patience
@@ -55,17 +55,17 @@ class CheckpointConfig:
     max_failures: int = number(3, minimum=1)
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints below one URL, all ranks together; at most one is being written."""
 
-    def __init__(self, url: str, ranks: Ranks, settings: CheckpointConfig | None = None) -> None:
+    def __init__(self, url: str, group: ProcessGroup, settings: CheckpointConfig | None = None) -> None:
         self._settings = settings or CheckpointConfig()
-        self._ranks = ranks
+        self._group = group
         self._news: deque[News] = deque()
-        patience = Patience(self._settings.retry_seconds, tell=self._notice)
+        patience = RetryPolicy(self._settings.retry_seconds, tell=self._notice)
         self._folder = Folder(url, patience)
         self.url = without_credentials(self._folder.url)  # as it is told
-        self._council = Council(ranks, SILENCE_SECONDS + FILES_AT_MOST * patience.seconds)
+        self._council = Consensus(group, SILENCE_SECONDS + FILES_AT_MOST * patience.seconds)
         self._writer = Writer(
             self._folder,
             self._council,
@@ -73,18 +73,18 @@ class Checkpoints:
             keep_every=self._settings.keep_every,
             tell=self._notice,
         )
-        self._copy = HostCopy(ranks.device)
+        self._copy = StagingBuffer(group.device)
         self._thread: threading.Thread | None = None
         self._stall = 0.0  # seconds that beginning the newest one took
         self._failures_before = 0  # of requests to the store, until the checkpoint that is being written
         self._failed: CheckpointFailed | None = None
         self.newest_step: int | None = None
 
-    def reserve(self, share: Share) -> None:
+    def reserve(self, share: CheckpointShard) -> None:
         """Make the host memory that such a share takes, so that the first checkpoint need not."""
-        self._copy.take(share.files(self._ranks.rank, self._ranks.count))
+        self._copy.take(share.files(self._group.rank, self._group.size))
 
-    def begin(self, share: Share, since: float, *, network_lasts: bool = True) -> None:
+    def begin(self, share: CheckpointShard, since: float, *, network_lasts: bool = True) -> None:
         """Copy what the next forward changes, and start copying the rest and writing all of it.
 
         Args:
@@ -97,10 +97,10 @@ class Checkpoints:
             UserError: as `wait`, for the one before.
         """
         self.wait()
-        files = share.files(self._ranks.rank, self._ranks.count)
-        at_once = {statistics_file(self._ranks.rank)} | (set() if network_lasts else {NETWORK})
+        files = share.files(self._group.rank, self._group.size)
+        at_once = {statistics_file(self._group.rank)} | (set() if network_lasts else {NETWORK})
         self._copy.take(files, later=files.keys() - at_once)
-        state = share.state(self._ranks.count) if self._ranks.is_first else None
+        state = share.state(self._group.size) if self._group.is_first else None
         self._failures_before = self._num_failures
         self._stall = time.perf_counter() - since
         self._thread = threading.Thread(
@@ -143,14 +143,14 @@ class Checkpoints:
         """
         while True:
             is_failing = self._num_failures > self._failures_before
-            writing, failing = self._ranks.sum(
+            writing, failing = self._group.sum(
                 torch.tensor([float(self.is_writing), float(self.is_writing and is_failing)])
             ).tolist()
             if failing or not writing:
                 return bool(failing)
             self.join(ASKING_SECONDS)
 
-    def save(self, share: Share) -> str:
+    def save(self, share: CheckpointShard) -> str:
         """Write a checkpoint and wait for it; returns its URL.
 
         Raises:
@@ -185,15 +185,15 @@ class Checkpoints:
         """
         self.join()
         refused: list[CheckpointRefused] = []
-        if not self._ranks.is_first:
-            step = self._ranks.from_first(NONE)
+        if not self._group.is_first:
+            step = self._group.from_first(NONE)
         else:
             try:
                 found, refused = self._newest(check)
             except UserError:
-                self._ranks.from_first(FAILED)
+                self._group.from_first(FAILED)
                 raise
-            step = self._ranks.from_first(NONE if found is None else found)
+            step = self._group.from_first(NONE if found is None else found)
         if step == FAILED:
             raise UserError(f"{self.url}: the first rank can use none of the checkpoints; see what it says")
         self.newest_step = None if step == NONE else step
@@ -202,7 +202,7 @@ class Checkpoints:
     def load(self, step: int) -> Snapshot:
         """Read a checkpoint; with another number of ranks, statistics are the mean over the ranks that saved."""
         url = f"{self._folder.url}/{step_folder(step)}"
-        return read_snapshot(url, rank=self._ranks.rank, count=self._ranks.count)
+        return read_snapshot(url, rank=self._group.rank, count=self._group.size)
 
     def step_url(self, step: int) -> str:
         """Where the checkpoint of a step lies, as people are told: without credentials."""

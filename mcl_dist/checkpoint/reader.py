@@ -20,7 +20,7 @@ from mcl_dist.checkpoint.format import (
     step_folder,
     steps_in,
 )
-from mcl_dist.checkpoint.integrity import DamagedError, SealedFolder
+from mcl_dist.checkpoint.integrity import CheckedFolder, DamagedError
 from mcl_dist.checkpoint.state import Snapshot, Tensors
 from mcl_dist.config import RUN_CONFIG, build_config
 from mcl_dist.errors import UserError
@@ -156,7 +156,7 @@ def _damage(url: str, check: Check) -> DamagedError | None:
 
 
 def _snapshot(folder: Folder, rank: int, count: int | None) -> Snapshot:
-    sealed = SealedFolder(folder)
+    sealed = CheckedFolder(folder)
     state = sealed.state
     ranks = range(state["ranks"])
     saved = [sealed.tensors(statistics_file(each)) for each in ranks]
@@ -182,7 +182,7 @@ def _snapshot(folder: Folder, rank: int, count: int | None) -> Snapshot:
     )
 
 
-def _joined(sealed: SealedFolder, parts: list[Tensors], network: Tensors) -> Tensors:
+def _joined(sealed: CheckedFolder, parts: list[Tensors], network: Tensors) -> Tensors:
     """The optimizer's state `key/name`, in the shapes of the parameters, of the ranks' pieces `key/name@start`."""
     pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
     for part in parts:
@@ -194,7 +194,7 @@ def _joined(sealed: SealedFolder, parts: list[Tensors], network: Tensors) -> Ten
     return {name: _whole(sealed, name, found, network) for name, found in pieces.items()}
 
 
-def _whole(sealed: SealedFolder, name: str, pieces: list[tuple[int, torch.Tensor]], network: Tensors) -> torch.Tensor:
+def _whole(sealed: CheckedFolder, name: str, pieces: list[tuple[int, torch.Tensor]], network: Tensors) -> torch.Tensor:
     pieces.sort(key=lambda piece: piece[0])
     end = 0
     for start, values in pieces:
@@ -210,7 +210,7 @@ def _whole(sealed: SealedFolder, name: str, pieces: list[tuple[int, torch.Tensor
     return whole.view(parameter.shape)
 
 
-def _queue(sealed: SealedFolder, parts: list[Tensors]) -> torch.Tensor:
+def _queue(sealed: CheckedFolder, parts: list[Tensors]) -> torch.Tensor:
     tensors = [part.get("queue", torch.empty(0)) for part in parts]
     if any(tensor.ndim != 2 or tensor.shape[1] != tensors[0].shape[1] for tensor in tensors):
         raise sealed.damaged("its negatives are not vectors of one length")

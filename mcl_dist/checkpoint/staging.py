@@ -20,7 +20,7 @@ DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torc
 Layout = dict[str, tuple[torch.dtype, torch.Size]]
 
 
-class HostCopy:
+class StagingBuffer:
     """Host memory for what a rank writes, made at the first use and filled anew by each later one.
 
     What changes in a forward is copied at once. The rest a thread copies while training goes on, which waits before it

@@ -39,7 +39,7 @@ class Progress:
 
 
 @dataclass
-class Share:
+class CheckpointShard:
     """What one rank gives to a checkpoint; tensors are the run's own, on whatever device, not copies.
 
     Attributes:

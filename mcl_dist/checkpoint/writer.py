@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from mcl_dist.checkpoint.consensus import Council
-from mcl_dist.checkpoint.format import COMMITTED, Seal, step_folder, steps_in
+from mcl_dist.checkpoint.consensus import Consensus
+from mcl_dist.checkpoint.format import COMMITTED, FileDigest, step_folder, steps_in
 from mcl_dist.checkpoint.retention import leaving
 from mcl_dist.errors import UserError
 from mcl_dist.storage.folder import Folder
-from mcl_dist.storage.retry import PassingError, Patience
+from mcl_dist.storage.retry import RetryPolicy, TransientError
 from mcl_dist.storage.store_requests import without_credentials
 
 Buffer = bytes | memoryview
@@ -38,7 +38,7 @@ class Writer:
     def __init__(
         self,
         folder: Folder,
-        council: Council,
+        council: Consensus,
         *,
         keep: int,
         keep_every: int | None,
@@ -86,12 +86,12 @@ class Writer:
         folder = self._below(step)
         for name, data in files.items():
             folder.write(name, data)
-        return {name: asdict(Seal(len(data), hashlib.sha256(data).hexdigest())) for name, data in files.items()}
+        return {name: asdict(FileDigest(len(data), hashlib.sha256(data).hexdigest())) for name, data in files.items()}
 
     def _commit(self, step: int, seals: dict[str, Any]) -> None:
         folder = self._below(step)
         sizes = {name: seal["bytes"] for name, seal in seals.items()}
-        Patience(SEEING_SECONDS).until_it_works(lambda: _see(folder, sizes))
+        RetryPolicy(SEEING_SECONDS).until_it_works(lambda: _see(folder, sizes))
         folder.write(COMMITTED, json.dumps({"files": seals}).encode())
 
     def _retire(self, step: int) -> None:
@@ -102,7 +102,7 @@ class Writer:
 
     def _remove(self, step: int, seconds: float | None = None) -> None:
         """Remove a checkpoint so that it is never seen complete with files missing."""
-        folder = self._folder if seconds is None else self._folder.with_patience(Patience(seconds))
+        folder = self._folder if seconds is None else self._folder.with_patience(RetryPolicy(seconds))
         self._complete.discard(step)
         folder.remove(f"{step_folder(step)}/{COMMITTED}")
         folder.remove(step_folder(step))
@@ -114,7 +114,7 @@ class Writer:
             self._tell(f"what is left of an old checkpoint could not be removed, the next one tries again: {error}")
 
     def _on_first(self, work: Callable[[], None]) -> Callable[[], None]:
-        return work if self._council.ranks.is_first else lambda: None
+        return work if self._council.group.is_first else lambda: None
 
     def _below(self, step: int) -> Folder:
         return Folder(f"{self._folder.url}/{step_folder(step)}", self._folder.patience)
@@ -124,12 +124,12 @@ def _see(folder: Folder, sizes: Mapping[str, int]) -> None:
     """Look whether all ranks' files are here: they are not where each node has a disk of its own.
 
     Raises:
-        PassingError: when one is not.
+        TransientError: when one is not.
     """
     seen = folder.files()
     for name, size in sizes.items():
         if seen.get(name) != size:
-            raise PassingError(
+            raise TransientError(
                 "short_body",
                 f"{without_credentials(folder.url)}/{name}: {size} bytes were written by a rank, and the first rank "
                 f"sees {seen.get(name, 'none')}; set checkpoint.folder to one that all nodes share",

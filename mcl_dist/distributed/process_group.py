@@ -12,8 +12,8 @@ TEXT_BYTES = 256  # of a text on its way to other ranks
 PATIENT = "patient"  # describes groups that keep the timeout that they were made with
 
 
-class Ranks:
-    """This process among `count`; alone when torch.distributed was not initialised.
+class ProcessGroup:
+    """This process among `size`; alone when torch.distributed was not initialised.
 
     Args:
         device: where tensors live that ranks exchange.
@@ -23,7 +23,7 @@ class Ranks:
         self.device = device or torch.device("cpu")
         together = distributed.is_initialized()
         self.rank = distributed.get_rank() if together else 0
-        self.count = distributed.get_world_size() if together else 1
+        self.size = distributed.get_world_size() if together else 1
 
     @property
     def is_first(self) -> bool:
@@ -32,15 +32,15 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        if self.count > 1:
+        if self.size > 1:
             distributed.barrier()
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows (B, …) of all ranks, in rank order: (B·W, …)."""
-        if self.count == 1:
+        if self.size == 1:
             return rows
         rows = rows.to(self.device).contiguous()
-        gathered = [torch.empty_like(rows) for _ in range(self.count)]
+        gathered = [torch.empty_like(rows) for _ in range(self.size)]
         distributed.all_gather(gathered, rows)
         return torch.cat(gathered)
 
@@ -52,7 +52,7 @@ class Ranks:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, elementwise."""
-        if self.count == 1:
+        if self.size == 1:
             return values
         total = values.to(self.device, copy=True)
         distributed.all_reduce(total)
@@ -60,11 +60,11 @@ class Ranks:
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean over ranks, elementwise."""
-        return self.sum(values) / self.count
+        return self.sum(values) / self.size
 
     def exchange(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows (W·B, …) in W blocks, the r-th for rank r: the blocks for this rank, in rank order, (W·B, …)."""
-        if self.count == 1:
+        if self.size == 1:
             return rows
         received = torch.empty_like(rows)
         distributed.all_to_all_single(received, rows.contiguous())
@@ -72,7 +72,7 @@ class Ranks:
 
     def from_first(self, number: int) -> int:
         """The first rank's number, on every rank."""
-        if self.count == 1:
+        if self.size == 1:
             return number
         shared = torch.tensor(number, device=self.device)
         distributed.broadcast(shared, src=0)
@@ -92,7 +92,7 @@ class Ranks:
             rows: (B, …), this rank's.
             permutation: int64 (B·W,) on the CPU, the same on every rank.
         """
-        if self.count == 1:
+        if self.size == 1:
             return rows[sent_to(rows.device, permutation)]
         size = len(rows)
         owners = permutation // size
@@ -107,7 +107,7 @@ class Ranks:
         return received[sent_to(rows.device, arrival)]
 
     def _counts(self, ranks: torch.Tensor) -> list[int]:
-        counts: list[int] = torch.bincount(ranks, minlength=self.count).tolist()
+        counts: list[int] = torch.bincount(ranks, minlength=self.size).tolist()
         return counts
 
 

@@ -9,30 +9,30 @@ from typing import Any
 import torch
 
 from mcl_dist.batch import LabelledBatch
-from mcl_dist.checkpoint import Progress, Share, Snapshot, Tensors, restore
+from mcl_dist.checkpoint import CheckpointShard, Progress, Snapshot, Tensors, restore
 from mcl_dist.checkpoint.reader import misfit
-from mcl_dist.distributed.process_group import Ranks, sent_to
+from mcl_dist.distributed.process_group import ProcessGroup, sent_to
 from mcl_dist.evaluation.classifier import ClassifierLoss, LinearLayer, draw_kept
-from mcl_dist.training.anomalies import Suspects
-from mcl_dist.training.async_scalars import Readback
-from mcl_dist.training.phase_timer import PhaseClock
+from mcl_dist.training.anomalies import NonFiniteAttribution
+from mcl_dist.training.async_scalars import AsyncScalars
+from mcl_dist.training.phase_timer import PhaseTimer
 from mcl_dist.training.pretrain_state import Statistics, detached
-from mcl_dist.training.trainer import Pending, Trainer
+from mcl_dist.training.trainer import PendingStep, Trainer
 
 SIDE = "query"  # under which checkpoints have the statistics of a network that has no key side
 
 
 @dataclass(frozen=True)
-class ClassifierLearner:
+class ClassifierState:
     """The classifier alone: there are no keys."""
 
     network: LinearLayer
 
     def share(
         self, step: int, optimizer: Tensors, config: dict[str, Any], progress: Progress, schedule: dict[str, Any]
-    ) -> Share:
+    ) -> CheckpointShard:
         """This rank's share of a checkpoint, nothing copied; `optimizer` is its share of the optimizer's state."""
-        return Share(
+        return CheckpointShard(
             step=step,
             network=detached(self.network.named_parameters()),
             optimizer=optimizer,
@@ -55,15 +55,15 @@ class ClassifierLearner:
         return Statistics(list(self.network.buffers()))
 
     @torch.no_grad()
-    def share_statistics(self, ranks: Ranks) -> None:
+    def share_statistics(self, group: ProcessGroup) -> None:
         """Give all ranks the mean of theirs; all ranks must call it together."""
         for buffer in self.network.buffers():
             if buffer.is_floating_point():
-                buffer.copy_(ranks.mean(buffer))
+                buffer.copy_(group.mean(buffer))
 
 
 @dataclass(kw_only=True)
-class SupervisedTrainer(Trainer[LabelledBatch]):
+class ClassifierTrainer(Trainer[LabelledBatch]):
     """A classifier's training.
 
     Attributes:
@@ -74,14 +74,14 @@ class SupervisedTrainer(Trainer[LabelledBatch]):
         seed: of its draws.
     """
 
-    learner: ClassifierLearner
+    learner: ClassifierState
     objective: ClassifierLoss
     prepare: Callable[[torch.Tensor], torch.Tensor]
     num_features: int
     dropout: float
     seed: int
 
-    def take(self, step: int, batch: LabelledBatch, clock: PhaseClock, waited: float) -> Pending:
+    def take(self, step: int, batch: LabelledBatch, clock: PhaseTimer, waited: float) -> PendingStep:
         """One step, all of it in the device's hands on return; `waited` are the seconds that its batch took to come."""
         statistics = self.learner.statistics()
         clock.mark("other")
@@ -95,16 +95,16 @@ class SupervisedTrainer(Trainer[LabelledBatch]):
         clock.mark("update")
         self._settle()
         clock.mark("other")
-        self._pending = Pending(
+        self._pending = PendingStep(
             step=step,
-            numbers=Readback({**report, **update._asdict()}),
-            suspects=Suspects(batch, torch.stack([report["loss"] for report in reports])),
-            videos=len(batch.labels) * self.ranks.count,
+            numbers=AsyncScalars({**report, **update._asdict()}),
+            suspects=NonFiniteAttribution(batch, torch.stack([report["loss"] for report in reports])),
+            videos=len(batch.labels) * self.group.size,
             clock=clock,
         )
         return self._pending
 
-    def _backward(self, step: int, batch: LabelledBatch, clock: PhaseClock) -> list[dict[str, torch.Tensor]]:
+    def _backward(self, step: int, batch: LabelledBatch, clock: PhaseTimer) -> list[dict[str, torch.Tensor]]:
         """Forward and backward of every part of the batch; the loss's report of each."""
         kept = self._kept(step, len(batch.labels))
         reports = []
@@ -121,6 +121,6 @@ class SupervisedTrainer(Trainer[LabelledBatch]):
         """This rank's rows of what dropout keeps of the global batch."""
         if not self.dropout:
             return None
-        everyone = draw_kept(num_videos * self.ranks.count, self.num_features, self.dropout, seed=self.seed, step=step)
-        first = num_videos * self.ranks.rank
-        return sent_to(self.ranks.device, everyone[first : first + num_videos])
+        everyone = draw_kept(num_videos * self.group.size, self.num_features, self.dropout, seed=self.seed, step=step)
+        first = num_videos * self.group.rank
+        return sent_to(self.group.device, everyone[first : first + num_videos])

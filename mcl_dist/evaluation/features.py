@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import UserError
 from mcl_dist.model.encoder import Encoder, normalise
 
@@ -29,9 +29,9 @@ class Features(NamedTuple):
     labels: np.ndarray
 
 
-def share_of(num_videos: int, ranks: Ranks) -> range:
+def share_of(num_videos: int, group: ProcessGroup) -> range:
     """The contiguous share of a set's positions that this rank looks at; shares differ by one video at most."""
-    return range(num_videos * ranks.rank // ranks.count, num_videos * (ranks.rank + 1) // ranks.count)
+    return range(num_videos * group.rank // group.size, num_videos * (group.rank + 1) // group.size)
 
 
 def extract_features(encoder: Encoder, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Features:
@@ -90,17 +90,17 @@ def check_finite(features: Features, name_of: Callable[[int], str]) -> None:
         )
 
 
-def gather_features(own: Features, num_videos: int, ranks: Ranks) -> Features:
+def gather_features(own: Features, num_videos: int, group: ProcessGroup) -> Features:
     """The features of all ranks' shares (`share_of`), in the set's order, on every rank.
 
     An exchange wants as many rows of every rank: shorter shares are filled up for it, and the filling is dropped.
     """
-    if ranks.count == 1:
+    if group.size == 1:
         return own
-    longest = -(-num_videos // ranks.count)
+    longest = -(-num_videos // group.size)
     missing = longest - len(own.labels)
-    vectors = ranks.gather(torch.from_numpy(np.pad(own.vectors, ((0, missing), (0, 0)))))
-    labels = ranks.gather(torch.from_numpy(np.pad(own.labels, (0, missing), constant_values=-1)))
+    vectors = group.gather(torch.from_numpy(np.pad(own.vectors, ((0, missing), (0, 0)))))
+    labels = group.gather(torch.from_numpy(np.pad(own.labels, (0, missing), constant_values=-1)))
     real = labels >= 0
     return Features(vectors[real].cpu().numpy(), labels[real].cpu().numpy())
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import batch_norm
 
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.model.compiler import uncompiled
 
 AXES = (0, 2, 3, 4)  # all but the channels of (B, C, T, H, W)
@@ -22,7 +22,7 @@ class SynchronizedBatchNorm3d(nn.BatchNorm3d):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Normalise (B, C, T, H, W); in training mode all ranks must call it together."""
-        if self.training and Ranks().count > 1:
+        if self.training and ProcessGroup().size > 1:
             outputs: torch.Tensor = self._over_ranks(inputs)
             return outputs
         return super().forward(inputs)
@@ -31,7 +31,7 @@ class SynchronizedBatchNorm3d(nn.BatchNorm3d):
     def _over_ranks(self, inputs: torch.Tensor) -> torch.Tensor:
         mean, variance = statistics(self, inputs.detach())
         if self.track_running_stats:
-            self._track(mean, variance, Ranks().count * inputs[:, 0].numel())
+            self._track(mean, variance, ProcessGroup().size * inputs[:, 0].numel())
         outputs: torch.Tensor = _Normalise.apply(inputs, self.weight, self.bias, mean, variance, self.eps)  # type: ignore[no-untyped-call]
         return outputs
 
@@ -60,7 +60,7 @@ def statistics(norm: nn.BatchNorm3d, inputs: torch.Tensor) -> tuple[torch.Tensor
 
 def mean_over_ranks(norm: nn.BatchNorm3d, values: torch.Tensor) -> torch.Tensor:
     """Mean over the ranks that `norm` looks at, differentiable any number of times; over its own, nothing changes."""
-    if not isinstance(norm, SynchronizedBatchNorm3d) or Ranks().count == 1:
+    if not isinstance(norm, SynchronizedBatchNorm3d) or ProcessGroup().size == 1:
         return values
     result: torch.Tensor = _MeanOverRanks.apply(values)  # type: ignore[no-untyped-call]
     return result
@@ -71,7 +71,7 @@ class _MeanOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
-        return Ranks(values.device).mean(values.contiguous())
+        return ProcessGroup(values.device).mean(values.contiguous())
 
     @staticmethod
     def backward(ctx: Any, d_mean: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
@@ -107,7 +107,7 @@ class _Normalise(torch.autograd.Function):
         d_inputs, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
             d_outputs, inputs, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
         )
-        of_all = Ranks(inputs.device).mean(torch.stack([d_bias, d_weight])) / inputs[:, 0].numel()
+        of_all = ProcessGroup(inputs.device).mean(torch.stack([d_bias, d_weight])) / inputs[:, 0].numel()
         inverse_deviation = torch.rsqrt(variance + ctx.eps)
         scale = weight * inverse_deviation
         slope = scale * inverse_deviation * of_all[1]

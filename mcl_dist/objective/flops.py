@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mcl_dist.model.encoder import EncoderConfig
 from mcl_dist.model.network import HeadsConfig, Network
 from mcl_dist.objective.momentum_encoder import NUM_KEYS, Keys
-from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.negative_queue import NegativeQueue
 from mcl_dist.objective.objective import LossWeights, Objective
 
 
@@ -32,7 +32,7 @@ def operations_per_video(encoder: EncoderConfig, heads: HeadsConfig, frames: int
             loss = Objective(network, temperature=1.0)(
                 clips,
                 Keys(vectors, vectors, vectors, vectors),
-                Queue(torch.empty(1, heads.dim)),
+                NegativeQueue(torch.empty(1, heads.dim)),
                 torch.empty(1, *encoder.grid(frames, crop)),
                 torch.zeros(1, dtype=torch.long),
                 LossWeights(1.0, 1.0, 1.0),

@@ -38,7 +38,7 @@ class LogSumExp(NamedTuple):
         return cls(value, ((values - value).exp().unsqueeze(2) * means).sum(dim=0))
 
 
-Form = Callable[[torch.Tensor, torch.Tensor, float], LogSumExp]
+LogSumExpForm = Callable[[torch.Tensor, torch.Tensor, float], LogSumExp]
 
 
 def log_sum_exp(queries: torch.Tensor, vectors: torch.Tensor, temperature: float) -> LogSumExp:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mcl_dist.batch import FIRST_KEY, NUM_VIEWS
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.model.encoder import normalise
 from mcl_dist.model.network import Network
 
@@ -39,10 +39,10 @@ class Keys(NamedTuple):
 class MomentumEncoder:
     """Owns the key network; its parameters follow the query's, its BatchNorm statistics are its own."""
 
-    def __init__(self, network: Network, ranks: Ranks, *, seed: int, autocast: bool) -> None:
+    def __init__(self, network: Network, group: ProcessGroup, *, seed: int, autocast: bool) -> None:
         self.network = copy.deepcopy(network).requires_grad_(False).train()
-        self._ranks = ranks
-        self._shuffled = network.encoder.config.batch_norm == "shuffled" and ranks.count > 1
+        self._group = group
+        self._shuffled = network.encoder.config.batch_norm == "shuffled" and group.size > 1
         self._seed = seed
         self._autocast = autocast
 
@@ -63,7 +63,7 @@ class MomentumEncoder:
         clips = (views[:, FIRST_KEY + key].contiguous() for key in range(NUM_KEYS))
         vectors = torch.stack([encode(each, step, key, mark) for key, each in enumerate(clips)])
         inter, intra, order = vectors.unbind(dim=2)
-        inter_all = self._ranks.gather(inter.transpose(0, 1)).transpose(0, 1)
+        inter_all = self._group.gather(inter.transpose(0, 1)).transpose(0, 1)
         mark("exchange")
         return Keys(inter, intra, order, inter_all)
 
@@ -88,9 +88,9 @@ class MomentumEncoder:
         Clips travel as bytes and come back as vectors: a rank sends no more than what it has.
         """
         permutation = self._permutation(len(clips), step, key)
-        clips = self._ranks.permute(clips, permutation)
+        clips = self._group.permute(clips, permutation)
         mark("exchange")
-        vectors = self._ranks.permute(self._encode(clips, step, key, mark), torch.argsort(permutation))
+        vectors = self._group.permute(self._encode(clips, step, key, mark), torch.argsort(permutation))
         mark("exchange")
         return vectors
 
@@ -105,4 +105,4 @@ class MomentumEncoder:
 
     def _permutation(self, batch: int, step: int, key: int) -> torch.Tensor:
         generator = np.random.Generator(np.random.Philox(key=[self._seed, step * NUM_KEYS + key]))
-        return torch.from_numpy(generator.permutation(batch * self._ranks.count))
+        return torch.from_numpy(generator.permutation(batch * self._group.size))

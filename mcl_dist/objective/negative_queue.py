@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import ConfigError
 from mcl_dist.model.compiler import uncompiled
-from mcl_dist.objective.log_sum_exp import Form, LogSumExp, log_sum_exp
+from mcl_dist.objective.log_sum_exp import LogSumExp, LogSumExpForm, log_sum_exp
 
 
-class Queue:
+class NegativeQueue:
     """K unit vectors in a ring, the oldest overwritten first.
 
     Replicated, every rank holds them all. Sharded, rank r of W holds those from ⌊K·r/W⌋ to ⌊K·(r+1)/W⌋: queries then
@@ -30,23 +30,23 @@ class Queue:
         vectors: torch.Tensor,
         position: int = 0,
         *,
-        ranks: Ranks | None = None,
+        group: ProcessGroup | None = None,
         sharded: bool = False,
-        form: Form = log_sum_exp,
+        form: LogSumExpForm = log_sum_exp,
     ) -> None:
         """Take the rank's part of all vectors (K, d); `form` is the pass over them.
 
         Raises:
             ConfigError: when there are fewer vectors than ranks to hold them.
         """
-        self._ranks = ranks or Ranks()
-        self._sharded = sharded and self._ranks.count > 1
+        self._group = group or ProcessGroup()
+        self._sharded = sharded and self._group.size > 1
         self._form = form
         self.size = len(vectors)
-        if self._sharded and self.size < self._ranks.count:
+        if self._sharded and self.size < self._group.size:
             raise ConfigError(
-                f"objective.queue: {self.size} negatives cannot be shared by {self._ranks.count} ranks; "
-                f"set it to {self._ranks.count} or more, or objective.negatives=replicated"
+                f"objective.queue: {self.size} negatives cannot be shared by {self._group.size} ranks; "
+                f"set it to {self._group.size} or more, or objective.negatives=replicated"
             )
         self.vectors = vectors[self._held()].clone()
         self.position = position
@@ -59,13 +59,13 @@ class Queue:
         generator: torch.Generator,
         device: torch.device,
         *,
-        ranks: Ranks | None = None,
+        group: ProcessGroup | None = None,
         sharded: bool = False,
-        form: Form = log_sum_exp,
-    ) -> Queue:
+        form: LogSumExpForm = log_sum_exp,
+    ) -> NegativeQueue:
         """A queue of random directions, float32, the same for equal generators."""
         vectors = normalize(torch.randn(size, dim, generator=generator), dim=1)
-        queue = cls(vectors, ranks=ranks, sharded=sharded, form=form)
+        queue = cls(vectors, group=group, sharded=sharded, form=form)
         queue.vectors = queue.vectors.to(device)
         return queue
 
@@ -83,7 +83,7 @@ class Queue:
     def mean(self) -> torch.Tensor:
         """Mean of all K vectors: (d,). When the queue is sharded, all ranks must call it together."""
         total = self.vectors.sum(dim=0)
-        return self._ranks.sum(total) / self.size if self._sharded else total / self.size
+        return self._group.sum(total) / self.size if self._sharded else total / self.size
 
     @torch.no_grad()
     def enqueue(self, keys: torch.Tensor, taken: torch.Tensor | None = None) -> None:
@@ -118,14 +118,14 @@ class Queue:
         queries = queries.to(self.vectors.dtype)
         if not self._sharded:
             return self._form(queries, self.vectors, temperature)
-        here = self._form(self._ranks.gather(queries), self.vectors, temperature)
-        everywhere = self._ranks.exchange(torch.cat([here.value[:, None], here.mean], dim=1))
-        parts = everywhere.view(self._ranks.count, len(queries), -1)
+        here = self._form(self._group.gather(queries), self.vectors, temperature)
+        everywhere = self._group.exchange(torch.cat([here.value[:, None], here.mean], dim=1))
+        parts = everywhere.view(self._group.size, len(queries), -1)
         return LogSumExp.merged(parts[:, :, 0], parts[:, :, 1:])
 
     def _part(self) -> slice:
         """Where this rank's equal part of the ring is."""
-        rank, count = self._ranks.rank, self._ranks.count
+        rank, count = self._group.rank, self._group.size
         return slice(self.size * rank // count, self.size * (rank + 1) // count)
 
     def _held(self) -> slice:
@@ -147,7 +147,7 @@ class _Against(torch.autograd.Function):
     """The pass over the queue finds the gradient as well, so the way back needs neither queue nor ranks."""
 
     @staticmethod
-    def forward(ctx: Any, queries: torch.Tensor, queue: Queue, temperature: float) -> torch.Tensor:
+    def forward(ctx: Any, queries: torch.Tensor, queue: NegativeQueue, temperature: float) -> torch.Tensor:
         found = queue.log_sum_exp(queries, temperature)
         ctx.save_for_backward((found.mean / temperature).to(queries.dtype))
         return found.value.to(queries.dtype)

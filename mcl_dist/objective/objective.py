@@ -17,7 +17,7 @@ from mcl_dist.model.network import Network
 from mcl_dist.objective.alignment import align, alignment_map, automatic_gradient, similarity_gradient
 from mcl_dist.objective.losses import inter_loss, intra_loss, order_loss, own_similarities
 from mcl_dist.objective.momentum_encoder import Keys
-from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.negative_queue import NegativeQueue
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Objective(LossModule):
         self,
         clips: torch.Tensor,
         keys: Keys,
-        queue: Queue,
+        queue: NegativeQueue,
         motion: torch.Tensor,
         order: torch.Tensor,
         weights: LossWeights,

@@ -35,7 +35,7 @@ LAST_WORDS = {"Stopping": "stopped", "Finished": "finished"}
 
 
 @dataclass(frozen=True)
-class Loss:
+class LostTime:
     """Seconds lost after `step` steps; all that follows a step is lost again, once, when the run goes back to it."""
 
     step: int
@@ -44,7 +44,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Birth:
+class StartInfo:
     """When this start of the run began (Unix seconds), and why a supervisor made it, where one did so again."""
 
     began: float
@@ -53,7 +53,7 @@ class Birth:
     attempt: int = 0
 
 
-class Ledger:
+class GoodputTracker:
     """Listens, and tells `Restarted` and `Accounts`; to be told of `Started` after the files' writers.
 
     Args:
@@ -67,7 +67,7 @@ class Ledger:
         self,
         folder: Path,
         listeners: Sequence[Listener],
-        birth: Birth,
+        birth: StartInfo,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._folder = folder
@@ -76,7 +76,7 @@ class Ledger:
         self._began = birth.began
         self._clock = clock
         self._productive = 0.0
-        self._losses: list[Loss] = []
+        self._losses: list[LostTime] = []
         self._restarts: Counter[str] = Counter()
         self._told = clock()
 
@@ -90,9 +90,9 @@ class Ledger:
                 if self._clock() - self._told >= TELL_SECONDS:
                     self._tell()
             case CheckpointWritten():
-                self._losses.append(Loss(event.step, "checkpoint", event.stall_seconds))
+                self._losses.append(LostTime(event.step, "checkpoint", event.stall_seconds))
             case Evaluated():
-                self._losses.append(Loss(event.step, "evaluation", event.seconds))
+                self._losses.append(LostTime(event.step, "evaluation", event.seconds))
             case Stopping() | Finished() | Failed():
                 self._tell()
 
@@ -104,7 +104,7 @@ class Ledger:
         accounts = [line for line in log if line["event"] == "Accounts"]
         if accounts:
             self._began = accounts[0]["time"] - accounts[0]["wall_seconds"]
-            self._losses.append(Loss(-1, "starting", accounts[0]["lost_seconds"]["starting"]))
+            self._losses.append(LostTime(-1, "starting", accounts[0]["lost_seconds"]["starting"]))
         reached = starts[0]["time"] if starts else now
         for line in _lines(self._folder / "metrics.jsonl"):
             self._book_step(line["step"], line["seconds"], line.get("phases", {}), taken=line["taken"])
@@ -115,11 +115,11 @@ class Ledger:
         if starts:
             cause, reason, attempt = self._cause(log)
             lost = max(0.0, now - reached)
-            self._losses.append(Loss(step, cause, lost))
+            self._losses.append(LostTime(step, cause, lost))
             self._restarts[cause] += 1
             tell(self._listeners, Restarted(cause, attempt, lost, reason, step))
         else:
-            self._losses.append(Loss(-1, "starting", now - self._began))
+            self._losses.append(LostTime(-1, "starting", now - self._began))
         self._tell()
 
     def _replay(self, line: dict[str, Any]) -> None:
@@ -127,12 +127,12 @@ class Ledger:
             case "Started":
                 self._losses = [x for x in self._losses if x.step < line["step"] or x.what == "skipped"]
             case "Restarted":
-                self._losses.append(Loss(line["step"], line["cause"], line["lost_seconds"]))
+                self._losses.append(LostTime(line["step"], line["cause"], line["lost_seconds"]))
                 self._restarts[line["cause"]] += 1
             case "CheckpointWritten":
-                self._losses.append(Loss(line["step"], "checkpoint", line.get("stall_seconds", line["seconds"])))
+                self._losses.append(LostTime(line["step"], "checkpoint", line.get("stall_seconds", line["seconds"])))
             case "Evaluated":
-                self._losses.append(Loss(line["step"], "evaluation", line["seconds"]))
+                self._losses.append(LostTime(line["step"], "evaluation", line["seconds"]))
 
     def _cause(self, log: list[dict[str, Any]]) -> tuple[str, str, int]:
         if self._birth.cause:
@@ -146,7 +146,7 @@ class Ledger:
         if taken:
             self._productive += seconds
         else:
-            self._losses.append(Loss(step, "skipped", seconds))
+            self._losses.append(LostTime(step, "skipped", seconds))
 
     def _tell(self) -> None:
         now = self._told = self._clock()

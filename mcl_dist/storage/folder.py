@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from fsspec.implementations.local import LocalFileSystem
 
 from mcl_dist.errors import UserError
-from mcl_dist.storage.retry import Patience
+from mcl_dist.storage.retry import RetryPolicy
 from mcl_dist.storage.store_requests import asked, connected, failure, without_credentials
 
 Result = TypeVar("Result")
@@ -31,13 +31,13 @@ class Folder:
     reason outside the program raises `UserError` naming the file's URL.
     """
 
-    def __init__(self, url: str, patience: Patience | None = None) -> None:
+    def __init__(self, url: str, patience: RetryPolicy | None = None) -> None:
         self.url = str(url).rstrip("/")
-        self.patience = patience or Patience()
+        self.patience = patience or RetryPolicy()
         with naming(self.url):
             self._filesystem, self._root = connected(self.url)
 
-    def with_patience(self, patience: Patience) -> Folder:
+    def with_patience(self, patience: RetryPolicy) -> Folder:
         """The same folder, with other patience."""
         folder = copy.copy(self)
         folder.patience = patience

@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 TELL_AT = 3  # failures in a row; one or two are nothing that a person has to know of at once
 
 
-class PassingError(UserError):
+class TransientError(UserError):
     """What came is not right, and may be the next time; `reason` says in which way."""
 
     def __init__(self, reason: Failure, text: str) -> None:
@@ -26,7 +26,7 @@ class PassingError(UserError):
 
 
 @dataclass
-class Patience:
+class RetryPolicy:
     """Repeats what failed in passing, with longer and longer waits, and counts it; threads may share it.
 
     Attributes:
@@ -61,7 +61,7 @@ class Patience:
             try:
                 return attempt()
             except UserError as error:
-                reason = error.reason if isinstance(error, PassingError) else failure(error.__cause__)
+                reason = error.reason if isinstance(error, TransientError) else failure(error.__cause__)
                 if reason is None:
                     raise
                 with self._counting:

@@ -10,7 +10,7 @@ from statistics import median
 import torch
 
 from mcl_dist.batch import Batch
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 
 NOT_FINITE = (
     "its pixels or its motion target are not finite",
@@ -20,14 +20,14 @@ NOT_FINITE = (
 
 
 @dataclass(frozen=True)
-class Blame:
+class NonFiniteSamples:
     """Samples to which a step that was not finite leads, and how."""
 
     samples: list[int]
     reason: str
 
 
-class Suspects:
+class NonFiniteAttribution:
     """One rank's samples of a step, with what speaks against them; on the device until somebody asks.
 
     Args:
@@ -40,14 +40,14 @@ class Suspects:
         loss = (~torch.isfinite(losses)).any().expand_as(inputs)
         self._rows = torch.stack([batch.samples.to(inputs.device), inputs.long(), loss.long()], dim=1)
 
-    def blame(self, ranks: Ranks) -> Blame:
+    def blame(self, group: ProcessGroup) -> NonFiniteSamples:
         """The narrowest set that explains the step; all ranks must ask together."""
-        rows = ranks.gather(self._rows).cpu()
+        rows = group.gather(self._rows).cpu()
         everyone, *evidence = rows.unbind(dim=1)
         for against, reason in zip(evidence, NOT_FINITE, strict=False):
             if against.any():
-                return Blame(everyone[against > 0].tolist(), reason)
-        return Blame(everyone.tolist(), NOT_FINITE[-1])
+                return NonFiniteSamples(everyone[against > 0].tolist(), reason)
+        return NonFiniteSamples(everyone.tolist(), NOT_FINITE[-1])
 
 
 def _broken(values: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 
-class Readback:
+class AsyncScalars:
     """Scalars that the device has yet to compute, copied as it gets to them; asking for them later stalls nobody.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-class PhaseClock:
+class PhaseTimer:
     """Where the time of a step goes; marking a phase's end waits for nothing, and no device for it.
 
     On a GPU the marks are events in its stream: a phase lasts for as long as the device is at it, or waits for it. The

@@ -8,23 +8,23 @@ from typing import Any
 
 import torch
 
-from mcl_dist.checkpoint import Progress, Share, Snapshot, Tensors, restore
+from mcl_dist.checkpoint import CheckpointShard, Progress, Snapshot, Tensors, restore
 from mcl_dist.checkpoint.reader import misfit
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import UserError
 from mcl_dist.model.encoder import Encoder
 from mcl_dist.model.network import Network
 from mcl_dist.objective.momentum_encoder import MomentumEncoder
-from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.negative_queue import NegativeQueue
 
 
 @dataclass(frozen=True)
-class Learner:
+class PretrainState:
     """Query side, key side and negatives of one rank."""
 
     network: Network
     momentum: MomentumEncoder
-    queue: Queue
+    queue: NegativeQueue
 
     def share(
         self,
@@ -33,10 +33,10 @@ class Learner:
         config: dict[str, Any],
         progress: Progress | None = None,
         schedule: dict[str, Any] | None = None,
-    ) -> Share:
+    ) -> CheckpointShard:
         """This rank's share of a checkpoint, nothing copied; `optimizer` is its share of the optimizer's state."""
         sides = {"query": self.network, "key": self.momentum.network}
-        return Share(
+        return CheckpointShard(
             step=step,
             network=detached(self.network.named_parameters()),
             momentum=detached(self.momentum.network.named_parameters()),
@@ -78,7 +78,7 @@ class Learner:
         self.momentum.network.encoder.compile()
 
     @torch.no_grad()
-    def frozen_encoder(self, ranks: Ranks) -> Encoder:
+    def frozen_encoder(self, group: ProcessGroup) -> Encoder:
         """The query encoder as it comes out of a checkpoint of this moment: a copy, in evaluation mode.
 
         Its BatchNorm statistics are the mean over ranks, which all must ask together, with the parameters whole. No
@@ -90,7 +90,7 @@ class Learner:
         copy.to_empty(device=next(source.parameters()).device)
         state = source.state_dict()
         floats = {name: value for name, value in source.named_buffers() if value.is_floating_point()}
-        means = ranks.gather(_flat(list(floats.values()))[None]).mean(dim=0)
+        means = group.gather(_flat(list(floats.values()))[None]).mean(dim=0)
         pieces = torch.split(means, [value.numel() for value in floats.values()])
         state |= {name: piece.view_as(value) for (name, value), piece in zip(floats.items(), pieces, strict=True)}
         copy.load_state_dict(state)

@@ -14,17 +14,17 @@ from mcl_dist.events import Evaluated, StepDone, tell
 from mcl_dist.model.encoder import Encoder, normalise
 from mcl_dist.objective.momentum_encoder import NUM_KEYS, Keys
 from mcl_dist.objective.objective import ObjectiveConfig
-from mcl_dist.training.anomalies import Suspects
-from mcl_dist.training.async_scalars import Readback
-from mcl_dist.training.phase_timer import PhaseClock
-from mcl_dist.training.pretrain_state import Learner
-from mcl_dist.training.trainer import Pending, Trainer
+from mcl_dist.training.anomalies import NonFiniteAttribution
+from mcl_dist.training.async_scalars import AsyncScalars
+from mcl_dist.training.phase_timer import PhaseTimer
+from mcl_dist.training.pretrain_state import PretrainState
+from mcl_dist.training.trainer import PendingStep, Trainer
 
 Evaluate = Callable[[Encoder, int], dict[str, float] | None]
 
 
 @dataclass(kw_only=True)
-class Pretrainer(Trainer[TubeletBatch]):
+class PretrainTrainer(Trainer[TubeletBatch]):
     """A run of pre-training: query against keys and queue, as `losses` says.
 
     Attributes:
@@ -33,12 +33,12 @@ class Pretrainer(Trainer[TubeletBatch]):
         evaluate_every: steps from one evaluation to the next; None: there is none.
     """
 
-    learner: Learner
+    learner: PretrainState
     losses: ObjectiveConfig
     evaluate: Evaluate = lambda *_: None
     evaluate_every: int | None = None
 
-    def take(self, step: int, batch: TubeletBatch, clock: PhaseClock, waited: float) -> Pending:
+    def take(self, step: int, batch: TubeletBatch, clock: PhaseTimer, waited: float) -> PendingStep:
         """One step, all of it in the device's hands on return; `waited` are the seconds that its batch took to come."""
         statistics = self.learner.statistics()
         clock.mark("other")
@@ -60,17 +60,17 @@ class Pretrainer(Trainer[TubeletBatch]):
         position = self.learner.queue.position
         self.learner.queue.enqueue(keys.inter_all, update.taken)
         clock.mark("update")
-        self._pending = Pending(
+        self._pending = PendingStep(
             step=step,
-            numbers=Readback({**report, **update._asdict()}),
-            suspects=Suspects(batch, torch.stack([report["loss"] for report in reports])),
-            videos=len(batch.order) * self.ranks.count,
+            numbers=AsyncScalars({**report, **update._asdict()}),
+            suspects=NonFiniteAttribution(batch, torch.stack([report["loss"] for report in reports])),
+            videos=len(batch.order) * self.group.size,
             clock=clock,
             queue_position=position,
         )
         return self._pending
 
-    def _backward(self, step: int, batch: TubeletBatch, keys: Keys, clock: PhaseClock) -> list[dict[str, torch.Tensor]]:
+    def _backward(self, step: int, batch: TubeletBatch, keys: Keys, clock: PhaseTimer) -> list[dict[str, torch.Tensor]]:
         """Forward and backward of every part of the batch; the objective's report of each."""
         weights = self.schedule.loss_weights(step, self.losses)
         reports = []
@@ -93,15 +93,15 @@ class Pretrainer(Trainer[TubeletBatch]):
         self.heartbeat.enters(EVALUATING)
         since = time.perf_counter()
         with self.engine.gathered():
-            encoder = self.learner.frozen_encoder(self.ranks)
+            encoder = self.learner.frozen_encoder(self.group)
         scores = self.evaluate(encoder, step)
         if scores is not None:
             tell(self.listeners, Evaluated(step, scores, time.perf_counter() - since))
 
-    def _take_back(self, pending: Pending) -> None:
+    def _take_back(self, pending: PendingStep) -> None:
         self.learner.queue.position = pending.queue_position
 
-    def _done(self, pending: Pending, report: dict[str, float], *, taken: bool) -> StepDone:
+    def _done(self, pending: PendingStep, report: dict[str, float], *, taken: bool) -> StepDone:
         written, size = self._num_taken * NUM_KEYS * pending.videos, self.learner.queue.size
         return replace(
             super()._done(pending, report, taken=taken),

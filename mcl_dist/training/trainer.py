@@ -12,18 +12,18 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from mcl_dist.batch import Batch
-from mcl_dist.checkpoint import Checkpoints, Progress, Share, Snapshot, Tensors
+from mcl_dist.checkpoint import CheckpointManager, CheckpointShard, Progress, Snapshot, Tensors
 from mcl_dist.config import choice, number
 from mcl_dist.distributed.heartbeat import SAVING, STEPPING, Heartbeat
-from mcl_dist.distributed.process_group import Ranks, sent_to
+from mcl_dist.distributed.process_group import ProcessGroup, sent_to
 from mcl_dist.distributed.shutdown import StopRequest
 from mcl_dist.errors import ConfigError, UserError
 from mcl_dist.events import Finished, Listener, LossSpike, Notice, StepDone, StepSkipped, Stopping, tell
 from mcl_dist.objective.schedule import Schedule
-from mcl_dist.training.anomalies import SpikeDetector, Suspects
-from mcl_dist.training.async_scalars import Readback
+from mcl_dist.training.anomalies import NonFiniteAttribution, SpikeDetector
+from mcl_dist.training.async_scalars import AsyncScalars
 from mcl_dist.training.deepspeed_engine import Engine
-from mcl_dist.training.phase_timer import PhaseClock
+from mcl_dist.training.phase_timer import PhaseTimer
 from mcl_dist.training.pretrain_state import Statistics
 
 LEAVING_SECONDS = 60.0  # for a checkpoint that is being written when something ends the run
@@ -77,12 +77,12 @@ class TrainConfig:
         return self.global_batch // num_ranks
 
 
-class Learning(Protocol):
+class TrainingState(Protocol):
     """What the steps of a run change, and its way into and out of checkpoints."""
 
     def share(
         self, step: int, optimizer: Tensors, config: dict[str, Any], progress: Progress, schedule: dict[str, Any]
-    ) -> Share:
+    ) -> CheckpointShard:
         """This rank's share of a checkpoint, nothing copied; `optimizer` is its share of the optimizer's state."""
 
     def restore(self, snapshot: Snapshot, where: str) -> None:
@@ -96,7 +96,7 @@ class Learning(Protocol):
 
 
 @dataclass
-class Pending:
+class PendingStep:
     """A step that the device may still be at; what became of it is read once the next one is under way.
 
     Attributes:
@@ -110,10 +110,10 @@ class Pending:
     """
 
     step: int
-    numbers: Readback
-    suspects: Suspects
+    numbers: AsyncScalars
+    suspects: NonFiniteAttribution
     videos: int
-    clock: PhaseClock
+    clock: PhaseTimer
     queue_position: int = 0
     seconds: float = 0.0
 
@@ -136,10 +136,10 @@ class Trainer(ABC, Generic[Delivered]):
     """
 
     engine: Engine
-    learner: Learning
-    ranks: Ranks
+    learner: TrainingState
+    group: ProcessGroup
     schedule: Schedule
-    checkpoints: Checkpoints
+    checkpoints: CheckpointManager
     checkpoint_every: int
     config: dict[str, Any]
     batches: Iterator[Delivered]
@@ -153,7 +153,7 @@ class Trainer(ABC, Generic[Delivered]):
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     def __post_init__(self) -> None:
-        self._pending: Pending | None = None
+        self._pending: PendingStep | None = None
         self._is_stopping = False
         self._owes_checkpoint = False
         self._skipped_in_a_row = self.progress.skipped_in_a_row
@@ -178,7 +178,7 @@ class Trainer(ABC, Generic[Delivered]):
             # Whatever ends the run, what is being written need not be torn.
             self._conclude(lambda: self.checkpoints.join(LEAVING_SECONDS))
         if is_done:
-            tell(self.listeners, Finished(self.schedule.total_steps, peak_bytes(self.ranks.device)))
+            tell(self.listeners, Finished(self.schedule.total_steps, peak_bytes(self.group.device)))
         return is_done
 
     def _check_length(self) -> None:
@@ -194,7 +194,7 @@ class Trainer(ABC, Generic[Delivered]):
         """Take all steps; False if a rank was asked to stop."""
         total = self.schedule.total_steps
         for step in range(self.start, total):
-            started, clock = time.perf_counter(), PhaseClock(self.ranks.device)
+            started, clock = time.perf_counter(), PhaseTimer(self.group.device)
             self.heartbeat.begins_step(step)
             batch = next(self.batches)
             self.heartbeat.enters(STEPPING)
@@ -215,13 +215,13 @@ class Trainer(ABC, Generic[Delivered]):
                 self._look(step + 1, is_last=is_last)
             if self._is_stopping and not is_last:
                 self.save_and_wait(step + 1)
-                tell(self.listeners, Stopping(step + 1, self.ranks.first_word(self.stop.reason or "")))
+                tell(self.listeners, Stopping(step + 1, self.group.first_word(self.stop.reason or "")))
                 return False
         self.save_and_wait(total)
         return True
 
     @abstractmethod
-    def take(self, step: int, batch: Delivered, clock: PhaseClock, waited: float) -> Pending:
+    def take(self, step: int, batch: Delivered, clock: PhaseTimer, waited: float) -> PendingStep:
         """One step, all of it in the device's hands on return; `waited` are the seconds that its batch took to come.
 
         Before it returns, it has what became of the step before found out, and remembers this one as pending.
@@ -239,7 +239,7 @@ class Trainer(ABC, Generic[Delivered]):
         """Means over parts and ranks of the objective's report, of the seconds waited, and of who was asked to stop."""
         values = torch.stack([torch.stack([value.float() for value in report.values()]) for report in reports]).mean(0)
         own = sent_to(values.device, torch.tensor([waited, self.stop.is_asked]))
-        means = self.ranks.mean(torch.cat([values, own]))
+        means = self.group.mean(torch.cat([values, own]))
         return dict(zip([*reports[0], "waited", "stop"], means.unbind(), strict=True))
 
     def _settle(self) -> None:
@@ -266,12 +266,12 @@ class Trainer(ABC, Generic[Delivered]):
         if limit is not None and self.settings.on_spike != "ignore":
             self._spike = LossSpike(pending.step + 1, loss, limit, None)
 
-    def _take_back(self, pending: Pending) -> None:
+    def _take_back(self, pending: PendingStep) -> None:
         """Undo what the host has done of a step that the device did not take."""
 
-    def _skip(self, pending: Pending) -> None:
+    def _skip(self, pending: PendingStep) -> None:
         self._skipped_in_a_row += 1
-        blame = pending.suspects.blame(self.ranks)
+        blame = pending.suspects.blame(self.group)
         names = [self.name_of(sample) for sample in blame.samples]
         tell(self.listeners, StepSkipped(pending.step + 1, names, blame.reason, self._skipped_in_a_row))
         if self._skipped_in_a_row >= self.settings.max_nonfinite_steps:
@@ -303,7 +303,7 @@ class Trainer(ABC, Generic[Delivered]):
             self.learner.restore(snapshot, self.checkpoints.step_url(step))
         self.engine.load_optimizer_state(snapshot.optimizer, step)
 
-    def _done(self, pending: Pending, report: dict[str, float], *, taken: bool) -> StepDone:
+    def _done(self, pending: PendingStep, report: dict[str, float], *, taken: bool) -> StepDone:
         waited, gradient_norm = report.pop("waited"), report.pop("gradient_norm")
         return StepDone(
             step=pending.step + 1,
@@ -364,7 +364,7 @@ class Trainer(ABC, Generic[Delivered]):
         for event in self.checkpoints.news():
             tell(self.listeners, event)
 
-    def _share(self, step: int) -> Share:
+    def _share(self, step: int) -> CheckpointShard:
         losses, is_high = self._spikes.memory
         progress = Progress(losses, is_high, self._skipped_in_a_row, self._num_taken)
         return self.learner.share(step, self.engine.optimizer_share(), self.config, progress, asdict(self.schedule))

@@ -50,7 +50,7 @@ BUILD = [
     ),
 ]
 
-COURSE = [
+IMMUTABLE_KEYS = [
     Panel("Videos", "Stored in a second.", "cps", {"{{run}}": _rate("mcl_build_videos_total")}),
     Panel("Frames", "Stored in a second.", "cps", {"{{run}}": _rate("mcl_build_frames_total")}),
     Panel("Bytes", "Written to the shard set in a second.", "Bps", {"{{run}}": _rate("mcl_build_bytes_total")}),
@@ -86,6 +86,6 @@ BUILDER = dashboard(
     "builder",
     "Videos on their way into a shard set: pace, what a video costs, what was refused and why.",
     "mcl_build_videos_planned",
-    {"Build": BUILD, "Course": COURSE},
+    {"Build": BUILD, "Course": IMMUTABLE_KEYS},
     ("job", "run", "instance"),
 )

@@ -157,6 +157,6 @@ RELIABILITY = dashboard(
     "reliability",
     "What runs have lost, what a crash would cost now, and what is about to run out.",
     "mcl_run_info",
-    {"Now": NOW, "Losses": LOSSES, "Checkpoints": CHECKPOINTS, "Room": ROOM},
+    {"Now": NOW, "Losses": LOSSES, "CheckpointManager": CHECKPOINTS, "Room": ROOM},
     ("job", "run", "rank"),
 )

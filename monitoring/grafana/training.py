@@ -223,6 +223,6 @@ TRAINING = dashboard(
     "training",
     "How far pre-training is, how fast it goes, where its time goes, and whether it learns.",
     "mcl_step_seconds_count",
-    {"Progress": PROGRESS, "Speed": SPEED, "Learning": LEARNING, "Machines": MACHINES},
+    {"Progress": PROGRESS, "Speed": SPEED, "TrainingState": LEARNING, "Machines": MACHINES},
     ("job", "run", "rank"),
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 from monitoring.history.curves import Curves
 from monitoring.history.messages import message
-from monitoring.history.run_view import VERSION, Checkpoint, Message, Rank, View, quiet_limit, usual, warnings_of
+from monitoring.history.run_view import VERSION, Checkpoint, Message, RankView, RunView, quiet_limit, usual, warnings_of
 
 NUM_MESSAGES = 50
 GONE_SECONDS = 5.0  # without news before a lock that nobody holds says that the run is gone
@@ -78,13 +78,13 @@ class History:
         elif rank == 0:
             self._hear(line)
 
-    def view(self, *, alive: bool | None = True) -> View:
+    def view(self, *, alive: bool | None = True) -> RunView:
         """The run now; `alive` says whether its process still is, none where that cannot be known."""
         whole, recent, now = self._curves.whole(), self._curves.recent(), time.time()
         step_seconds = usual(recent["values"].get("seconds", []))
         state, why = self._state_at(now, alive, step_seconds)
         left = max(0, self._total_steps - self._step) if self._total_steps is not None else None
-        view = View(
+        view = RunView(
             version=VERSION,
             run=self._run,
             source=self._source,
@@ -203,9 +203,9 @@ def _by_reason(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return {reason: number for reason, number in total.most_common() if number}
 
 
-def _rank(rank: int, report: Mapping[str, Any], started: float | None) -> Rank:
+def _rank(rank: int, report: Mapping[str, Any], started: float | None) -> RankView:
     seconds = report["time"] - started if started is not None else 0.0
-    return Rank(
+    return RankView(
         rank=rank,
         node="",
         time=report["time"],

@@ -9,8 +9,8 @@ from typing import cast
 from urllib.error import HTTPError, URLError
 
 from mcl_dist.errors import UserError
-from monitoring.history.run_view import VERSION, View
-from monitoring.http.client import Client
+from monitoring.history.run_view import VERSION, RunView
+from monitoring.http.client import HttpClient
 
 SECONDS = 10.0
 MOST_BYTES = 16 * 2**20
@@ -29,9 +29,9 @@ class RemoteRun:
     """
 
     def __init__(self, url: str, credentials: Path | None = None, certificates: Path | None = None) -> None:
-        self._client = Client(url, credentials, certificates)
+        self._client = HttpClient(url, credentials, certificates)
 
-    def view(self) -> View:
+    def view(self) -> RunView:
         """The run as its first rank tells it now.
 
         Raises:
@@ -51,7 +51,7 @@ class RemoteRun:
             view = None
         if not isinstance(view, dict) or view.get("version") != VERSION:
             raise UserError(f"{url}: no run's view there; give the address of a run's first rank")
-        return cast(View, view)
+        return cast(RunView, view)
 
 
 def _told(error: HTTPError) -> str:

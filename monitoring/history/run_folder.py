@@ -11,7 +11,7 @@ from typing import Any
 
 from mcl_dist.errors import UserError
 from monitoring.history.fold import History
-from monitoring.history.run_view import View
+from monitoring.history.run_view import RunView
 
 METRICS, LOG, LOCK = "metrics.jsonl", "log.jsonl", "lock"
 OTHER_LOGS = "log-[0-9]*.jsonl"
@@ -25,7 +25,7 @@ class RunFolder:
         self._folder = folder
         self._begin()
 
-    def view(self) -> View:
+    def view(self) -> RunView:
         """The run as its files tell it now.
 
         Raises:

@@ -22,7 +22,7 @@ class Checkpoint(TypedDict):
     bytes: int | None
 
 
-class Rank(TypedDict):
+class RankView(TypedDict):
     """What is known of one rank; what is not known is none.
 
     `time` is its last word; `wait_ratio` the share of its time spent waiting for data; `queue` its batches that are
@@ -48,7 +48,7 @@ class Message(TypedDict):
     text: str
 
 
-class View(TypedDict):
+class RunView(TypedDict):
     """A run at one moment.
 
     Attributes:
@@ -89,7 +89,7 @@ class View(TypedDict):
     counts: dict[str, int]
     checkpoint: Checkpoint | None
     loader: dict[str, Any] | None
-    ranks: list[Rank]
+    ranks: list[RankView]
     restarts: dict[str, int]
     goodput: float | None
     warnings: list[str]
@@ -107,7 +107,7 @@ def quiet_limit(step_seconds: float | None) -> float:
     return max(QUIET_SECONDS, QUIET_STEPS * (step_seconds or 0.0))
 
 
-def warnings_of(view: View) -> list[str]:
+def warnings_of(view: RunView) -> list[str]:
     """What a person should look at now, most pressing first."""
     counts, loader = view["counts"], view["loader"] or {}
     waiting = usual(view["recent"]["values"].get("data_wait_ratio", []))

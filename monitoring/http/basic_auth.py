@@ -24,7 +24,7 @@ SALT_BYTES = 16
 NOBODY = "scrypt$" + "00" * SALT_BYTES + "$" + "00" * 64  # as long to refuse as a user who exists
 
 
-class Passwords:
+class BasicAuth:
     """Who may look; a header that was right once is recognised without the cost of hashing it again."""
 
     def __init__(self, hashes: Mapping[str, str]) -> None:
@@ -34,7 +34,7 @@ class Passwords:
         self._guessing = threading.Lock()  # one guess at a time, whoever tries how often
 
     @classmethod
-    def read(cls, path: Path) -> Passwords:
+    def read(cls, path: Path) -> BasicAuth:
         """The users of a file.
 
         Raises:

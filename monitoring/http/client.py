@@ -13,7 +13,7 @@ from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_ope
 from mcl_dist.errors import ConfigError
 
 
-class Client:
+class HttpClient:
     """Follows no redirect: credentials go where they were meant for, and nowhere else.
 
     Args:

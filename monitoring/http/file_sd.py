@@ -12,7 +12,7 @@ FILE = "targets.json"
 
 
 @dataclass(frozen=True)
-class Target:
+class ScrapeTarget:
     """Where one rank answers, and the labels that its series bear."""
 
     rank: int
@@ -21,7 +21,7 @@ class Target:
     port: int
 
 
-def write_targets(path: Path, targets: list[Target], run: str, *, tls: bool) -> None:
+def write_targets(path: Path, targets: list[ScrapeTarget], run: str, *, tls: bool) -> None:
     """Tell Prometheus of a run's ranks; none, once it has ended in order: a target that is gone is an alarm.
 
     Raises:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 
-class Pulse:
+class Healthz:
     """The time of the last step, and a WSGI application that tells it.
 
     Args:

@@ -10,13 +10,13 @@ from urllib.error import HTTPError
 
 from prometheus_client import CollectorRegistry, push_to_gateway
 
-from monitoring.http.client import Client
+from monitoring.http.client import HttpClient
 
 PUSH_SECONDS = 15.0  # between two pushes, as between two scrapes
 REQUEST_SECONDS = 10.0  # for the gateway to answer; at its end a command waits for it twice at the most
 
 
-class Gateway:
+class Pushgateway:
     """A Pushgateway, and the group of metrics there that is this command's.
 
     Args:
@@ -29,7 +29,7 @@ class Gateway:
 
     def __init__(
         self,
-        client: Client,
+        client: HttpClient,
         job: str,
         labels: Mapping[str, str],
         tell: Callable[[str], None],

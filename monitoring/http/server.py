@@ -17,7 +17,7 @@ from prometheus_client.exposition import ThreadingWSGIServer
 
 from mcl_dist.config import number
 from mcl_dist.errors import ConfigError, UserError
-from monitoring.http.basic_auth import Passwords
+from monitoring.http.basic_auth import BasicAuth
 
 REQUEST_SECONDS = 30.0  # for whoever connects and then says nothing
 ANYWHERE = ("", "0.0.0.0", "::")
@@ -81,7 +81,7 @@ class Exporter:
         self, registry: CollectorRegistry, config: MonitoringConfig, offset: int = 0, option: str = "monitoring.port"
     ) -> None:
         self.port = (config.port or 0) + offset
-        self._passwords = None if config.password_file is None else Passwords.read(Path(config.password_file))
+        self._passwords = None if config.password_file is None else BasicAuth.read(Path(config.password_file))
         self._mounted: dict[str, Application] = {"/metrics": make_wsgi_app(registry)}
         self._open: set[str] = set()
         where = f"{config.address}:{self.port}"

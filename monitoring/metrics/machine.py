@@ -8,13 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from monitoring.metrics.gpu import Gpu
-from monitoring.metrics.registry import Board
+from monitoring.metrics.registry import Registry
 
 MEMORY = {"MemTotal": "mcl_host_memory_size_bytes", "MemAvailable": "mcl_host_memory_available_bytes"}
 MEMORY_FILE = Path("/proc/meminfo")  # Linux; elsewhere the host's memory is absent
 
 
-def watch_machine(board: Board, volumes: Mapping[str, Path], gpu: Gpu | None) -> None:
+def watch_machine(board: Registry, volumes: Mapping[str, Path], gpu: Gpu | None) -> None:
     """Look at every scrape.
 
     Args:
@@ -34,7 +34,7 @@ def watch_machine(board: Board, volumes: Mapping[str, Path], gpu: Gpu | None) ->
     board.before_scrape(look)
 
 
-def _memory(board: Board) -> None:
+def _memory(board: Registry) -> None:
     with suppress(OSError):
         for line in MEMORY_FILE.read_text().splitlines():
             name, _, rest = line.partition(":")
@@ -42,7 +42,7 @@ def _memory(board: Board) -> None:
                 board.set(MEMORY[name], int(rest.split()[0]) * 1024)  # told in kB, which here are KiB
 
 
-def _disk(board: Board, volume: str, folder: Path) -> None:
+def _disk(board: Registry, volume: str, folder: Path) -> None:
     there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     with suppress(OSError):
         found = os.statvfs(there)

@@ -33,7 +33,7 @@ class _Shown:
     counts: dict[tuple[str, ...], _Counts] = field(default_factory=dict)
 
 
-class Board(Collector):
+class Registry(Collector):
     """Values to be scraped; any thread may change them.
 
     Counters are there from the start, at 0 for every known value of their label, so that the first increase counts;

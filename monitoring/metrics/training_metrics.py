@@ -20,9 +20,9 @@ from mcl_dist.events import (
     Stopping,
 )
 from mcl_dist.run_log.goodput import CAUSES
-from monitoring.http.healthz import Pulse
+from monitoring.http.healthz import Healthz
 from monitoring.metrics.catalogue import LOSSES
-from monitoring.metrics.registry import Board
+from monitoring.metrics.registry import Registry
 
 STORAGE_COUNTS = (
     "bytes_read", "bytes_decoded", "requests", "cache_hits", "cache_misses", "cache_evictions", "cache_repairs"
@@ -38,7 +38,7 @@ class TrainingMetrics:
         peak_flops: floating-point operations a second that all ranks' devices can do at most, where it is known.
     """
 
-    def __init__(self, board: Board, pulse: Pulse, peak_flops: float | None = None) -> None:
+    def __init__(self, board: Registry, pulse: Healthz, peak_flops: float | None = None) -> None:
         self._board = board
         self._pulse = pulse
         self._peak_flops = peak_flops
@@ -148,7 +148,7 @@ class TrainingMetrics:
         self._board.set("mcl_checkpoint_age_seconds", time.monotonic() - self._saved)
 
 
-def show_loader(board: Board, report: LoaderReport) -> None:
+def show_loader(board: Registry, report: LoaderReport) -> None:
     """Show what a loader has done since it began."""
     storage = report.storage
     with board.at_once():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mcl_dist.errors import UserError
-from monitoring.history.run_view import View
+from monitoring.history.run_view import RunView
 
 FILES = {
     "/": ("page.html", "text/html; charset=utf-8"),
@@ -33,7 +33,7 @@ HEADERS = [
 class Page:
     """A WSGI application: `/` is the page of the run that `look` shows, `/api/history` its view as JSON."""
 
-    def __init__(self, look: Callable[[], View]) -> None:
+    def __init__(self, look: Callable[[], RunView]) -> None:
         self._look = look
         self._lock = threading.Lock()  # a server answers in threads
         folder = Path(__file__).parent

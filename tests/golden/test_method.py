@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.model.encoder import EncoderConfig
 from mcl_dist.model.network import HeadsConfig, Network
 from mcl_dist.model.pretrained_weights import from_reference, inflated, to_reference
 from mcl_dist.objective.alignment import align, alignment_map, similarity_gradient
 from mcl_dist.objective.losses import inter_loss, intra_loss, own_similarities
 from mcl_dist.objective.momentum_encoder import Keys, MomentumEncoder
-from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.negative_queue import NegativeQueue
 from mcl_dist.objective.objective import LossWeights, Objective
 from mcl_dist.objective.schedule import Schedule
 
@@ -70,7 +70,7 @@ def test_inter_logits_and_loss_equal_the_reference(golden: Path) -> None:
     logits = torch.cat([own.reshape(-1, 1), negatives.repeat(3, 1)], dim=1) / TEMPERATURE
     check_close(logits, vectors["logits_inter"], 1e-9)
     check_close(own[0, :, None], vectors["positive"], 1e-9)
-    against = Queue(vectors["memory_before"]).against(vectors["q_inter"], TEMPERATURE)
+    against = NegativeQueue(vectors["memory_before"]).against(vectors["q_inter"], TEMPERATURE)
     check_close(inter_loss(own, against, TEMPERATURE), vectors["loss_inter"], 1e-9)
 
 
@@ -84,7 +84,7 @@ def test_intra_logits_and_loss_equal_the_reference(golden: Path) -> None:
 
 def test_the_queue_takes_all_ranks_keys_and_wraps_as_the_reference_does(golden: Path) -> None:
     vectors = arrays(golden / "contrast.npz")
-    queue = Queue(vectors["memory_before"].clone(), int(vectors["index_before"]))
+    queue = NegativeQueue(vectors["memory_before"].clone(), int(vectors["index_before"]))
     queue.enqueue(vectors["k_inter_all"])
     check_close(queue.vectors, vectors["memory_after"], 1e-9)
     assert queue.position == int(vectors["index_after"])
@@ -133,13 +133,13 @@ def golden_step(golden: Path) -> dict[str, object]:
     shapes = json.loads((golden / "reference_state_dict.json").read_text())
     network = Network(EncoderConfig(), HeadsConfig()).double().train()
     network.load_state_dict(from_reference(ruled_state(shapes, seed)), strict=True)
-    momentum = MomentumEncoder(network, Ranks(), seed=0, autocast=False)
+    momentum = MomentumEncoder(network, ProcessGroup(), seed=0, autocast=False)
     draws = np.random.default_rng(seed + 7)
     clips = [
         torch.from_numpy(draws.standard_normal((2, 3, 16, 112, 112)).astype(np.float32)).double() for _ in range(4)
     ]
     rows = torch.from_numpy(np.random.default_rng(seed + 9).standard_normal((64, 128)))
-    queue = Queue(rows / rows.norm(dim=1, keepdim=True))
+    queue = NegativeQueue(rows / rows.norm(dim=1, keepdim=True))
 
     with torch.no_grad():
         keys = [momentum.network(clip) for clip in clips[1:]]

@@ -92,7 +92,7 @@ def test_a_missing_file_is_named() -> None:
 
 
 @dataclass(frozen=True)
-class Room:
+class SharedArrays:
     limit: int | None = byte_size(None)
 
 
@@ -101,10 +101,10 @@ class Room:
     [("500", 500), ("200GB", 200_000_000_000), ("1.5 TiB", 3 * 2**39), ("64k", 64_000), (7, 7), (None, None)],
 )
 def test_bytes_may_be_written_with_their_unit(text: object, num_bytes: int | None) -> None:
-    assert build_config(Room, {"limit": text}).limit == num_bytes
+    assert build_config(SharedArrays, {"limit": text}).limit == num_bytes
 
 
 @pytest.mark.parametrize("value", ["many", "-1GB", "3XB", 0, 1.5])
 def test_what_is_no_number_of_bytes_is_refused(value: object) -> None:
     with pytest.raises(ConfigError, match=r"limit: found .*, must be a number of bytes, for example 200GB"):
-        build_config(Room, {"limit": value})
+        build_config(SharedArrays, {"limit": value})

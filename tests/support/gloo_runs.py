@@ -9,18 +9,18 @@ from pathlib import Path
 import torch
 
 from mcl_dist.batch import TubeletBatch
-from mcl_dist.checkpoint import CheckpointConfig, Checkpoints, Progress
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.checkpoint import CheckpointConfig, CheckpointManager, Progress
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.model.encoder import EncoderConfig
 from mcl_dist.model.network import HeadsConfig, Network
 from mcl_dist.objective.momentum_encoder import MomentumEncoder
-from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.negative_queue import NegativeQueue
 from mcl_dist.objective.objective import Objective, ObjectiveConfig
 from mcl_dist.objective.schedule import Schedule
 from mcl_dist.training import deepspeed_engine as engine_module
 from mcl_dist.training.deepspeed_engine import Engine, OptimizerConfig, join_process_group, pick_device
-from mcl_dist.training.pretrain_state import Learner
-from mcl_dist.training.pretrain_step import Pretrainer
+from mcl_dist.training.pretrain_state import PretrainState
+from mcl_dist.training.pretrain_step import PretrainTrainer
 from mcl_dist.training.trainer import TrainConfig
 
 GLOBAL_BATCH, STEPS = 4, 6
@@ -28,15 +28,15 @@ QUIET = TrainConfig(on_spike="ignore")
 LOSSES = ObjectiveConfig(queue=30, order="ramp")
 
 
-def noise(ranks: Ranks, start: int) -> Iterator[TubeletBatch]:
+def noise(group: ProcessGroup, start: int) -> Iterator[TubeletBatch]:
     """The global batch of a step depends on the step alone."""
     for step in itertools.count(start):
         draw = torch.Generator().manual_seed(step)
         views = torch.randint(0, 256, (GLOBAL_BATCH, 4, 8, 32, 32, 3), generator=draw, dtype=torch.uint8)
         motion = torch.rand(GLOBAL_BATCH, 2, 4, 4, generator=draw)
         order = torch.randint(0, 2, (GLOBAL_BATCH,), generator=draw)
-        size = GLOBAL_BATCH // ranks.count
-        own = slice(ranks.rank * size, (ranks.rank + 1) * size)
+        size = GLOBAL_BATCH // group.size
+        own = slice(group.rank * size, (group.rank + 1) * size)
         samples, boxes = torch.arange(GLOBAL_BATCH), torch.zeros(GLOBAL_BATCH, 4, 4)
         yield TubeletBatch(
             views=views[own], motion=motion[own], order=order[own], samples=samples[own], boxes=boxes[own]
@@ -45,22 +45,24 @@ def noise(ranks: Ranks, start: int) -> Iterator[TubeletBatch]:
 
 def put_together(
     folder: str | Path,
-    ranks: Ranks,
+    group: ProcessGroup,
     optimizer: OptimizerConfig,
     batches: Callable[[int], Iterator[TubeletBatch]],
-    trainer: type[Pretrainer] = Pretrainer,
+    trainer: type[PretrainTrainer] = PretrainTrainer,
     settings: TrainConfig = QUIET,
     steps: int = STEPS,
     batch_norm: str = "shuffled",
-) -> Pretrainer:
+) -> PretrainTrainer:
     """A run that starts from the newest checkpoint in the folder, if there is one."""
     engine_module.PERSISTENT_NUMEL = 0  # stage 3 shards all, however small
     torch.manual_seed(0)
     network = Network(EncoderConfig(width=4, blocks=(1, 1), batch_norm=batch_norm), HeadsConfig(dim=8)).train()
-    momentum = MomentumEncoder(network, ranks, seed=0, autocast=False)
-    queue = Queue.random(LOSSES.queue, 8, torch.Generator().manual_seed(0), ranks.device, ranks=ranks, sharded=True)
-    learner = Learner(network, momentum, queue)
-    checkpoints = Checkpoints(f"{folder}/checkpoints", ranks, CheckpointConfig(keep=99))
+    momentum = MomentumEncoder(network, group, seed=0, autocast=False)
+    queue = NegativeQueue.random(
+        LOSSES.queue, 8, torch.Generator().manual_seed(0), group.device, group=group, sharded=True
+    )
+    learner = PretrainState(network, momentum, queue)
+    checkpoints = CheckpointManager(f"{folder}/checkpoints", group, CheckpointConfig(keep=99))
     start, _ = checkpoints.latest()
     snapshot = checkpoints.load(start) if start else None
     if snapshot:
@@ -68,7 +70,7 @@ def put_together(
     engine = Engine(
         Objective(network, temperature=0.1),
         optimizer,
-        batch_per_rank=GLOBAL_BATCH // ranks.count,
+        batch_per_rank=GLOBAL_BATCH // group.size,
         accumulate=settings.accumulate,
     )
     if snapshot:
@@ -76,7 +78,7 @@ def put_together(
     return trainer(
         engine=engine,
         learner=learner,
-        ranks=ranks,
+        group=group,
         schedule=Schedule(optimizer.learning_rate, steps_per_epoch=2, total_steps=steps, warmup_epochs=1.0),
         losses=LOSSES,
         checkpoints=checkpoints,
@@ -90,7 +92,7 @@ def put_together(
     )
 
 
-def joined() -> Ranks:
+def joined() -> ProcessGroup:
     device = pick_device()
     join_process_group(device)
-    return Ranks(device)
+    return ProcessGroup(device)

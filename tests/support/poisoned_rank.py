@@ -16,20 +16,20 @@ from dataloading.loader import loader
 from launch import pretrain
 from launch.pretraining import compose as assembly
 from mcl_dist.batch import QUERY, TubeletBatch
-from mcl_dist.training.pretrain_step import Pretrainer
+from mcl_dist.training.pretrain_step import PretrainTrainer
 
 
-class Poisoned(Pretrainer):
+class Poisoned(PretrainTrainer):
     """Trains as ever, on what it is given."""
 
     def take(self, step: int, batch: TubeletBatch, *more: Any, **named: Any) -> Any:
         views = batch.views.float()  # always, as those that ranks exchange have one type
-        if not self.ranks.is_first and Path(os.environ["POISON"]).exists():
+        if not self.group.is_first and Path(os.environ["POISON"]).exists():
             views[0, QUERY, 1, 2, 3, 0] = torch.nan
         return super().take(step, replace(batch, views=views), *more, **named)
 
 
 if __name__ == "__main__":
     loader.REPORT_SECONDS = 0.2
-    assembly.Pretrainer = Poisoned  # type: ignore[misc]
+    assembly.PretrainTrainer = Poisoned  # type: ignore[misc]
     pretrain.main()

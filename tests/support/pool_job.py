@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from dataloading.loader.shared_memory import Room
-from dataloading.loader.worker_pool import Crew, DoStep
+from dataloading.loader.shared_memory import SharedArrays
+from dataloading.loader.worker_pool import DoStep, WorkerPool
 from mcl_dist.errors import UserError
 
 
 def start() -> DoStep:
     """Puts the step's number into 1000 places."""
 
-    def do_step(step: int, room: Room) -> dict[str, Any]:
+    def do_step(step: int, room: SharedArrays) -> dict[str, Any]:
         room.array("numbers", (10, 100), np.int32)[:] = step
         return {"pid": os.getpid()}
 
@@ -26,7 +26,7 @@ def start() -> DoStep:
 def start_refusing() -> DoStep:
     """Refuses step 2."""
 
-    def do_step(step: int, room: Room) -> dict[str, Any]:
+    def do_step(step: int, room: SharedArrays) -> dict[str, Any]:
         if step == 2:
             raise UserError("step 2 is too much")
         room.array("numbers", (1,), np.int32)[:] = step
@@ -37,6 +37,6 @@ def start_refusing() -> DoStep:
 
 def train() -> None:
     """Have endless steps done by two workers; says on standard output when the first is."""
-    for done in Crew(start, 2, itertools.count()):
+    for done in WorkerPool(start, 2, itertools.count()):
         if done.report and done.arrays["numbers"][0, 0] == 0:
             print("working", flush=True)

@@ -13,7 +13,7 @@ import webdataset
 from dataloading.build.builder import build_shards, existing_set
 from dataloading.build.local_executor import LocalExecutor
 from dataloading.build.verify import verify_shards
-from dataloading.build.video_processor import BuildConfig, Outcome, key_of
+from dataloading.build.video_processor import BuildConfig, VideoOutcome, key_of
 from dataloading.shards.format import REPORT, Manifest, RefusedVideo, ShardWriter, read_manifest
 from dataloading.shards.index import KEY, MEMBERS
 from dataloading.synthetic.videos import write_video
@@ -84,7 +84,7 @@ def test_the_seed_decides_the_order(source: Path, tmp_path: Path) -> None:
     for seed in (0, 1):
         told[seed] = []
 
-        def listen(outcome: Outcome, sources: list[str] = told[seed]) -> None:
+        def listen(outcome: VideoOutcome, sources: list[str] = told[seed]) -> None:
             sources.append(outcome.source if isinstance(outcome, RefusedVideo) else outcome.info["source"])
 
         config = BuildConfig(flow="dis", short_side=0, window=8, seed=seed)

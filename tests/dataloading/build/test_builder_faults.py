@@ -15,14 +15,14 @@ import pytest
 from dataloading.build.build_lock import LEASE
 from dataloading.build.builder import build_shards
 from dataloading.build.local_executor import LocalExecutor
-from dataloading.build.video_processor import BuildConfig, Outcome
+from dataloading.build.video_processor import BuildConfig, VideoOutcome
 from dataloading.shards.format import REPORT
 from dataloading.synthetic.videos import write_video
 from dataloading.videos.sources import scan_sources
 from launch.cli.main import main
 from mcl_dist.errors import EXIT_FAILURE, UserError
 from mcl_dist.storage.folder import Folder
-from mcl_dist.storage.retry import Patience
+from mcl_dist.storage.retry import RetryPolicy
 from tests.support.faultproxy import FaultProxy, fault_proxy
 from tests.support.s3 import S3Store
 
@@ -109,7 +109,7 @@ def test_a_store_that_is_gone_midway_is_one_line_and_the_build_goes_on_later(
     monkeypatch.setattr("dataloading.build.build_lock.REFRESH_SECONDS", 1.0)
     told: list[str] = []
     with proxied(s3_store, monkeypatch, 0.0, {kind}) as proxy:
-        destination = Folder(s3_url, Patience(seconds=2, request_seconds=0.5, tell=told.append))
+        destination = Folder(s3_url, RetryPolicy(seconds=2, request_seconds=0.5, tell=told.append))
         goes = after(3, lambda: setattr(proxy, "share", 1.0))
         with pytest.raises(UserError, match=r"; given up after \d+ tries in \d s; see that the store and ") as raised:
             build_shards(scan_sources(str(source)), destination, CONFIG, LocalExecutor(1), goes)
@@ -153,7 +153,7 @@ def test_videos_in_a_store_that_fails_now_and_then_make_the_same_set(
 
 
 def test_a_lease_whose_taking_was_answered_by_a_reset_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = Folder("memory://faults/lease", Patience(tell=lambda _: None))
+    folder = Folder("memory://faults/lease", RetryPolicy(tell=lambda _: None))
     write = type(folder._filesystem).pipe_file
 
     def reset_once(*arguments: object, **how: object) -> None:
@@ -240,10 +240,10 @@ def test_no_manifest_is_written_of_shards_that_are_gone(source: Path, tmp_path: 
 def test_a_source_that_vanishes_midway_is_refused_video_by_video(source: Path, tmp_path: Path) -> None:
     copy = tmp_path / "videos"
     shutil.copytree(source, copy)
-    told: list[Outcome] = []
+    told: list[VideoOutcome] = []
     vanishes = after(2, lambda: shutil.rmtree(copy))
 
-    def listen(outcome: Outcome) -> None:
+    def listen(outcome: VideoOutcome) -> None:
         told.append(outcome)
         vanishes(outcome)
 

@@ -9,9 +9,9 @@ import pytest
 
 from dataloading.build.builder import build_shards
 from dataloading.build.local_executor import LocalExecutor
-from dataloading.build.near_duplicates import MAX_DIFFERING, NUM_BYTES, Look, NearDuplicate, dhash, near_duplicates
+from dataloading.build.near_duplicates import MAX_DIFFERING, NUM_BYTES, VideoHash, dhash, near_duplicates
 from dataloading.build.video_processor import BuildConfig
-from dataloading.shards.format import read_manifest
+from dataloading.shards.format import NearDuplicate, read_manifest
 from dataloading.synthetic.videos import write_video
 from dataloading.videos.sources import scan_sources
 from mcl_dist.storage.folder import Folder
@@ -36,8 +36,8 @@ def flipped(look: bytes, bits: Sequence[int]) -> str:
 
 def test_a_copy_of_another_size_and_quality_looks_alike_and_other_films_do_not() -> None:
     small = [cv2.resize(frame, (80, 60), interpolation=cv2.INTER_AREA) for frame in film(0)]
-    looks = [Look("original", dhash(stills(film(0)))), Look("copy", dhash(stills(small, quality=60)))]
-    looks += [Look(f"other {seed}", dhash(stills(film(seed)))) for seed in range(1, 20)]
+    looks = [VideoHash("original", dhash(stills(film(0)))), VideoHash("copy", dhash(stills(small, quality=60)))]
+    looks += [VideoHash(f"other {seed}", dhash(stills(film(seed)))) for seed in range(1, 20)]
     (found,) = near_duplicates(looks)
     assert (found.source, found.like) == ("copy", "original")
 
@@ -47,20 +47,20 @@ def test_no_pair_within_the_limit_is_overlooked_wherever_the_bits_differ() -> No
     for _ in range(50):
         look = rng.bytes(NUM_BYTES)
         bits = rng.choice(8 * NUM_BYTES, MAX_DIFFERING, replace=False).tolist()
-        near, far = Look("near", flipped(look, bits)), Look("far", flipped(rng.bytes(NUM_BYTES), []))
-        assert near_duplicates([Look("first", look.hex()), far, near]) == (
+        near, far = VideoHash("near", flipped(look, bits)), VideoHash("far", flipped(rng.bytes(NUM_BYTES), []))
+        assert near_duplicates([VideoHash("first", look.hex()), far, near]) == (
             NearDuplicate("near", "first", MAX_DIFFERING),
         )
 
 
 def test_every_copy_names_the_earliest_it_looks_like() -> None:
     look = bytes(range(NUM_BYTES))
-    looks = [Look(name, flipped(look, bits)) for name, bits in (("a", [0]), ("b", [1]), ("c", []))]
+    looks = [VideoHash(name, flipped(look, bits)) for name, bits in (("a", [0]), ("b", [1]), ("c", []))]
     assert near_duplicates(looks) == (NearDuplicate("b", "a", 2), NearDuplicate("c", "a", 1))
 
 
-@pytest.mark.parametrize("looks", [[], [Look("alone", "00" * NUM_BYTES)]])
-def test_of_one_video_or_none_nothing_looks_alike(looks: list[Look]) -> None:
+@pytest.mark.parametrize("looks", [[], [VideoHash("alone", "00" * NUM_BYTES)]])
+def test_of_one_video_or_none_nothing_looks_alike(looks: list[VideoHash]) -> None:
     assert near_duplicates(looks) == ()
 
 

@@ -21,7 +21,7 @@ from dataloading.videos.sources import scan_sources
 from launch.cli.main import main
 from mcl_dist.errors import EXIT_FAILURE, UserError
 from mcl_dist.storage.folder import Folder
-from mcl_dist.storage.retry import Patience
+from mcl_dist.storage.retry import RetryPolicy
 from tests.support.s3 import SECRET
 
 OPTIONS = ("--flow", "dis", "--short-side", "0", "--window", "8", "--shard-megabytes", "1")
@@ -154,6 +154,6 @@ def test_a_store_that_refuses_or_does_not_answer_is_one_line(
     monkeypatch.setenv(name, value)
     S3FileSystem.clear_instance_cache()
     with pytest.raises(UserError, match=message) as raised:
-        Folder(s3_url, Patience(seconds=0)).read("manifest.json")
+        Folder(s3_url, RetryPolicy(seconds=0)).read("manifest.json")
     assert "\n" not in str(raised.value)
     assert value == "http://127.0.0.1:9" or value not in str(raised.value)

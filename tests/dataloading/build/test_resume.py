@@ -22,10 +22,10 @@ import pytest
 
 from dataloading.build import build_lock as claim
 from dataloading.build.build_lock import LEASE, claimed
-from dataloading.build.builder import GoingOn, build_shards, remove_traces
+from dataloading.build.builder import ResumedBuild, build_shards, remove_traces
 from dataloading.build.local_executor import LocalExecutor
 from dataloading.build.verify import verify_shards
-from dataloading.build.video_processor import BuildConfig, Outcome, VideoProcessor
+from dataloading.build.video_processor import BuildConfig, VideoOutcome, VideoProcessor
 from dataloading.shards.format import REPORT, Manifest, RefusedVideo
 from dataloading.synthetic.videos import write_video
 from dataloading.videos.sources import scan_sources
@@ -87,7 +87,7 @@ def build(
     source: Path,
     destination: Path | str,
     config: BuildConfig = CONFIG,
-    listen: Callable[[Outcome | GoingOn], None] = lambda _: None,
+    listen: Callable[[VideoOutcome | ResumedBuild], None] = lambda _: None,
 ) -> Manifest:
     return build_shards(scan_sources(str(source)), Folder(str(destination)), config, LocalExecutor(1), listen)
 
@@ -97,11 +97,11 @@ def contents(folder: Path | str) -> dict[str, bytes]:
     return {name: there.read(name) for name in there.names() if name != REPORT}
 
 
-def stop_at(number: int, error: type[BaseException] = Killed) -> Callable[[Outcome | GoingOn], None]:
+def stop_at(number: int, error: type[BaseException] = Killed) -> Callable[[VideoOutcome | ResumedBuild], None]:
     """A listener that ends the build when it is told its n-th outcome."""
     left = [number]
 
-    def listen(_: Outcome | GoingOn) -> None:
+    def listen(_: VideoOutcome | ResumedBuild) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise error
@@ -127,12 +127,12 @@ def test_a_build_goes_on_to_the_same_set_without_repeating_a_finished_shard(
     destination = url.format(tmp_path)
     with pytest.raises(Killed):
         build(source, destination, listen=stop_at(number))
-    told: list[Outcome | GoingOn] = []
+    told: list[VideoOutcome | ResumedBuild] = []
     build(source, destination, listen=told.append)
     assert contents(destination) == whole
-    kept = told[0].videos + told[0].refused if isinstance(told[0], GoingOn) else 0
+    kept = told[0].videos + told[0].refused if isinstance(told[0], ResumedBuild) else 0
     assert (kept > 0) == (number > 4)
-    assert kept + sum(not isinstance(event, GoingOn) for event in told) == 12
+    assert kept + sum(not isinstance(event, ResumedBuild) for event in told) == 12
 
 
 def test_a_set_interrupted_again_and_again_is_the_uninterrupted_one(
@@ -153,7 +153,7 @@ def test_refused_videos_of_finished_shards_are_not_opened_again(
     opened = []
     process = VideoProcessor.__call__
 
-    def watched(processor: VideoProcessor, video: Any, *patience: Any) -> Outcome:
+    def watched(processor: VideoProcessor, video: Any, *patience: Any) -> VideoOutcome:
         opened.append(video.path)
         return process(processor, video, *patience)
 
@@ -303,9 +303,9 @@ def hold(url: str, **changes: Any) -> None:
 def test_a_lease_that_ran_out_is_taken_over_and_said(source: Path, whole: dict[str, bytes]) -> None:
     url = "memory://claims/stale"
     hold(url, time=time.time() - claim.STALE_SECONDS - 1)
-    told: list[Outcome | GoingOn] = []
+    told: list[VideoOutcome | ResumedBuild] = []
     build(source, url, listen=told.append)
-    assert told[0] == GoingOn("process 1 on elsewhere", 0, 0, 0)
+    assert told[0] == ResumedBuild("process 1 on elsewhere", 0, 0, 0)
     assert contents(url) == whole
 
 
@@ -320,15 +320,15 @@ def test_the_lease_of_a_process_of_this_host_that_is_gone_is_taken_over_at_once(
     process.wait()
     url = "memory://claims/gone"
     hold(url, host=claim.socket.gethostname(), pid=process.pid)
-    told: list[Outcome | GoingOn] = []
+    told: list[VideoOutcome | ResumedBuild] = []
     build(source, url, listen=told.append)
-    assert isinstance(told[0], GoingOn)
+    assert isinstance(told[0], ResumedBuild)
 
 
 def test_a_builder_whose_lease_was_taken_writes_no_more(source: Path) -> None:
     url = "memory://claims/lost"
 
-    def lose(outcome: Outcome | GoingOn) -> None:
+    def lose(outcome: VideoOutcome | ResumedBuild) -> None:
         if isinstance(outcome, RefusedVideo):
             hold(url)
 

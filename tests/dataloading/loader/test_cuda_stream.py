@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from dataloading.loader.cuda_stream import arrived, beside_training
-from dataloading.loader.step_jobs import MadeStep
+from dataloading.loader.step_jobs import DecodedStep
 from mcl_dist.batch import TubeletBatch
 
 
-def slowly_made(device: torch.device) -> Iterator[MadeStep]:
+def slowly_made(device: torch.device) -> Iterator[DecodedStep]:
     """Steps whose batches hold their number, long after the host has gone on."""
     for step in range(4):
         work = torch.eye(4096, device=device)
@@ -18,7 +18,7 @@ def slowly_made(device: torch.device) -> Iterator[MadeStep]:
             work = work @ work
         number = (work[0, 0] * step).expand(2, 4)
         parts = {name: number.clone() for name in ("views", "motion", "order", "samples", "boxes")}
-        yield MadeStep(step, TubeletBatch(**parts), 0, [], {})
+        yield DecodedStep(step, TubeletBatch(**parts), 0, [], {})
 
 
 @pytest.mark.gpu
@@ -28,5 +28,5 @@ def test_a_batch_made_beside_training_is_whole_when_training_uses_it() -> None:
 
 
 def test_a_batch_made_on_the_cpu_is_handed_over_as_it_is() -> None:
-    made = MadeStep(3, TubeletBatch(*[torch.zeros(1)] * 5), 0, [], {})
+    made = DecodedStep(3, TubeletBatch(*[torch.zeros(1)] * 5), 0, [], {})
     assert arrived(made) is made

@@ -18,7 +18,7 @@ from dataloading.loader.batch_maker import BatchMaker
 from dataloading.loader.config import DataConfig, SetConfig
 from dataloading.loader.loader import TubeletLoader
 from dataloading.loader.serialization import pack, unpack
-from dataloading.loader.shared_memory import Room
+from dataloading.loader.shared_memory import SharedArrays
 from dataloading.loader.video_source import VideoSource
 from dataloading.reading.shard_set import ShardSet
 from mcl_dist.batch import TubeletBatch
@@ -190,7 +190,7 @@ def test_train_and_sets_are_given_one_at_a_time() -> None:
 def test_videos_pass_through_shared_memory_unchanged(config: DataConfig) -> None:
     source = VideoSource(config, seed=5, global_batch=GLOBAL_BATCH, rank=0, num_ranks=1)
     videos, _ = source.videos(3)
-    room = Room()
+    room = SharedArrays()
     rest = json.loads(json.dumps(pack(videos, room)))
     maker = BatchMaker(config, GRID, torch.device("cpu"))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataloading.loader.worker_pool import Crew
+from dataloading.loader.worker_pool import WorkerPool
 from mcl_dist.errors import UserError
 from tests.support.paths import REPOSITORY
 from tests.support.pool_job import start, start_refusing
@@ -44,7 +44,7 @@ def processes_of(session: int) -> list[int]:
 
 
 def test_results_come_in_the_order_of_the_steps() -> None:
-    crew = Crew(start, 3, range(12))
+    crew = WorkerPool(start, 3, range(12))
     try:
         assert [int(done.arrays["numbers"][9, 99]) for done in crew] == list(range(12))
     finally:
@@ -52,7 +52,7 @@ def test_results_come_in_the_order_of_the_steps() -> None:
 
 
 def test_memory_is_used_again_only_when_nobody_has_its_arrays() -> None:
-    crew = Crew(start, 1, range(30))
+    crew = WorkerPool(start, 1, range(30))
     try:
         done = iter(crew)
         kept = [torch.from_numpy(next(done).arrays["numbers"])[1:3] for _ in range(5)]
@@ -65,7 +65,7 @@ def test_memory_is_used_again_only_when_nobody_has_its_arrays() -> None:
 
 
 def test_what_a_worker_raises_is_raised_where_results_are_taken() -> None:
-    crew = Crew(start_refusing, 2, range(5))
+    crew = WorkerPool(start_refusing, 2, range(5))
     try:
         done = iter(crew)
         assert [next(done).arrays["numbers"][0] for _ in range(2)] == [0, 1]
@@ -79,7 +79,7 @@ def test_what_a_worker_raises_is_raised_where_results_are_taken() -> None:
 def test_a_hundred_killed_workers_are_told_and_leave_nothing() -> None:
     before = shared_segments()
     for _ in range(ROUNDS):
-        crews = [Crew(start, 1, range(10**6)) for _ in range(AT_ONCE)]
+        crews = [WorkerPool(start, 1, range(10**6)) for _ in range(AT_ONCE)]
         try:
             for crew in crews:
                 taken = iter(crew)

@@ -9,7 +9,7 @@ import pytest
 
 from dataloading.reading.read_ahead import ReadAhead
 from dataloading.reading.shard_set import ShardSet
-from dataloading.reading.thread_map import SideBySide
+from dataloading.reading.thread_map import ThreadMap
 from mcl_dist.errors import UserError
 
 WriteSet = Callable[..., Path]
@@ -74,7 +74,7 @@ def test_shards_that_are_expected_are_there_when_they_are_read(write_set: WriteS
 
 
 def test_calls_side_by_side_return_in_order_and_end_before_an_error_is_told() -> None:
-    pool = SideBySide(4, "calls")
+    pool = ThreadMap(4, "calls")
     both = threading.Barrier(2)
     assert pool.map(lambda item: (both.wait(30), item)[1], range(4)) == [0, 1, 2, 3]
     ended: list[int] = []

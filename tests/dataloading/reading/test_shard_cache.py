@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from dataloading.reading.file_lock import LockedFile
-from dataloading.reading.read_counters import FetchReport
-from dataloading.reading.shard_cache import DAMAGED, NEXT, PARTIAL, FileCache, Fill
+from dataloading.reading.read_counters import ReadCounters
+from dataloading.reading.shard_cache import DAMAGED, NEXT, PARTIAL, Fill, ShardCache
 from mcl_dist.errors import UserError
 from tests.support.paths import REPOSITORY
 
@@ -31,7 +31,7 @@ def filling(size: int = SIZE, calls: list[int] | None = None) -> Fill:
     return fill
 
 
-def opened(cache: FileCache, name: str, size: int = SIZE) -> LockedFile:
+def opened(cache: ShardCache, name: str, size: int = SIZE) -> LockedFile:
     return cache.open(name, size, filling(size))
 
 
@@ -60,8 +60,8 @@ def fewest_misses(sequence: Sequence[str], room: int) -> int:
 def test_eviction_by_next_use_misses_as_rarely_as_the_best_of_all_choices(tmp_path: Path, room: int) -> None:
     for seed in range(30):
         names = np.random.default_rng(seed).choice(list("abcdef"), 14).tolist()
-        report = FetchReport()
-        cache = FileCache(tmp_path / str(seed), room * SIZE + 1, report)
+        report = ReadCounters()
+        cache = ShardCache(tmp_path / str(seed), room * SIZE + 1, report)
         for place, name in enumerate(names):
             cache.expect(names[place + 1 :])
             opened(cache, name).close()
@@ -73,7 +73,7 @@ def test_eviction_by_next_use_misses_as_rarely_as_the_best_of_all_choices(tmp_pa
 
 
 def test_of_files_that_nobody_expects_the_one_not_used_for_longest_goes_first(tmp_path: Path) -> None:
-    cache = FileCache(tmp_path, 3 * SIZE, FetchReport())
+    cache = ShardCache(tmp_path, 3 * SIZE, ReadCounters())
     for age, name in enumerate("abc"):
         opened(cache, name).close()
         os.utime(tmp_path / f"{name}.tar", (age, age))
@@ -83,7 +83,7 @@ def test_of_files_that_nobody_expects_the_one_not_used_for_longest_goes_first(tm
 
 
 def test_what_another_process_expects_is_kept_for_it_until_it_ends(tmp_path: Path) -> None:
-    cache, other = (FileCache(tmp_path, 2 * SIZE, FetchReport()) for _ in range(2))
+    cache, other = (ShardCache(tmp_path, 2 * SIZE, ReadCounters()) for _ in range(2))
     opened(cache, "theirs").close()
     opened(cache, "ours").close()
     other.expect(["theirs"])
@@ -98,7 +98,7 @@ def test_what_another_process_expects_is_kept_for_it_until_it_ends(tmp_path: Pat
 def test_what_is_being_read_is_never_evicted_and_alone_exceeds_the_limit(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     sizes = {f"file-{number}": int(rng.integers(1, 60)) for number in range(12)}
-    cache = FileCache(tmp_path, 100, FetchReport())
+    cache = ShardCache(tmp_path, 100, ReadCounters())
     reading: dict[str, LockedFile] = {}
     for name in rng.choice(list(sizes), 400).tolist():
         if name in reading:
@@ -115,7 +115,7 @@ def test_what_is_being_read_is_never_evicted_and_alone_exceeds_the_limit(tmp_pat
 
 
 def test_nothing_is_fetched_ahead_in_the_place_of_what_is_needed_sooner(tmp_path: Path) -> None:
-    cache = FileCache(tmp_path, 2 * SIZE, FetchReport())
+    cache = ShardCache(tmp_path, 2 * SIZE, ReadCounters())
     cache.expect(["first", "second", "third"])
     assert cache.fetch_ahead("first", SIZE, filling())
     assert cache.fetch_ahead("second", SIZE, filling())
@@ -135,7 +135,7 @@ def test_who_comes_while_a_file_is_fetched_waits_for_it_and_does_not_fetch_again
         go_on.wait(30)
         return filling(calls=calls)(descriptor)
 
-    caches = [FileCache(tmp_path, 2 * SIZE, FetchReport()) for _ in range(4)]
+    caches = [ShardCache(tmp_path, 2 * SIZE, ReadCounters()) for _ in range(4)]
     files: list[LockedFile] = []
     threads = [threading.Thread(target=lambda one=one: files.append(one.open("a", SIZE, slow))) for one in caches]
     threads[0].start()
@@ -151,7 +151,7 @@ def test_who_comes_while_a_file_is_fetched_waits_for_it_and_does_not_fetch_again
 
 
 def test_a_fetch_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    cache = FileCache(tmp_path, SIZE, FetchReport())
+    cache = ShardCache(tmp_path, SIZE, ReadCounters())
 
     def failing(descriptor: int) -> bool:
         os.pwrite(descriptor, b"half", 0)
@@ -166,7 +166,7 @@ def test_a_fetch_that_fails_leaves_nothing(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match=f"^{tmp_path}/file/cache: "):
-        FileCache(tmp_path / "file" / "cache", None, FetchReport())
+        ShardCache(tmp_path / "file" / "cache", None, ReadCounters())
 
 
 def test_a_child_that_is_forked_does_not_keep_its_parents_locks(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_sixty_processes_killed_while_they_fetch_leave_a_valid_cache(tmp_path: P
     kills, half_written = map(int, done.stdout.split())
     assert kills == 60
     assert half_written >= 5
-    FileCache(tmp_path / "cache", None, FetchReport()).close()
+    ShardCache(tmp_path / "cache", None, ReadCounters()).close()
     for path in (tmp_path / "cache").iterdir():
         assert path.suffix not in (PARTIAL, NEXT, DAMAGED)
         if path.suffix == ".tar":

@@ -9,16 +9,16 @@ import pytest
 
 from dataloading.loader.config import DataConfig
 from dataloading.loader.video_source import VideoSource
-from dataloading.sampling.epoch_order import Plan, lanes_of_rank, sample_generator
+from dataloading.sampling.epoch_order import EpochOrder, lanes_of_rank, sample_generator
 from mcl_dist.errors import ConfigError, UserError
 from mcl_dist.storage.folder import Folder
 
 
-def plan(num_samples: int = 47, lanes: int = 8, seed: int = 3, shuffle_window: int = 4) -> Plan:
-    return Plan(num_samples, lanes=lanes, seed=seed, shuffle_window=shuffle_window)
+def plan(num_samples: int = 47, lanes: int = 8, seed: int = 3, shuffle_window: int = 4) -> EpochOrder:
+    return EpochOrder(num_samples, lanes=lanes, seed=seed, shuffle_window=shuffle_window)
 
 
-def epoch_of(order: Plan, epoch: int) -> np.ndarray:
+def epoch_of(order: EpochOrder, epoch: int) -> np.ndarray:
     """(places, lanes)"""
     places = range(order.lane_length)
     return np.array([[order.sample(epoch, lane, place) for lane in range(order.lanes)] for place in places])

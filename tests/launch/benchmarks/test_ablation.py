@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.benchmarks.ablation import BASELINE, CONFIG, VARIANTS, Outcome, table
+from launch.benchmarks.ablation import BASELINE, CONFIG, VARIANTS, VariantScores, table
 from launch.benchmarks.ablation_page import page
 from launch.cli.main import main
 from launch.run.config import PretrainConfig
@@ -29,10 +29,10 @@ def test_variants_differ_in_what_they_know_of_motion_and_in_nothing_else() -> No
 
 def test_gains_are_over_the_baseline_of_the_same_seed() -> None:
     outcomes = [
-        Outcome(BASELINE, 0, svm=0.10, knn=0.10),
-        Outcome(BASELINE, 1, svm=0.20, knn=0.10),
-        Outcome("full", 0, svm=0.30, knn=0.10),
-        Outcome("full", 1, svm=0.50, knn=0.05),
+        VariantScores(BASELINE, 0, svm=0.10, knn=0.10),
+        VariantScores(BASELINE, 1, svm=0.20, knn=0.10),
+        VariantScores("full", 0, svm=0.30, knn=0.10),
+        VariantScores("full", 1, svm=0.50, knn=0.05),
     ]
     lines = [" ".join(line.split()) for line in table(outcomes).splitlines()]
     assert "full 40.0 (30.0, 50.0) +25.0 (+20.0 to +30.0)" in lines

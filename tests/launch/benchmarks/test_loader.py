@@ -14,7 +14,7 @@ from launch.benchmarks.loader import benchmark_settings, measure_loader
 from launch.cli.main import main
 from launch.supervision.deepspeed_launcher import free_port
 from launch.telemetry.batch_job_metrics import showing
-from monitoring.metrics.registry import Board
+from monitoring.metrics.registry import Registry
 from monitoring.metrics.training_metrics import show_loader
 
 SMALL = ["data.crop=56", "data.frames=4", "data.stride=8"]
@@ -67,7 +67,7 @@ def test_a_set_elsewhere_needs_no_cache_of_its_own(synthetic_shards: Path, bench
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # a thread may be at a request when its server ends
 def test_prometheus_is_told_what_the_report_says(synthetic_shards: Path, tmp_path: Path) -> None:
-    board, port = Board(["rank"]), free_port()
+    board, port = Registry(["rank"]), free_port()
     with showing(board, port):
         report = measure_loader(
             benchmark_settings(str(synthetic_shards), None, SMALL, str(tmp_path)),

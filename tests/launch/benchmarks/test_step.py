@@ -7,12 +7,12 @@ import torch
 
 from launch.benchmarks import reference_step as plain_step
 from launch.benchmarks.step import PHASES
-from launch.benchmarks.step_forms import Form, forms
+from launch.benchmarks.step_forms import LogSumExpForm, forms
 from launch.cli.main import main
 from mcl_dist.config import build_config
 from mcl_dist.model.encoder import normalise
 from mcl_dist.objective.losses import inter_loss, own_similarities
-from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.negative_queue import NegativeQueue
 
 SMALL = ("train.global_batch=2", "data.crop=32", "encoder.width=4", "encoder.blocks=[1]", "objective.queue=64")
 
@@ -53,17 +53,17 @@ def test_a_gpu_gains_by_two_more_changes() -> None:
 
     config = build_config(PretrainConfig, {"run": {"dir": "none"}, "data": {"train": "none"}})
     on_gpu = forms(config, torch.device("cuda"))
-    assert on_gpu[0] == Form("plain")
+    assert on_gpu[0] == LogSumExpForm("plain")
     assert [form.name for form in on_gpu[-3:]] == ["bfloat16", "compiled", "trainer"]
-    assert on_gpu[-1] == Form("trainer", *[True] * 7)
+    assert on_gpu[-1] == LogSumExpForm("trainer", *[True] * 7)
 
 
 def test_the_plain_parts_are_the_products() -> None:
     query, keys, queue = unit(2, 8), unit(3, 2, 8), unit(16, 8)
     plain = plain_step.inter_loss(query, keys, queue, 0.1)
-    ours = inter_loss(own_similarities(query, keys), Queue(queue).against(query, 0.1), 0.1)
+    ours = inter_loss(own_similarities(query, keys), NegativeQueue(queue).against(query, 0.1), 0.1)
     torch.testing.assert_close(plain, ours)
-    ring = Queue(queue.clone(), position=13)
+    ring = NegativeQueue(queue.clone(), position=13)
     ring.enqueue(keys)
     written = queue.clone()
     assert plain_step.enqueue(written, 13, keys) == ring.position

@@ -16,9 +16,9 @@ import pytest
 
 from launch.cluster.controller import _cause
 from launch.cluster.hostfile import Host
-from launch.cluster.remote_shell import Fleet
+from launch.cluster.remote_shell import RemoteShell
 from launch.cluster.ssh import UNREACHABLE, Ssh
-from launch.supervision.outcome import HUNG, KILLED, LOST, OUTCOME_LINE, End
+from launch.supervision.outcome import HUNG, KILLED, LOST, OUTCOME_LINE, Outcome
 from tests.support.hosts import Rig, missing, running_hosts
 from tests.support.paths import REPOSITORY
 
@@ -170,19 +170,19 @@ class Here(Ssh):
 
 
 def test_why_an_attempt_failed_is_what_the_supervisors_say_of_it(capsys: pytest.CaptureFixture[str]) -> None:
-    hung, missed = End(1, HUNG, "step 9 takes 80 s"), End(1, LOST, "node 1 has gone")
+    hung, missed = Outcome(1, HUNG, "step 9 takes 80 s"), Outcome(1, LOST, "node 1 has gone")
     outcomes = [f"'{OUTCOME_LINE} {json.dumps(vars(end) | {'retry': True})}'" for end in (missed, hung)]
     command = f"echo told; case $node in 0) echo {outcomes[0]};; 1) echo {outcomes[1]};; esac; exit 76"
-    with Fleet([Host("node1", 1), Host("node2", 1)], command, "ssh", Here()) as fleet:
+    with RemoteShell([Host("node1", 1), Host("node2", 1)], command, "ssh", Here()) as fleet:
         fleet.wait(SECONDS)
     assert fleet.codes == {"node1": 76, "node2": 76}
-    assert _cause(fleet.codes, fleet.ends) == End(1, HUNG, "node2: step 9 takes 80 s")
+    assert _cause(fleet.codes, fleet.ends) == Outcome(1, HUNG, "node2: step 9 takes 80 s")
     assert sorted(capsys.readouterr().out.splitlines()) == ["node1: told", "node2: told"]
 
 
 def test_a_host_that_is_lost_is_the_cause_whatever_the_others_say() -> None:
-    codes, ends = {"node1": 76, "node2": UNREACHABLE}, {"node1": End(1, KILLED, "rank 0 left")}
-    assert _cause(codes, ends) == End(1, LOST, "node1 left with 76, node2 was lost")
+    codes, ends = {"node1": 76, "node2": UNREACHABLE}, {"node1": Outcome(1, KILLED, "rank 0 left")}
+    assert _cause(codes, ends) == Outcome(1, LOST, "node1 left with 76, node2 was lost")
 
 
 @needs_hosts

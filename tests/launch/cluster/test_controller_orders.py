@@ -16,7 +16,7 @@ import pytest
 from launch.cli import main as cli
 from launch.cluster import controller as cluster
 from launch.cluster.hostfile import Host
-from launch.cluster.remote_shell import Fleet
+from launch.cluster.remote_shell import RemoteShell
 from launch.cluster.ssh import Ssh
 from mcl_dist.distributed.heartbeat import STEPPING, Beat, beat_file
 from mcl_dist.distributed.shutdown import SIGNALS
@@ -160,6 +160,6 @@ class ClosedTerminal:
 
 def test_how_a_host_ends_is_heard_when_the_terminal_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", ClosedTerminal())
-    with Fleet([Host("node1", 1)], "echo told; exit 76", "ssh", Here()) as fleet:
+    with RemoteShell([Host("node1", 1)], "echo told; exit 76", "ssh", Here()) as fleet:
         fleet.wait(SECONDS)
     assert fleet.codes == {"node1": 76}

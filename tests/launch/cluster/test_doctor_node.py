@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli.doctor import Examination
+from launch.cli.doctor import Diagnostics
 from launch.cluster import doctor_checks
 from launch.cluster.doctor_checks import FAIL, Row
 from launch.cluster.doctor_node import answer
@@ -40,7 +40,7 @@ class Here(Ssh):
 def test_a_node_without_torch_is_told_so_and_all_else_is_looked_at(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')\n")
     hosts = [Host("localhost", 1), Host("127.0.0.1", 1)]
-    rows = Examination(hosts, Here(config=str(tmp_path)), config(tmp_path), None, seconds=60.0).rows()
+    rows = Diagnostics(hosts, Here(config=str(tmp_path)), config(tmp_path), None, seconds=60.0).rows()
     assert failing(rows, "reached") == {}
     (told,) = failing(rows, "import torch").values()
     assert (told.node, told.found) == ("localhost", "OSError: libcudart.so.13: cannot open shared object file")
@@ -54,7 +54,7 @@ def test_a_node_without_torch_is_told_so_and_all_else_is_looked_at(tmp_path: Pat
 
 def ports(work: Path, hosts: Sequence[Host], *more: str) -> dict[str, Row]:
     """Rows of ports that cannot be had, by node."""
-    examination = Examination(hosts, Ssh(), config(work, *more), None, seconds=1.0)
+    examination = Diagnostics(hosts, Ssh(), config(work, *more), None, seconds=1.0)
     nodes = {host.name: answer(examination._request(host.name)) for host in hosts}
     return failing(list(doctor_checks.rows(nodes, {host.name: host.slots for host in hosts}, {})), "ports")
 

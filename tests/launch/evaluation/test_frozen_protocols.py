@@ -12,19 +12,19 @@ import torch
 
 from dataloading.shards.format import MANIFEST, manifest_from
 from launch.cli.main import main
-from launch.evaluation.encoder_under_test import Subject, load_pretrain_config, load_subject
+from launch.evaluation.encoder_under_test import EncoderUnderTest, load_pretrain_config, load_subject
 from launch.evaluation.frozen_protocols import check_classes, evaluate_frozen
 from launch.evaluation.results_log import kept
 from launch.run.config import PretrainConfig
 from mcl_dist.config import build_config, dump_config
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import UserError
 from mcl_dist.evaluation.feature_cache import digest_of
 from mcl_dist.evaluation.metrics import Scores
 from mcl_dist.model.network import Network
 from mcl_dist.objective.momentum_encoder import MomentumEncoder
-from mcl_dist.objective.negative_queue import Queue
-from mcl_dist.training.pretrain_state import Learner
+from mcl_dist.objective.negative_queue import NegativeQueue
+from mcl_dist.training.pretrain_state import PretrainState
 
 CONFIG = build_config(
     PretrainConfig,
@@ -46,13 +46,13 @@ def config_file(tmp_path: Path) -> str:
 
 def _save(run: str, step: int) -> None:
     """A checkpoint of an encoder that was never trained, of a seed that the step tells."""
-    from mcl_dist.checkpoint import Checkpoints
+    from mcl_dist.checkpoint import CheckpointManager
 
     torch.manual_seed(8 + step)
     network = Network(CONFIG.encoder, CONFIG.heads)
-    momentum = MomentumEncoder(network, Ranks(), seed=0, autocast=False)
-    learner = Learner(network, momentum, Queue(torch.rand(4, 8)))
-    Checkpoints(f"{run}/checkpoints", Ranks()).save(learner.share(step, {}, dataclasses.asdict(CONFIG)))
+    momentum = MomentumEncoder(network, ProcessGroup(), seed=0, autocast=False)
+    learner = PretrainState(network, momentum, NegativeQueue(torch.rand(4, 8)))
+    CheckpointManager(f"{run}/checkpoints", ProcessGroup()).save(learner.share(step, {}, dataclasses.asdict(CONFIG)))
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_all_splits_are_of_the_checkpoint_that_was_the_newest_at_the_start(
 ) -> None:
     seen = []
 
-    def while_the_run_goes_on(subject: Subject, *arguments: Any) -> Scores | None:
+    def while_the_run_goes_on(subject: EncoderUnderTest, *arguments: Any) -> Scores | None:
         _save(checkpoint, step=4 + len(seen))
         seen.append(digest_of(subject.encoder))
         return evaluate_frozen(subject, *arguments)

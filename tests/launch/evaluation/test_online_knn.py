@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.evaluation.online_knn import HeldOut
+from launch.evaluation.online_knn import OnlineKnn
 from launch.run.config import PretrainConfig
 from mcl_dist.config import build_config
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.distributed.shutdown import StopRequest
 from mcl_dist.errors import UserError
 from mcl_dist.events import Evaluating, Event, Notice
@@ -28,7 +28,7 @@ def config(train: Path, test: Path) -> PretrainConfig:
 
 def test_a_set_that_cannot_be_used_is_told_before_the_run_begins(synthetic_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing/manifest\.json: missing"):
-        HeldOut(config(synthetic_shards, tmp_path / "nothing"), Ranks(), print)
+        OnlineKnn(config(synthetic_shards, tmp_path / "nothing"), ProcessGroup(), print)
 
 
 def test_a_damaged_video_costs_the_evaluation_and_not_the_run(synthetic_shards: Path, tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_a_damaged_video_costs_the_evaluation_and_not_the_run(synthetic_shards: 
     shard = test / "shard-000000.tar"
     shard.write_bytes(bytes(len(shard.read_bytes())))
     told: list[Event] = []
-    held_out = HeldOut(config(synthetic_shards, test), Ranks(), told.append)
+    held_out = OnlineKnn(config(synthetic_shards, test), ProcessGroup(), told.append)
     assert held_out(Encoder(ENCODER), 7) is None
     held_out.close()
     assert told[:2] == [Evaluating(7, 0, 6), Evaluating(7, 0, 6)]
@@ -51,7 +51,7 @@ def test_a_rank_that_is_asked_to_stop_leaves_off_evaluating(synthetic_shards: Pa
     told: list[Event] = []
     stop = StopRequest()
     stop.ask("SIGTERM")
-    held_out = HeldOut(config(synthetic_shards, synthetic_shards), Ranks(), told.append, stop)
+    held_out = OnlineKnn(config(synthetic_shards, synthetic_shards), ProcessGroup(), told.append, stop)
     assert held_out(Encoder(ENCODER), 7) is None
     held_out.close()
     assert told == [Evaluating(7, 0, 6), Notice("step 7: not evaluated: asked to stop (SIGTERM) at rank 0")]

@@ -15,9 +15,9 @@ import torch
 from torch import distributed
 
 from launch.evaluation import online_knn as held_out
-from launch.evaluation.online_knn import HeldOut
+from launch.evaluation.online_knn import OnlineKnn
 from mcl_dist.checkpoint import load_encoder
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.evaluation.feature_cache import digest_of
 from mcl_dist.model.encoder import Encoder
 from mcl_dist.training.deepspeed_engine import join_process_group, pick_device
@@ -28,13 +28,13 @@ EVALUATED = (2, 3)
 RUNS = ("without", "with")
 
 
-class Noted(HeldOut):
+class Noted(OnlineKnn):
     """Notes whom it was asked to score."""
 
     folder = ""
 
     def __call__(self, encoder: Encoder, step: int) -> dict[str, float] | None:
-        with Path(self.folder, f"digests-{self._ranks.rank}.jsonl").open("a") as file:
+        with Path(self.folder, f"digests-{self._group.rank}.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "digest": digest_of(encoder)}) + "\n")
         return super().__call__(encoder, step)
 
@@ -43,8 +43,8 @@ def training(shards: str, folder: str, zero_stage: str) -> None:
     """Train twice, the second time with evaluations."""
     device = pick_device()
     join_process_group(device)
-    ranks = Ranks(device)
-    held_out.HeldOut = Noted  # type: ignore[misc]
+    group = ProcessGroup(device)
+    held_out.OnlineKnn = Noted  # type: ignore[misc]
     Noted.folder = folder
     for name in RUNS:
         more = [f"train.steps={STEPS}", "checkpoint.every=1", f"optimizer.zero_stage={zero_stage}"]
@@ -52,9 +52,9 @@ def training(shards: str, folder: str, zero_stage: str) -> None:
             more += ["evaluate.every=2", f"evaluate.test={shards}", "evaluate.clips=1", "evaluate.videos=5"]
         random.seed(3)
         np.random.seed(3)  # noqa: NPY002  (the one that libraries draw from)
-        train(ranks, device, shards, Path(folder, name), STEPS, *more)
+        train(group, device, shards, Path(folder, name), STEPS, *more)
         states = (torch.get_rng_state().tolist(), random.getstate()[1], np.random.get_state()[1].tolist())  # noqa: NPY002
-        Path(folder, name, f"generators-{ranks.rank}.json").write_text(json.dumps(states))
+        Path(folder, name, f"generators-{group.rank}.json").write_text(json.dumps(states))
 
 
 def contents(run: Path) -> dict[str, bytes]:

@@ -18,12 +18,12 @@ from torch import distributed
 from torch.nn.functional import cross_entropy
 
 from dataloading.reading.shard_set import ShardSet
-from launch.evaluation.config import FinetuneEvaluation, LinearEvaluation, LinearTraining, SupervisedEvaluation
-from launch.evaluation.encoder_under_test import RANDOM, Subject, load_subject
+from launch.evaluation.config import FinetuneEvaluation, LinearEvaluation, LinearTraining, TrainingEvaluation
+from launch.evaluation.encoder_under_test import RANDOM, EncoderUnderTest, load_subject
 from launch.evaluation.training_protocols import (
-    Lesson,
-    Outcome,
+    ClassifierResult,
     Rank,
+    Task,
     assembled,
     described_by,
     evaluate_supervised,
@@ -34,10 +34,10 @@ from mcl_dist.batch import LabelledBatch
 from mcl_dist.checkpoint import read_snapshot
 from mcl_dist.config import build_config, load_config
 from mcl_dist.distributed.heartbeat import Heartbeat
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.distributed.shutdown import StopRequest
 from mcl_dist.errors import UserError
-from mcl_dist.run_log.goodput import Birth
+from mcl_dist.run_log.goodput import StartInfo
 from mcl_dist.training.deepspeed_engine import join_process_group, pick_device
 
 PRETRAINED = {
@@ -47,14 +47,14 @@ PRETRAINED = {
 }
 SMALL = ("clips.frames=8", "clips.count=3", "train.global_batch=6", "data.threads=1", "checkpoint.keep=99")
 STEPS = 8
-ALONE = Rank(Ranks(), StopRequest(), Heartbeat(), Birth(0.0))
+ALONE = Rank(ProcessGroup(), StopRequest(), Heartbeat(), StartInfo(0.0))
 
 
-def subject(seed: int = 5) -> Subject:
+def subject(seed: int = 5) -> EncoderUnderTest:
     return load_subject(RANDOM, build_config(PretrainConfig, {**PRETRAINED, "run": {"dir": "unused", "seed": seed}}))
 
 
-def settings(schema: type[SupervisedEvaluation], folder: Path, *more: str) -> SupervisedEvaluation:
+def settings(schema: type[TrainingEvaluation], folder: Path, *more: str) -> TrainingEvaluation:
     return load_config(schema, None, [f"run.dir={folder}", f"train.steps={STEPS}", *SMALL, *more])
 
 
@@ -62,7 +62,7 @@ def joined() -> Rank:
     device = pick_device()
     torch.set_num_threads(1)
     join_process_group(device)
-    return Rank(Ranks(device), StopRequest(), Heartbeat(), Birth(0.0))
+    return Rank(ProcessGroup(device), StopRequest(), Heartbeat(), StartInfo(0.0))
 
 
 def lines(run: Path) -> list[dict[str, float]]:
@@ -92,7 +92,7 @@ class AskingAt(Heartbeat):
             self._stop.ask("a test")
 
 
-def finetuned(shards: str, folder: Path, rank: Rank, *more: str) -> Outcome:
+def finetuned(shards: str, folder: Path, rank: Rank, *more: str) -> ClassifierResult:
     config = settings(FinetuneEvaluation, folder, "checkpoint.every=3", *more)
     outcome = evaluate_supervised(subject(), shards, shards, config, rank)
     if outcome.scores:
@@ -112,8 +112,8 @@ def by_two(shards: str, folder: str) -> None:
     rank, broken = joined(), Path(folder, "broken")
     assert finetuned(shards, Path(folder, "whole"), rank).is_done
     stop = StopRequest()
-    asked = AskingAt(3, stop) if rank.ranks.is_first else Heartbeat()
-    assert not finetuned(shards, broken, Rank(rank.ranks, stop, asked, rank.birth)).is_done
+    asked = AskingAt(3, stop) if rank.group.is_first else Heartbeat()
+    assert not finetuned(shards, broken, Rank(rank.group, stop, asked, rank.birth)).is_done
     torch.manual_seed(3)  # nothing of the process itself may matter
     assert finetuned(shards, broken, rank).is_done
     assert finetuned(shards, Path(folder, "finetuned"), rank, "finetune.batch_norm=synchronized").is_done
@@ -135,10 +135,10 @@ def linear_beside_plain_torch(shards: str, folder: Path, rank: Rank) -> None:
     """Train the layer, note what it saw, and train another one on that by PyTorch alone."""
     config = settings(LinearEvaluation, folder)
     with closing(ShardSet(shards)) as train:
-        lesson = Lesson(shards, train, train, subject().shown(config.clips), config)
+        lesson = Task(shards, train, train, subject().shown(config.clips), config)
         described = described_by(subject(), lesson)
-        pupil = pupil_of(subject(), lesson, rank.ranks)
-        plain = pupil_of(subject(), lesson, rank.ranks).network
+        pupil = pupil_of(subject(), lesson, rank.group)
+        plain = pupil_of(subject(), lesson, rank.group).network
         seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         with assembled(pupil, lesson, described, rank) as trainer:
             batches = trainer.batches

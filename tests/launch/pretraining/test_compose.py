@@ -9,12 +9,13 @@ from typing import Any, NoReturn
 
 import pytest
 
-from launch.pretraining.compose import COURSE, listening, resume
+from launch.pretraining.compose import IMMUTABLE_KEYS
 from launch.run.config import PretrainConfig
+from launch.run.parts import listening, resume
 from mcl_dist.config import load_config
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import UserError
-from mcl_dist.run_log.goodput import Birth
+from mcl_dist.run_log.goodput import StartInfo
 from mcl_dist.run_log.listeners import Console
 
 
@@ -39,13 +40,13 @@ def test_a_run_whose_order_or_optimizer_was_changed_is_another_run(change: str, 
     )
     learner: Any = SimpleNamespace(restore=lambda *_: None)
     with pytest.raises(UserError, match=f"step-000000004: made with {found}; set it back"):
-        resume(learner, checkpoints, described(change), [], course=COURSE)
-    assert resume(learner, checkpoints, described(), [], course=COURSE) is snapshot
+        resume(learner, checkpoints, described(change), [], course=IMMUTABLE_KEYS)
+    assert resume(learner, checkpoints, described(), [], course=IMMUTABLE_KEYS) is snapshot
 
 
 def test_what_ends_a_run_is_told_though_its_log_cannot_be_written(tmp_path: Path) -> None:
     def run() -> NoReturn:
-        with listening(tmp_path, Ranks(), Birth(0.0), Console(), nullcontext()):
+        with listening(tmp_path, ProcessGroup(), StartInfo(0.0), Console(), nullcontext()):
             (tmp_path / "log.jsonl").mkdir()
             raise UserError("the store has failed")
 

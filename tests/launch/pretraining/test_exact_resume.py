@@ -19,9 +19,9 @@ from launch.run.config import PretrainConfig
 from mcl_dist.batch import TubeletBatch
 from mcl_dist.config import load_config
 from mcl_dist.distributed.heartbeat import Heartbeat
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.distributed.shutdown import StopRequest
-from mcl_dist.run_log.goodput import Birth
+from mcl_dist.run_log.goodput import StartInfo
 from mcl_dist.training.deepspeed_engine import join_process_group, pick_device
 from tests.support.paths import REPOSITORY
 
@@ -30,18 +30,18 @@ STEPS = 12
 RESUMES = 10
 
 
-def train(ranks: Ranks, device: torch.device, shards: str, folder: Path, until: int, *more: str) -> None:
+def train(group: ProcessGroup, device: torch.device, shards: str, folder: Path, until: int, *more: str) -> None:
     """Go on to a step in the folder, noting every sample of this rank in order."""
     words = [f"data.train={shards}", f"run.dir={folder}", f"train.steps={STEPS}", "checkpoint.keep=99", *SMALL, *more]
     config = load_config(PretrainConfig, REPOSITORY / "configs" / "pretrain" / "tiny.yaml", words)
-    with assembled(config, ranks, device, StopRequest(), Heartbeat(), Birth(0.0)) as trainer:
+    with assembled(config, group, device, StopRequest(), Heartbeat(), StartInfo(0.0)) as trainer:
         batches = trainer.batches
 
         def noted() -> Iterator[TubeletBatch]:
             for step in range(trainer.start, until):
                 batch = next(batches)
-                everyone = ranks.gather(batch.samples).tolist()
-                if ranks.is_first:
+                everyone = group.gather(batch.samples).tolist()
+                if group.is_first:
                     with (folder / "samples.jsonl").open("a") as file:
                         file.write(json.dumps({"step": step + 1, "samples": everyone}) + "\n")
                 yield batch
@@ -51,30 +51,30 @@ def train(ranks: Ranks, device: torch.device, shards: str, folder: Path, until: 
             trainer.fit()
         except StopIteration:
             assert until < STEPS
-    ranks.barrier()
+    group.barrier()
 
 
 def resuming(shards: str, folder: str) -> None:
     device = pick_device()
     join_process_group(device)
-    ranks = Ranks(device)
+    group = ProcessGroup(device)
     whole = Path(folder, "whole")
     more = ("checkpoint.every=1", "train.on_spike=warn", "train.spike_window=4")
-    train(ranks, device, shards, whole, STEPS, *more)
+    train(group, device, shards, whole, STEPS, *more)
     for step in sorted(random.Random(6).sample(range(1, STEPS), RESUMES)):
         resumed = Path(folder, f"from-{step}")
-        if ranks.is_first:
+        if group.is_first:
             shutil.copytree(whole / f"checkpoints/step-{step:09d}", resumed / f"checkpoints/step-{step:09d}")
-        ranks.barrier()
+        group.barrier()
         torch.manual_seed(step)  # nothing of the process itself may matter
-        train(ranks, device, shards, resumed, STEPS, *more)
+        train(group, device, shards, resumed, STEPS, *more)
 
 
 def going_on(shards: str, folder: str, until: str) -> None:
     device = pick_device()
     join_process_group(device)
     more = ("checkpoint.every=1", "encoder.batch_norm=synchronized")
-    train(Ranks(device), device, shards, Path(folder), int(until), *more)
+    train(ProcessGroup(device), device, shards, Path(folder), int(until), *more)
 
 
 def lines(path: Path) -> dict[int, dict[str, object]]:
@@ -114,8 +114,8 @@ def test_two_four_and_one_ranks_take_turns_on_the_same_samples_with_the_same_los
 ) -> None:
     whole, turns = tmp_path / "whole", tmp_path / "turns"
     run_ranks(__file__, "going_on", 2, synthetic_shards, whole, STEPS)
-    for ranks, until in ((2, 4), (4, 8), (1, STEPS)):
-        run_ranks(__file__, "going_on", ranks, synthetic_shards, turns, until)
+    for group, until in ((2, 4), (4, 8), (1, STEPS)):
+        run_ranks(__file__, "going_on", group, synthetic_shards, turns, until)
     assert lines(turns / "samples.jsonl") == lines(whole / "samples.jsonl")
     expected, found = losses(whole), losses(turns)
     assert expected.keys() == found.keys()

@@ -24,18 +24,18 @@ from launch.report.svg_chart import Curve, chart, ticks
 from launch.run.config import PretrainConfig
 from launch.terminal.units import number
 from mcl_dist.batch import FIRST_KEY, QUERY, TubeletBatch
-from mcl_dist.checkpoint import Checkpoints, read_snapshot
+from mcl_dist.checkpoint import CheckpointManager, read_snapshot
 from mcl_dist.config import build_config, dump_config
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import EXIT_FAILURE, EXIT_USAGE
 from mcl_dist.events import Evaluated, Finished, Started, StepDone
 from mcl_dist.model.encoder import normalise
 from mcl_dist.model.network import Network
 from mcl_dist.objective.alignment import align, alignment_map, automatic_gradient
 from mcl_dist.objective.momentum_encoder import MomentumEncoder
-from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.negative_queue import NegativeQueue
 from mcl_dist.run_log.listeners import EventLog, MetricsFile
-from mcl_dist.training.pretrain_state import Learner
+from mcl_dist.training.pretrain_state import PretrainState
 from tests.launch.report.test_shard_set_page import Elements, chromium
 
 STEPS = 20
@@ -52,8 +52,10 @@ def config_of(run: Path, shards: Path) -> PretrainConfig:
 def checkpoint(run: Path, config: PretrainConfig, step: int) -> None:
     torch.manual_seed(step)
     network = Network(config.encoder, config.heads)
-    learner = Learner(network, MomentumEncoder(network, Ranks(), seed=0, autocast=False), Queue(torch.rand(4, 8)))
-    Checkpoints(f"{run}/checkpoints", Ranks()).save(learner.share(step, {}, dataclasses.asdict(config)))
+    learner = PretrainState(
+        network, MomentumEncoder(network, ProcessGroup(), seed=0, autocast=False), NegativeQueue(torch.rand(4, 8))
+    )
+    CheckpointManager(f"{run}/checkpoints", ProcessGroup()).save(learner.share(step, {}, dataclasses.asdict(config)))
 
 
 @pytest.fixture(scope="module")

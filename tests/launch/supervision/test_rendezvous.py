@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from launch.supervision.deepspeed_launcher import free_port
-from launch.supervision.outcome import End
-from launch.supervision.rendezvous import Host, Member
+from launch.supervision.outcome import Outcome
+from launch.supervision.rendezvous import RendezvousClient, RendezvousServer
 
 Answer = TypeVar("Answer")
 PATIENCE = 10.0
@@ -23,9 +23,9 @@ def awaited(ask: Callable[[], Answer]) -> Answer:
 
 def test_a_node_that_only_missed_others_learns_what_ended_the_attempt() -> None:
     port = free_port()
-    host = Host(port, 2, PATIENCE)
-    first, second = (Member("127.0.0.1", port, node, 2, PATIENCE) for node in range(2))
-    killed, missed = End(1, "killed", "rank 1 was ended by SIGKILL"), End(1, "lost", "rank 0: a rank has gone")
+    host = RendezvousServer(port, 2, PATIENCE)
+    first, second = (RendezvousClient("127.0.0.1", port, node, 2, PATIENCE) for node in range(2))
+    killed, missed = Outcome(1, "killed", "rank 1 was ended by SIGKILL"), Outcome(1, "lost", "rank 0: a rank has gone")
     for before in (None, killed):
         first.ready()
         second.ready()
@@ -41,9 +41,9 @@ def test_a_node_that_only_missed_others_learns_what_ended_the_attempt() -> None:
 
 def test_nodes_begin_at_one_port_hear_of_a_failure_begin_again_and_finish() -> None:
     port = free_port()
-    host = Host(port, 2, PATIENCE)
-    first, second = (Member("127.0.0.1", port, node, 2, PATIENCE) for node in range(2))
-    killed, done = End(1, "killed", "rank 3 was ended by SIGKILL"), End(0, "done", "all is done")
+    host = RendezvousServer(port, 2, PATIENCE)
+    first, second = (RendezvousClient("127.0.0.1", port, node, 2, PATIENCE) for node in range(2))
+    killed, done = Outcome(1, "killed", "rank 3 was ended by SIGKILL"), Outcome(0, "done", "all is done")
     for _ in range(2):
         first.ready()
         second.ready()

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.supervision.deepspeed_launcher import Meeting
+from launch.supervision.deepspeed_launcher import NodeSpec
 from launch.supervision.hang_detection import SuperviseConfig, hang
-from launch.supervision.outcome import CRASHED, DONE, HUNG, KILLED, LOST, STOPPED, USER, End, read_ends, verdict
-from launch.supervision.policy import Restarts
+from launch.supervision.outcome import CRASHED, DONE, HUNG, KILLED, LOST, STOPPED, USER, Outcome, read_ends, verdict
+from launch.supervision.policy import RestartPolicy
 from launch.supervision.supervisor import Supervisor
 from mcl_dist.distributed.heartbeat import STEPPING, WAITING, Beat, read_beats
 from mcl_dist.distributed.shutdown import StopRequest
@@ -182,22 +182,22 @@ def test_a_rank_that_others_wait_for_excuses_them_unless_it_is_silent() -> None:
 
 
 def test_restarts_are_bounded_until_there_is_progress() -> None:
-    restarts = Restarts(limit=2, progress_steps=10)
+    restarts = RestartPolicy(limit=2, progress_steps=10)
     assert [restarts.allow(step) for step in (12, 13, 14)] == [True, True, False]
     assert restarts.allow(24)
     assert restarts.in_a_row == 1
 
 
 def test_what_a_person_has_to_mend_is_told_before_what_followed_from_it() -> None:
-    user, lost = End(1, USER, "no space"), End(1, LOST, "a rank has gone")
+    user, lost = Outcome(1, USER, "no space"), Outcome(1, LOST, "a rank has gone")
     assert verdict({0: lost, 1: user}, [], 1).reason == "rank 1: no space"
     assert not verdict({0: lost, 1: user}, [2], 1).may_be_mended
-    assert verdict({0: lost}, [1], 247) == End(1, KILLED, "rank 1 was ended by SIGKILL")
-    assert verdict({0: End(75, STOPPED, ""), 1: End(0, DONE, "")}, [], 75).exit_code == 75
-    assert {cause for cause in (HUNG, CRASHED) if End(1, cause, "").may_be_mended} == {HUNG, CRASHED}
+    assert verdict({0: lost}, [1], 247) == Outcome(1, KILLED, "rank 1 was ended by SIGKILL")
+    assert verdict({0: Outcome(75, STOPPED, ""), 1: Outcome(0, DONE, "")}, [], 75).exit_code == 75
+    assert {cause for cause in (HUNG, CRASHED) if Outcome(1, cause, "").may_be_mended} == {HUNG, CRASHED}
 
 
-def leave(work: str, folder: Path) -> tuple[int, End]:
+def leave(work: str, folder: Path) -> tuple[int, Outcome]:
     """How a rank with this work ended: its exit code, and the word that it left for its supervisor."""
     imports = "from launch.supervision.deepspeed_launcher import as_rank; from mcl_dist.errors import *"
     program = f"{imports}; as_rank(lambda: {work})"
@@ -221,16 +221,16 @@ def test_only_what_another_attempt_may_mend_is_tried_again(
 ) -> None:
     returned, end = leave(work, tmp_path)
     assert (returned, end.exit_code, end.cause) == (code, code, cause)
-    made: list[End | None] = []
+    made: list[Outcome | None] = []
 
-    def attempt(self: Supervisor, meeting: Meeting, before: End | None) -> tuple[End, int]:  # noqa: ARG001
+    def attempt(self: Supervisor, meeting: NodeSpec, before: Outcome | None) -> tuple[Outcome, int]:  # noqa: ARG001
         made.append(before)
         return end, 5
 
     monkeypatch.setattr(Supervisor, "_attempt", attempt)
     monkeypatch.setattr(StopRequest, "heed_signals", lambda _: None)
     log = tmp_path / "log.jsonl"
-    supervisor = Supervisor("", [], Meeting(2), SuperviseConfig(restarts=1), tmp_path, log)
+    supervisor = Supervisor("", [], NodeSpec(2), SuperviseConfig(restarts=1), tmp_path, log)
     assert supervisor.run() == end
     assert made == [None, end][:attempts]
     assert log.exists() == (attempts == 2)

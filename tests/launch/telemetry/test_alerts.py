@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.supervision.deepspeed_launcher import RUNTIME, Meeting, launcher_command, launcher_environment
+from launch.supervision.deepspeed_launcher import RUNTIME, NodeSpec, launcher_command, launcher_environment
 from mcl_dist.distributed.heartbeat import read_beats
 from tests.launch.cli.test_pretrain import words
 from tests.support.faultproxy import FaultProxy
@@ -74,7 +74,7 @@ def site(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         settings += [f"data.cache={folder}/cache", "data.fetch=ranges"]
         settings += [f"checkpoint.folder={disk}", "checkpoint.every=4", "checkpoint.max_failures=99999"]
         script = str(REPOSITORY / "tests" / "support" / "poisoned_rank.py")
-        command = launcher_command(script, words(url, run, *settings), Meeting(2))
+        command = launcher_command(script, words(url, run, *settings), NodeSpec(2))
         with (folder / "log").open("w") as log:
             training = subprocess.Popen(
                 [*mount, *command],

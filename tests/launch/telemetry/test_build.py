@@ -5,20 +5,20 @@ import urllib.request
 
 import pytest
 
-from dataloading.build.builder import GoingOn
+from dataloading.build.builder import ResumedBuild
 from dataloading.shards.format import RefusedVideo
 from launch.supervision.deepspeed_launcher import free_port
 from launch.telemetry.build import build_metrics
 from mcl_dist.errors import UserError
-from mcl_dist.storage.retry import Patience
+from mcl_dist.storage.retry import RetryPolicy
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_build_answers_while_it_runs() -> None:
-    patience, port = Patience(), free_port()
+    patience, port = RetryPolicy(), free_port()
     patience.failures["stall"] += 2
     with build_metrics(port, 9, patience) as metrics:
-        metrics(GoingOn(None, 1, 3, 1))
+        metrics(ResumedBuild(None, 1, 3, 1))
         metrics(RefusedVideo("a.mp4", "too short: 3 frames"))
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
             lines = answer.read().decode().splitlines()
@@ -39,6 +39,6 @@ def test_a_port_that_is_taken_is_named_with_the_option_that_sets_it() -> None:
         port = holder.getsockname()[1]
         with (
             pytest.raises(UserError, match=f"127.0.0.1:{port}: .*set --metrics-port"),
-            build_metrics(port, 1, Patience()),
+            build_metrics(port, 1, RetryPolicy()),
         ):
             pass

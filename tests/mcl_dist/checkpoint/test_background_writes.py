@@ -16,7 +16,7 @@ from torch import distributed
 
 from mcl_dist.batch import TubeletBatch
 from mcl_dist.checkpoint.format import NETWORK, optimizer_file
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.training.deepspeed_engine import OptimizerConfig
 from mcl_dist.training.trainer import TrainConfig, Trainer
 from tests.support.gloo_runs import STEPS, joined, noise, put_together
@@ -27,9 +27,9 @@ CONTROL = 2  # the stage at which a trainer is tried that does not wait
 CASES = (("sgd", 0, 1, False), ("adamw", 1, 2, True), ("sgd", 2, 1, False), ("adamw", 3, 1, False))
 
 
-def batches(ranks: Ranks, start: int, poisoned: bool) -> Iterator[TubeletBatch]:
+def batches(group: ProcessGroup, start: int, poisoned: bool) -> Iterator[TubeletBatch]:
     """Noise; where asked for, the step behind which a checkpoint is copied is none that counts."""
-    for step, batch in enumerate(noise(ranks, start), start):
+    for step, batch in enumerate(noise(group, start), start):
         views = batch.views.float()
         if poisoned and step == EVERY:
             views[0, 0, 1, 2, 3, 0] = torch.nan
@@ -90,16 +90,16 @@ def copied_too_late(trainer: Trainer) -> None:
 
 
 def train(folder: str) -> None:
-    ranks = joined()
+    group = joined()
     for optimizer, stage, accumulate, poisoned in CASES:
         for arrange in (copied_at_once, copied_late, copied_too_late):
             if arrange is copied_too_late and stage != CONTROL:
                 continue
             trainer = put_together(
                 Path(folder, f"{stage}-{arrange.__name__}"),
-                ranks,
+                group,
                 OptimizerConfig(name=optimizer, learning_rate=0.01, zero_stage=stage),
-                lambda start, poisoned=poisoned: batches(ranks, start, poisoned),
+                lambda start, poisoned=poisoned: batches(group, start, poisoned),
                 settings=TrainConfig(on_spike="ignore", accumulate=accumulate),
             )
             arrange(trainer)

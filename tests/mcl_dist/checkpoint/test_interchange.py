@@ -17,17 +17,17 @@ import mcl_dist
 from launch.cli.main import main
 from launch.evaluation.encoder_under_test import load_subject
 from launch.run.config import PretrainConfig
-from mcl_dist.checkpoint import CheckpointConfig, Checkpoints
+from mcl_dist.checkpoint import CheckpointConfig, CheckpointManager
 from mcl_dist.checkpoint.interchange import exported
 from mcl_dist.config import build_config
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import UserError
 from mcl_dist.model.encoder import Encoder
 from mcl_dist.model.network import Network
 from mcl_dist.objective.momentum_encoder import MomentumEncoder
-from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.negative_queue import NegativeQueue
 from mcl_dist.storage.folder import Folder
-from mcl_dist.training.pretrain_state import Learner
+from mcl_dist.training.pretrain_state import PretrainState
 
 CONFIG = build_config(
     PretrainConfig,
@@ -50,8 +50,10 @@ def network() -> Network:
 
 @pytest.fixture
 def run(network: Network, tmp_path: Path) -> str:
-    learner = Learner(network, MomentumEncoder(network, Ranks(), seed=0, autocast=False), Queue(torch.rand(4, 8)))
-    checkpoints = Checkpoints(f"{tmp_path}/run/checkpoints", Ranks(), CheckpointConfig())
+    learner = PretrainState(
+        network, MomentumEncoder(network, ProcessGroup(), seed=0, autocast=False), NegativeQueue(torch.rand(4, 8))
+    )
+    checkpoints = CheckpointManager(f"{tmp_path}/run/checkpoints", ProcessGroup(), CheckpointConfig())
     checkpoints.save(learner.share(3, {}, dataclasses.asdict(CONFIG)))
     return f"{tmp_path}/run"
 

@@ -8,34 +8,34 @@ from pathlib import Path
 import pytest
 import torch
 
-from mcl_dist.checkpoint import COMMITTED, CheckpointConfig, Checkpoints, Share, load_encoder, resolve
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.checkpoint import COMMITTED, CheckpointConfig, CheckpointManager, CheckpointShard, load_encoder, resolve
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import UserError
 from mcl_dist.model.encoder import EncoderConfig
 from mcl_dist.model.network import HeadsConfig, Network
 from mcl_dist.objective.momentum_encoder import MomentumEncoder
-from mcl_dist.objective.negative_queue import Queue
-from mcl_dist.training.pretrain_state import Learner
+from mcl_dist.objective.negative_queue import NegativeQueue
+from mcl_dist.training.pretrain_state import PretrainState
 
 ENCODER, HEADS = EncoderConfig(width=4, blocks=(1,)), HeadsConfig(dim=8)
 CONFIG = {"encoder": dataclasses.asdict(ENCODER), "heads": dataclasses.asdict(HEADS)}
 
 
-def learner(seed: int, encoder: EncoderConfig = ENCODER) -> Learner:
+def learner(seed: int, encoder: EncoderConfig = ENCODER) -> PretrainState:
     torch.manual_seed(seed)
     network = Network(encoder, HEADS).train()
-    momentum = MomentumEncoder(network, Ranks(), seed=0, autocast=False)
+    momentum = MomentumEncoder(network, ProcessGroup(), seed=0, autocast=False)
     with torch.no_grad():
         network(torch.randn(2, 3, 4, 16, 16))
-    return Learner(network, momentum, Queue(torch.rand(6, 8), position=seed))
+    return PretrainState(network, momentum, NegativeQueue(torch.rand(6, 8), position=seed))
 
 
-def share(step: int, seed: int = 0) -> Share:
+def share(step: int, seed: int = 0) -> CheckpointShard:
     return learner(seed).share(step, {"momentum_buffer/x@0": torch.full((2,), float(step))}, CONFIG)
 
 
-def checkpoints(folder: Path, keep: int = 9) -> Checkpoints:
-    return Checkpoints(str(folder), Ranks(), CheckpointConfig(keep=keep))
+def checkpoints(folder: Path, keep: int = 9) -> CheckpointManager:
+    return CheckpointManager(str(folder), ProcessGroup(), CheckpointConfig(keep=keep))
 
 
 def test_a_learner_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_the_newest_are_kept_and_older_ones_go(tmp_path: Path) -> None:
 
 
 def test_checkpoints_work_on_any_filesystem(tmp_path: Path) -> None:
-    saver = Checkpoints(f"memory://{tmp_path.name}", Ranks(), CheckpointConfig(keep=1))
+    saver = CheckpointManager(f"memory://{tmp_path.name}", ProcessGroup(), CheckpointConfig(keep=1))
     saver.save(share(1))
     saver.save(share(2))
     assert saver.latest() == (2, [])

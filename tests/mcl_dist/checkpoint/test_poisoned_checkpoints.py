@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save as to_bytes
 
-from mcl_dist.checkpoint import CheckpointConfig, Checkpoints, Share, read_snapshot
+from mcl_dist.checkpoint import CheckpointConfig, CheckpointManager, CheckpointShard, read_snapshot
 from mcl_dist.checkpoint.retention import leaving
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import UserError
 
 
@@ -28,9 +28,9 @@ class Code:
         return Path.touch, (self.path,)
 
 
-def share(step: int) -> Share:
+def share(step: int) -> CheckpointShard:
     network = {"weight": torch.full((2, 3), float(step))}
-    return Share(
+    return CheckpointShard(
         step,
         network=network,
         momentum=network,
@@ -130,9 +130,9 @@ POISONS = [
 def test_a_poisoned_checkpoint_is_refused_and_the_good_one_before_it_resumed(
     tmp_path: Path, poison: Callable[[Path], None], reason: str
 ) -> None:
-    saver = Checkpoints(str(tmp_path), Ranks(), CheckpointConfig(keep=1))
+    saver = CheckpointManager(str(tmp_path), ProcessGroup(), CheckpointConfig(keep=1))
     saver.save(share(1))
-    kept = Checkpoints(str(tmp_path), Ranks(), CheckpointConfig(keep=9))
+    kept = CheckpointManager(str(tmp_path), ProcessGroup(), CheckpointConfig(keep=9))
     url = kept.save(share(2))
     poison(Path(url))
     step, (refused,) = kept.latest()
@@ -145,17 +145,17 @@ def test_a_poisoned_checkpoint_is_refused_and_the_good_one_before_it_resumed(
 
 
 def test_where_no_complete_checkpoint_can_be_used_a_run_does_not_start_over(tmp_path: Path) -> None:
-    saver = Checkpoints(str(tmp_path), Ranks())
+    saver = CheckpointManager(str(tmp_path), ProcessGroup())
     with_wrong_digest(Path(saver.save(share(1))))
     with pytest.raises(UserError, match="none of 1 checkpoints can be used"):
         saver.latest()
 
 
 def test_a_refused_checkpoint_neither_goes_nor_counts_for_what_is_kept(tmp_path: Path) -> None:
-    saver = Checkpoints(str(tmp_path), Ranks(), CheckpointConfig(keep=9))
+    saver = CheckpointManager(str(tmp_path), ProcessGroup(), CheckpointConfig(keep=9))
     saver.save(share(1))
     with_wrong_digest(Path(saver.save(share(5))))
-    resumed = Checkpoints(str(tmp_path), Ranks(), CheckpointConfig(keep=1))
+    resumed = CheckpointManager(str(tmp_path), ProcessGroup(), CheckpointConfig(keep=1))
     assert resumed.latest()[0] == 1
     resumed.save(share(2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000002", "step-000000005"]
@@ -169,7 +169,7 @@ def test_the_newest_stay_and_those_that_keep_every_divides() -> None:
 def test_a_run_stops_in_one_line_after_too_many_checkpoints_in_a_row_that_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saver = Checkpoints(str(tmp_path), Ranks(), CheckpointConfig(max_failures=2))
+    saver = CheckpointManager(str(tmp_path), ProcessGroup(), CheckpointConfig(max_failures=2))
 
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")

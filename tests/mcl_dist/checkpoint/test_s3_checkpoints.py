@@ -15,16 +15,16 @@ import pytest
 from torch import distributed
 
 from mcl_dist.batch import TubeletBatch
-from mcl_dist.checkpoint import COMMITTED, CheckpointConfig, Checkpoints, DamagedError, TornError, read_snapshot
+from mcl_dist.checkpoint import COMMITTED, CheckpointConfig, CheckpointManager, DamagedError, TornError, read_snapshot
 from mcl_dist.checkpoint import writer as write_module
 from mcl_dist.checkpoint.format import NETWORK, STATE, step_folder, steps_in
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.events import CheckpointFailed, CheckpointWritten, Event, Notice, StepDone
 from mcl_dist.storage import folder as storage
 from mcl_dist.storage import store_requests as remote
 from mcl_dist.storage.folder import Folder
 from mcl_dist.training.deepspeed_engine import OptimizerConfig
-from mcl_dist.training.pretrain_step import Pretrainer
+from mcl_dist.training.pretrain_step import PretrainTrainer
 from tests.support.gloo_runs import joined, noise, put_together
 from tests.support.s3 import S3Store, running_store
 
@@ -142,35 +142,35 @@ class Reader:
 
 
 def trained(
-    url: str, ranks: Ranks, settings: CheckpointConfig, outages: Outages, is_done: Callable[[], bool]
-) -> Pretrainer:
+    url: str, group: ProcessGroup, settings: CheckpointConfig, outages: Outages, is_done: Callable[[], bool]
+) -> PretrainTrainer:
     """Train from the newest checkpoint until the first rank says that it is done."""
 
     def batches(start: int) -> Iterator[TubeletBatch]:
-        for step, batch in enumerate(noise(ranks, start), start=start + 1):
-            if ranks.is_first:
+        for step, batch in enumerate(noise(group, start), start=start + 1):
+            if group.is_first:
                 outages.meet_step(step)
                 if is_done():
                     trainer.stop.ask("all moments have passed")
             yield batch
 
-    trainer = put_together(url, ranks, OptimizerConfig(learning_rate=0.01), batches, steps=10_000)
-    trainer.checkpoints = Checkpoints(f"{url}/checkpoints", ranks, settings)
+    trainer = put_together(url, group, OptimizerConfig(learning_rate=0.01), batches, steps=10_000)
+    trainer.checkpoints = CheckpointManager(f"{url}/checkpoints", group, settings)
     trainer.checkpoint_every = EVERY
     trainer.listeners = [outages.heard.append]
     assert not trainer.fit()
     return trainer
 
 
-def proxy_comes_and_goes(url: str, ranks: Ranks, store: S3Store) -> None:
+def proxy_comes_and_goes(url: str, group: ProcessGroup, store: S3Store) -> None:
     """Outages, each of which ends in time."""
     outages = Outages(store, list(MOMENTS))
-    if ranks.is_first:
+    if group.is_first:
         outages.watch()
         reader = Reader(f"{url}/checkpoints")
     settings = CheckpointConfig(keep=999, retry_seconds=PATIENT)
-    trainer = trained(url, ranks, settings, outages, lambda: outages.num_over == len(MOMENTS))
-    if not ranks.is_first:
+    trainer = trained(url, group, settings, outages, lambda: outages.num_over == len(MOMENTS))
+    if not group.is_first:
         return
     reader.end()
     written = [event for event in outages.heard if isinstance(event, CheckpointWritten)]
@@ -183,7 +183,7 @@ def proxy_comes_and_goes(url: str, ranks: Ranks, store: S3Store) -> None:
     assert max(reader.whole) == trainer.checkpoints.newest_step
 
 
-def proxy_stays_away(url: str, ranks: Ranks, store: S3Store) -> None:
+def proxy_stays_away(url: str, group: ProcessGroup, store: S3Store) -> None:
     """An outage that ends only when the run has been told of the failure."""
     write_module.CLEANING_SECONDS = IMPATIENT
     outages = Outages(
@@ -191,7 +191,7 @@ def proxy_stays_away(url: str, ranks: Ranks, store: S3Store) -> None:
         [("before", NETWORK)],
         is_over=lambda self: any(isinstance(event, CheckpointFailed) for event in self.heard),
     )
-    if ranks.is_first:
+    if group.is_first:
         outages.watch()
         reader = Reader(f"{url}/checkpoints")
     settings = CheckpointConfig(keep=999, retry_seconds=IMPATIENT, max_failures=99)
@@ -202,8 +202,8 @@ def proxy_stays_away(url: str, ranks: Ranks, store: S3Store) -> None:
     def after_it() -> list[CheckpointWritten | CheckpointFailed]:
         return [event for event in results() if outages.back_at is not None and event.step > outages.back_at]
 
-    trainer = trained(url, ranks, settings, outages, lambda: bool(after_it()))
-    if not ranks.is_first:
+    trainer = trained(url, group, settings, outages, lambda: bool(after_it()))
+    if not group.is_first:
         return
     reader.end()
     assert reader.damaged == []
@@ -218,26 +218,26 @@ def proxy_stays_away(url: str, ranks: Ranks, store: S3Store) -> None:
 
 def two_runs(folder: str) -> None:
     remote.LONGEST_WAIT = 1.0
-    ranks = joined()
-    if not ranks.is_first:
-        run_both(ranks, S3Store(Path(folder), ranks.from_first(0), {}))
+    group = joined()
+    if not group.is_first:
+        run_both(group, S3Store(Path(folder), group.from_first(0), {}))
         return
     with running_store(Path(folder)) as store:
-        ranks.from_first(store.port)
-        run_both(ranks, store)
+        group.from_first(store.port)
+        run_both(group, store)
 
 
-def run_both(ranks: Ranks, store: S3Store) -> None:
+def run_both(group: ProcessGroup, store: S3Store) -> None:
     from s3fs import S3FileSystem
 
     os.environ.update(store.environment)
-    if ranks.is_first:
+    if group.is_first:
         S3FileSystem().mkdir("runs")
-    ranks.barrier()
-    proxy_comes_and_goes("s3://runs/first", ranks, store)
-    ranks.barrier()
-    proxy_stays_away("s3://runs/first", ranks, store)
-    ranks.barrier()
+    group.barrier()
+    proxy_comes_and_goes("s3://runs/first", group, store)
+    group.barrier()
+    proxy_stays_away("s3://runs/first", group, store)
+    group.barrier()
 
 
 @pytest.mark.slow

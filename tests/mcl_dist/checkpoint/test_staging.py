@@ -5,14 +5,14 @@ import threading
 import pytest
 import torch
 
-from mcl_dist.checkpoint.staging import HostCopy
+from mcl_dist.checkpoint.staging import StagingBuffer
 
 SECONDS = 30.0
 
 
 def test_what_is_copied_later_may_be_changed_once_the_wait_is_over() -> None:
     now, later = torch.zeros(1000), torch.zeros(1000)
-    copy = HostCopy(torch.device("cpu"))
+    copy = StagingBuffer(torch.device("cpu"))
     copy.take({"now": {"x": now}, "later": {"x": later}}, later={"later"})
     now += 1
     is_over = threading.Event()
@@ -36,14 +36,14 @@ def test_what_is_copied_later_may_be_changed_once_the_wait_is_over() -> None:
 
 
 def test_nobody_waits_where_nothing_is_left_to_copy() -> None:
-    copy = HostCopy(torch.device("cpu"))
+    copy = StagingBuffer(torch.device("cpu"))
     copy.take({"now": {"x": torch.zeros(1)}})
     copy.wait()
     assert copy.seconds_waited() == 0
 
 
 def test_a_wait_for_a_copy_that_failed_ends() -> None:
-    copy = HostCopy(torch.device("cpu"))
+    copy = StagingBuffer(torch.device("cpu"))
     copy.take({"later": {"x": torch.zeros(4)}}, later={"later"})
     copy._later = [(torch.zeros(4), torch.zeros(5))]
     with pytest.raises(RuntimeError):
@@ -54,7 +54,7 @@ def test_a_wait_for_a_copy_that_failed_ends() -> None:
 @pytest.mark.gpu
 def test_on_a_gpu_it_is_the_stream_of_training_that_waits() -> None:
     device = torch.device("cuda")
-    copy = HostCopy(device)
+    copy = StagingBuffer(device)
     tensors = {str(number): torch.full((1 << 24,), float(number), device=device) for number in range(8)}
     factors = torch.randn(4096, 4096, device=device)
     copy.take({"file": tensors})  # makes the memory

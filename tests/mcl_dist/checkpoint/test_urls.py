@@ -4,15 +4,15 @@ from pathlib import Path
 
 import torch
 
-from mcl_dist.checkpoint import COMMITTED, Checkpoints, Share
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.checkpoint import COMMITTED, CheckpointManager, CheckpointShard
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.events import CheckpointWritten
 
 
 def test_what_is_told_of_checkpoints_names_no_credentials(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(f"memory://user:s3cret@{tmp_path.name}", Ranks())
+    checkpoints = CheckpointManager(f"memory://user:s3cret@{tmp_path.name}", ProcessGroup())
     for step in (1, 2):
-        checkpoints.save(Share(step, {"weight": torch.full((2,), float(step))}))
+        checkpoints.save(CheckpointShard(step, {"weight": torch.full((2,), float(step))}))
     checkpoints._folder.write(f"step-000000002/{COMMITTED}", b"{}")
     newest, refused = checkpoints.latest()
     assert newest == 1

@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch import distributed
 
-from mcl_dist.checkpoint import CheckpointConfig, Checkpoints, Share, read_snapshot
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.checkpoint import CheckpointConfig, CheckpointManager, CheckpointShard, read_snapshot
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import UserError
 from mcl_dist.storage import folder as storage
 
@@ -90,9 +90,9 @@ class Operations:
         storage.asked = asked
 
 
-def share(step: int, rank: int, size: int = 5) -> Share:
+def share(step: int, rank: int, size: int = 5) -> CheckpointShard:
     parameters = {name: torch.full((size,), float(step)) for name in ("a", "b")}
-    return Share(
+    return CheckpointShard(
         step,
         network=parameters,
         momentum=parameters,
@@ -118,7 +118,7 @@ def fail() -> None:
     raise OSError(errno.EIO, "planted")
 
 
-def ranks_do(work: Callable[[Ranks], None], meeting: Path) -> list[int]:
+def ranks_do(work: Callable[[ProcessGroup], None], meeting: Path) -> list[int]:
     """Fork the ranks; their exit statuses."""
     children = []
     for rank in range(NUM_RANKS):
@@ -131,34 +131,34 @@ def ranks_do(work: Callable[[Ranks], None], meeting: Path) -> list[int]:
     return statuses
 
 
-def _as_rank(work: Callable[[Ranks], None], rank: int, meeting: Path) -> NoReturn:
+def _as_rank(work: Callable[[ProcessGroup], None], rank: int, meeting: Path) -> NoReturn:
     try:
         distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=NUM_RANKS)
-        work(Ranks())
+        work(ProcessGroup())
     except BaseException as error:
         print(f"rank {rank}: {error!r}", file=sys.stderr, flush=True)
         os._exit(1)
     os._exit(0)
 
 
-def save_one(url: str, ranks: Ranks) -> None:
-    Checkpoints(url, ranks, SETTINGS).save(share(1, ranks.rank))
+def save_one(url: str, group: ProcessGroup) -> None:
+    CheckpointManager(url, group, SETTINGS).save(share(1, group.rank))
 
 
-def save_struck(url: str, victim: int, at: int, kind: str, watch: str, ranks: Ranks) -> None:
+def save_struck(url: str, victim: int, at: int, kind: str, watch: str, group: ProcessGroup) -> None:
     """Save a second checkpoint; the victim is struck. Who lives and was not left alone saves a third."""
-    checkpoints = Checkpoints(url, ranks, SETTINGS)
-    operations = Operations(at if ranks.rank == victim else 0, kill if kind == "kill" else fail)
+    checkpoints = CheckpointManager(url, group, SETTINGS)
+    operations = Operations(at if group.rank == victim else 0, kill if kind == "kill" else fail)
     operations.on_disk() if watch == "disk" else operations.in_store()
     outcome = "written"
     try:
-        checkpoints.save(share(2, ranks.rank))
+        checkpoints.save(share(2, group.rank))
     except UserError as error:
         outcome = str(error)
-    Path(f"{url}.{ranks.rank}.json").write_text(json.dumps({"names": operations.names, "outcome": outcome}))
+    Path(f"{url}.{group.rank}.json").write_text(json.dumps({"names": operations.names, "outcome": outcome}))
     operations.at = 0
     if kind == "error":
-        checkpoints.save(share(3, ranks.rank))
+        checkpoints.save(share(3, group.rank))
 
 
 def told(url: str, rank: int) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def told(url: str, rank: int) -> dict[str, Any]:
 
 
 def check_resumable(url: str, expected: set[int]) -> None:
-    step, _ = Checkpoints(url, Ranks(), SETTINGS).latest()
+    step, _ = CheckpointManager(url, ProcessGroup(), SETTINGS).latest()
     assert step in expected, f"step {step}"
     snapshot = read_snapshot(f"{url}/step-{step:09d}")
     for tensors in (snapshot.network, snapshot.momentum, snapshot.optimizer, snapshot.statistics):
@@ -217,21 +217,21 @@ def fill_the_disk(folder: str) -> None:
     """The second checkpoint does not fit; the third does once there is room."""
     url, filler = f"{folder}/checkpoints", Path(folder, "filler")
 
-    def save(ranks: Ranks) -> None:
-        checkpoints = Checkpoints(url, ranks, CheckpointConfig())
-        checkpoints.save(share(1, ranks.rank))
-        ranks.barrier()
-        if ranks.is_first:
+    def save(group: ProcessGroup) -> None:
+        checkpoints = CheckpointManager(url, group, CheckpointConfig())
+        checkpoints.save(share(1, group.rank))
+        group.barrier()
+        if group.is_first:
             filler.write_bytes(bytes(600_000))
-        ranks.barrier()
+        group.barrier()
         with pytest.raises(UserError, match=r"step-000000002/.*no space left"):
-            checkpoints.save(share(2, ranks.rank, size=50_000))
-        ranks.barrier()
-        assert Checkpoints(url, ranks).latest() == (1, [])
-        if ranks.is_first:
+            checkpoints.save(share(2, group.rank, size=50_000))
+        group.barrier()
+        assert CheckpointManager(url, group).latest() == (1, [])
+        if group.is_first:
             filler.unlink()
-        ranks.barrier()
-        checkpoints.save(share(3, ranks.rank))
+        group.barrier()
+        checkpoints.save(share(3, group.rank))
 
     assert ranks_do(save, Path(folder, "meeting")) == [0, 0]
     check_resumable(url, {3})

@@ -13,12 +13,12 @@ import torch
 from torch import distributed
 from torch.nn.functional import normalize
 
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.events import Started
 from mcl_dist.model.encoder import EncoderConfig
 from mcl_dist.model.network import HeadsConfig, Network
 from mcl_dist.objective.momentum_encoder import Keys, MomentumEncoder
-from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.negative_queue import NegativeQueue
 from mcl_dist.objective.objective import LossWeights, Objective
 from mcl_dist.run_log.listeners import MetricsFile
 from mcl_dist.training.deepspeed_engine import OptimizerConfig
@@ -39,7 +39,7 @@ def backward(network: Network, own: slice) -> torch.Tensor:
     clips = torch.randn(GLOBAL_BATCH, 3, 8, 32, 32, generator=draws, dtype=torch.float64)
     motion = torch.rand(GLOBAL_BATCH, 2, 4, 4, generator=draws, dtype=torch.float64)
     vectors = normalize(torch.randn(4, 3, GLOBAL_BATCH, DIM, generator=draws, dtype=torch.float64), dim=-1)
-    queue = Queue(normalize(torch.randn(50, DIM, generator=draws, dtype=torch.float64), dim=-1))
+    queue = NegativeQueue(normalize(torch.randn(50, DIM, generator=draws, dtype=torch.float64), dim=-1))
     order = torch.arange(GLOBAL_BATCH) % 2
     objective = Objective(network, temperature=0.1)
     loss = objective(clips[own], Keys(*vectors).of(own), queue, motion[own], order[own], LossWeights(1.0, 2.0, 0.5))
@@ -47,34 +47,34 @@ def backward(network: Network, own: slice) -> torch.Tensor:
     return loss.detach()
 
 
-def share(ranks: Ranks) -> slice:
-    size = GLOBAL_BATCH // ranks.count
-    return slice(size * ranks.rank, size * (ranks.rank + 1))
+def share(group: ProcessGroup) -> slice:
+    size = GLOBAL_BATCH // group.size
+    return slice(size * group.rank, size * (group.rank + 1))
 
 
 def gradients_are_those_of_the_whole_batch(*changes: str) -> None:
     distributed.init_process_group("gloo")
-    ranks = Ranks()
+    group = ProcessGroup()
     whole = small_network("local")
     loss = backward(whole, slice(None))
     parts = small_network("synchronized", checkpointing="checkpointing" in changes)
     if "compiled" in changes:
         parts.encoder.compile(backend="aot_eager")
-    torch.testing.assert_close(ranks.mean(backward(parts, share(ranks))), loss, rtol=0, atol=1e-10)
+    torch.testing.assert_close(group.mean(backward(parts, share(group))), loss, rtol=0, atol=1e-10)
     for (name, one), all_of_it in zip(parts.named_parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(ranks.mean(one.grad), all_of_it.grad, rtol=0, atol=1e-10, msg=name)
+        torch.testing.assert_close(group.mean(one.grad), all_of_it.grad, rtol=0, atol=1e-10, msg=name)
     for (name, one), all_of_it in zip(parts.named_buffers(), whole.buffers(), strict=True):
         torch.testing.assert_close(one, all_of_it, rtol=0, atol=1e-10, msg=name)
 
 
 def keys_are_those_of_the_whole_batch() -> None:
     distributed.init_process_group("gloo")
-    ranks = Ranks()
+    group = ProcessGroup()
     views = torch.randint(0, 256, (GLOBAL_BATCH, 4, 4, 16, 16, 3), dtype=torch.uint8)
     distributed.broadcast(views, src=0)
-    own = share(ranks)
-    keys = MomentumEncoder(small_network("synchronized"), ranks, seed=0, autocast=False).encode(views[own], step=3)
-    alone = Ranks()
+    own = share(group)
+    keys = MomentumEncoder(small_network("synchronized"), group, seed=0, autocast=False).encode(views[own], step=3)
+    alone = ProcessGroup()
     alone.rank, alone.count = 0, 1
     expected = MomentumEncoder(small_network("local"), alone, seed=0, autocast=False).encode(views, step=3)
     torch.testing.assert_close(keys.inter_all, expected.inter, rtol=0, atol=1e-10)
@@ -91,10 +91,10 @@ def test_a_synchronised_step_is_that_of_the_whole_batch(
 
 
 def train(folder: str) -> None:
-    ranks = joined()
+    group = joined()
     config = OptimizerConfig(learning_rate=0.01, zero_stage=1)
-    trainer = put_together(folder, ranks, config, lambda start: noise(ranks, start), batch_norm="synchronized")
-    if ranks.is_first:
+    trainer = put_together(folder, group, config, lambda start: noise(group, start), batch_norm="synchronized")
+    if group.is_first:
         trainer.listeners = [MetricsFile(Path(folder) / "metrics.jsonl")]
         trainer.listeners[0](Started(0, STEPS, None))
     trainer.fit()

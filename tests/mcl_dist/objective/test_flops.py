@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from launch.benchmarks.step_forms import Form, GrowingStep, noise
+from launch.benchmarks.step_forms import GrowingStep, LogSumExpForm, noise
 from launch.run.config import PretrainConfig
 from mcl_dist.config import build_config
 from mcl_dist.model.encoder import EncoderConfig
@@ -21,7 +21,7 @@ def test_the_count_is_that_of_a_step_on_real_tensors() -> None:
         "train": {"global_batch": 2},
     }
     config = build_config(PretrainConfig, tree)
-    step = GrowingStep(config, Form("", closed_form=True, one_pass=True), pick_device())
+    step = GrowingStep(config, LogSumExpForm("", closed_form=True, one_pass=True), pick_device())
     with FlopCounterMode(display=False) as counter:
         step(noise(config, pick_device()), lambda _: None)
     counted = operations_per_video(config.encoder, config.heads, config.data.frames, config.data.crop)

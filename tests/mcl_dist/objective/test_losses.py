@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from mcl_dist.objective.losses import inter_loss, intra_loss, order_loss, own_similarities
-from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.negative_queue import NegativeQueue
 
 
 def unit(*shape: int, seed: int) -> torch.Tensor:
@@ -15,7 +15,7 @@ def test_inter_equals_cross_entropy_over_all_rows_with_the_queue_repeated() -> N
     query, keys, queue = unit(4, 8, seed=0), unit(3, 4, 8, seed=1), unit(10, 8, seed=2)
     query.requires_grad_()
     own = own_similarities(query, keys)
-    loss = inter_loss(own, Queue(queue).against(query, 0.1), 0.1)
+    loss = inter_loss(own, NegativeQueue(queue).against(query, 0.1), 0.1)
     logits = torch.cat([own.reshape(-1, 1), (query @ queue.T).repeat(3, 1)], dim=1) / 0.1
     expected = cross_entropy(logits, torch.zeros(12, dtype=torch.int64))
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.model.encoder import EncoderConfig
 from mcl_dist.model.network import HeadsConfig, Network
 from mcl_dist.objective.momentum_encoder import MomentumEncoder
@@ -15,7 +15,7 @@ def network() -> Network:
 
 def test_every_parameter_moves_by_the_complement_of_the_momentum() -> None:
     query = network()
-    momentum = MomentumEncoder(query, Ranks(), seed=0, autocast=False)
+    momentum = MomentumEncoder(query, ProcessGroup(), seed=0, autocast=False)
     before = [p.clone() for p in momentum.network.parameters()]
     with torch.no_grad():
         for parameter in query.parameters():
@@ -27,7 +27,7 @@ def test_every_parameter_moves_by_the_complement_of_the_momentum() -> None:
 
 def test_a_skipped_step_leaves_the_average_alone() -> None:
     query = network()
-    momentum = MomentumEncoder(query, Ranks(), seed=0, autocast=False)
+    momentum = MomentumEncoder(query, ProcessGroup(), seed=0, autocast=False)
     before = [p.clone() for p in momentum.network.parameters()]
     with torch.no_grad():
         for parameter in query.parameters():
@@ -39,7 +39,7 @@ def test_a_skipped_step_leaves_the_average_alone() -> None:
 
 
 def test_keys_are_unit_vectors_of_the_three_key_views_without_gradient() -> None:
-    momentum = MomentumEncoder(network(), Ranks(), seed=0, autocast=False)
+    momentum = MomentumEncoder(network(), ProcessGroup(), seed=0, autocast=False)
     views = torch.randint(0, 256, (3, 4, 4, 16, 16, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     keys = momentum.encode(views, step=0)
     for vectors in keys:
@@ -52,14 +52,14 @@ def test_keys_are_unit_vectors_of_the_three_key_views_without_gradient() -> None
 
 
 def test_what_a_rank_computes_is_told_apart_from_what_ranks_exchange() -> None:
-    momentum = MomentumEncoder(network(), Ranks(), seed=0, autocast=False)
+    momentum = MomentumEncoder(network(), ProcessGroup(), seed=0, autocast=False)
     phases: list[str] = []
     momentum.encode(torch.zeros(2, 4, 4, 16, 16, 3, dtype=torch.uint8), 0, phases.append)
     assert phases == ["keys", "keys", "keys", "exchange"]
 
 
 def test_the_shuffle_changes_with_the_step_and_the_key() -> None:
-    momentum = MomentumEncoder(network(), Ranks(), seed=0, autocast=False)
+    momentum = MomentumEncoder(network(), ProcessGroup(), seed=0, autocast=False)
     shuffles = [momentum._permutation(64, step, key).tolist() for step in range(2) for key in range(3)]
     assert len({tuple(shuffle) for shuffle in shuffles}) == 6
     assert all(sorted(shuffle) == list(range(64)) for shuffle in shuffles)

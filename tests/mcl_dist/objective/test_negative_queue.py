@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import ConfigError
 from mcl_dist.objective.log_sum_exp import LogSumExp, chunked, fused, fused_runs, log_sum_exp
-from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.negative_queue import NegativeQueue
 
 
 def unit(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -21,21 +21,21 @@ def numbered(first: int, count: int) -> torch.Tensor:
 
 
 def test_keys_are_written_first_second_third_and_wrap_around() -> None:
-    queue = Queue(torch.zeros(8, 2), position=5)
+    queue = NegativeQueue(torch.zeros(8, 2), position=5)
     queue.enqueue(numbered(1, 6).reshape(3, 2, 2))
     assert queue.vectors[:, 0].tolist() == [4, 5, 6, 0, 0, 1, 2, 3]
     assert queue.position == 3
 
 
 def test_the_newest_keys_stay_when_they_outnumber_the_queue() -> None:
-    queue = Queue(torch.zeros(4, 2))
+    queue = NegativeQueue(torch.zeros(4, 2))
     queue.enqueue(numbered(1, 6).reshape(3, 2, 2))
     assert sorted(queue.vectors[:, 0].tolist()) == [3, 4, 5, 6]
     assert queue.vectors[queue.position - 1, 0] == 6
 
 
 def test_a_skipped_step_writes_nothing() -> None:
-    queue = Queue(torch.zeros(8, 2), position=5)
+    queue = NegativeQueue(torch.zeros(8, 2), position=5)
     queue.enqueue(numbered(1, 6).reshape(3, 2, 2), taken=torch.tensor(0.0))
     assert not queue.vectors.any()
     queue.position = 5
@@ -45,7 +45,7 @@ def test_a_skipped_step_writes_nothing() -> None:
 
 def test_a_random_queue_holds_unit_vectors_that_the_seed_decides() -> None:
     first, second = (
-        Queue.random(16, 8, torch.Generator().manual_seed(3), torch.device("cpu")).vectors for _ in range(2)
+        NegativeQueue.random(16, 8, torch.Generator().manual_seed(3), torch.device("cpu")).vectors for _ in range(2)
     )
     assert torch.equal(first, second)
     torch.testing.assert_close(first.norm(dim=1), torch.ones(16))
@@ -90,13 +90,13 @@ def test_the_gradient_is_that_of_the_logits_written_out() -> None:
     weights = torch.arange(1.0, 6.0, dtype=torch.float64)
     gradients = [
         torch.autograd.grad((weights * value).sum(), queries)[0]
-        for value in (Queue(vectors).against(queries, 0.1), written_out)
+        for value in (NegativeQueue(vectors).against(queries, 0.1), written_out)
     ]
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
 def test_a_queue_smaller_than_the_number_of_ranks_cannot_be_sharded() -> None:
-    ranks = Ranks()
-    ranks.count = 4
+    group = ProcessGroup()
+    group.size = 4
     with pytest.raises(ConfigError, match=r"objective\.queue: 3 negatives cannot be shared by 4 ranks"):
-        Queue(torch.zeros(3, 2), ranks=ranks, sharded=True)
+        NegativeQueue(torch.zeros(3, 2), group=group, sharded=True)

@@ -13,7 +13,7 @@ from mcl_dist.errors import ConfigError
 from mcl_dist.model.encoder import EncoderConfig
 from mcl_dist.model.network import HeadsConfig, Network
 from mcl_dist.objective.momentum_encoder import Keys
-from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.negative_queue import NegativeQueue
 from mcl_dist.objective.objective import LossWeights, Objective
 
 BATCH, DIM, LAST = 4, 8, "layer2.0.conv3"
@@ -47,7 +47,7 @@ def backward(
     motion = torch.rand(BATCH, 2, 4, 4, generator=draws, dtype=torch.float64)
     order = torch.tensor([0, 1, 1, 0])
     inter, intra, ordered = (unit(3, BATCH, DIM, seed=seed) for seed in (2, 3, 4))
-    keys, queue = Keys(inter, intra, ordered, inter), Queue(unit(50, DIM, seed=5))
+    keys, queue = Keys(inter, intra, ordered, inter), NegativeQueue(unit(50, DIM, seed=5))
     objective = compiled(Objective(network, temperature=0.1, alignment_layer=layer))
     total = torch.zeros((), dtype=torch.float64)
     for start in range(0, BATCH, BATCH // parts):
@@ -132,7 +132,7 @@ def test_autocast_to_bfloat16_stays_near_float32() -> None:
         # 16 frames: PyTorch's bfloat16 gradients on CPUs are wrong where 8 leave the last maps 2 of them.
         clips, motion = torch.randn(BATCH, 3, 16, 32, 32, generator=draws), torch.rand(BATCH, 4, 4, 4, generator=draws)
         keys = Keys(*(unit(3, BATCH, DIM, seed=seed).float() for seed in (2, 3, 4, 2)))
-        queue = Queue(unit(50, DIM, seed=5).float())
+        queue = NegativeQueue(unit(50, DIM, seed=5).float())
         objective = Objective(network, temperature=0.1, autocast=autocast)
         loss = objective(clips, keys, queue, motion, torch.tensor([0, 1, 1, 0]), WEIGHTS)
         loss.backward()

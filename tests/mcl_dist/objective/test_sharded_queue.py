@@ -11,9 +11,9 @@ import torch
 from torch import distributed
 from torch.nn.functional import normalize
 
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.objective.losses import inter_loss, own_similarities
-from mcl_dist.objective.negative_queue import Queue
+from mcl_dist.objective.negative_queue import NegativeQueue
 
 SIZE, DIM, BATCH, STEPS = 101, 8, 5, 4  # no number of ranks divides 101, nor does it hold whole steps' keys
 
@@ -25,16 +25,16 @@ def unit(*shape: int, seed: int) -> torch.Tensor:
 def sharded_equals_replicated() -> None:
     """Over several steps, past the end of the ring: losses, gradients, contents, and the way into another queue."""
     distributed.init_process_group("gloo")
-    ranks = Ranks()
-    own = slice(BATCH * ranks.rank, BATCH * (ranks.rank + 1))
+    group = ProcessGroup()
+    own = slice(BATCH * group.rank, BATCH * (group.rank + 1))
     start = unit(SIZE, DIM, seed=0)
-    queues = [Queue(start, position=90, ranks=ranks, sharded=sharded) for sharded in (True, False)]
-    assert abs(len(queues[0].vectors) - SIZE / ranks.count) < 1
+    queues = [NegativeQueue(start, position=90, group=group, sharded=sharded) for sharded in (True, False)]
+    assert abs(len(queues[0].vectors) - SIZE / group.size) < 1
     for step in range(STEPS):
-        keys = unit(3, BATCH * ranks.count, DIM, seed=10 + step)
+        keys = unit(3, BATCH * group.size, DIM, seed=10 + step)
         losses, gradients = [], []
         for queue in queues:
-            queries = unit(BATCH * ranks.count, DIM, seed=20 + step)[own].requires_grad_()
+            queries = unit(BATCH * group.size, DIM, seed=20 + step)[own].requires_grad_()
             loss = inter_loss(own_similarities(queries, keys[:, own]), queue.against(queries, 0.1), 0.1)
             loss.backward()
             losses.append(loss.detach())
@@ -45,8 +45,8 @@ def sharded_equals_replicated() -> None:
         torch.testing.assert_close(*(queue.mean() for queue in queues))
     sharded, replicated = queues
     assert torch.equal(sharded.share(), replicated.share())
-    assert sharded.position == replicated.position == (90 + STEPS * 3 * BATCH * ranks.count) % SIZE
-    resumed = Queue(start, ranks=ranks, sharded=True)
+    assert sharded.position == replicated.position == (90 + STEPS * 3 * BATCH * group.size) % SIZE
+    resumed = NegativeQueue(start, group=group, sharded=True)
     resumed.load(replicated.vectors, replicated.position)
     assert torch.equal(resumed.vectors, sharded.vectors)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mcl_dist.events import Accounts, CheckpointWritten, Event, Finished, Restarted, Started, StepDone, Stopping
-from mcl_dist.run_log.goodput import Birth, Ledger
+from mcl_dist.run_log.goodput import GoodputTracker, StartInfo
 from mcl_dist.run_log.listeners import EventLog, MetricsFile
 
 STEPS, STEP_SECONDS = 6, 2.0
@@ -26,10 +26,10 @@ class Run:
 
     def start(self, step: int, takes: float = 10.0, cause: str = "") -> None:
         """Start from the checkpoint of a step."""
-        birth = Birth(self.now, cause, "rank 1 was ended by SIGKILL", attempt=1) if cause else Birth(self.now)
+        birth = StartInfo(self.now, cause, "rank 1 was ended by SIGKILL", attempt=1) if cause else StartInfo(self.now)
         self.now += takes
         files = [EventLog(self.folder / "log.jsonl"), MetricsFile(self.folder / "metrics.jsonl")]
-        ledger = Ledger(self.folder, [*files, self.told.append], birth, clock=lambda: self.now)
+        ledger = GoodputTracker(self.folder, [*files, self.told.append], birth, clock=lambda: self.now)
         self.listeners = [*files, ledger]
         self.tell(Started(step, STEPS, None))
 

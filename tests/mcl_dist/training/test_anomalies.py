@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mcl_dist.batch import TubeletBatch
-from mcl_dist.distributed.process_group import Ranks
-from mcl_dist.training.anomalies import SpikeDetector, Suspects
+from mcl_dist.distributed.process_group import ProcessGroup
+from mcl_dist.training.anomalies import NonFiniteAttribution, SpikeDetector
 
 
 def batch(*, motion: torch.Tensor | None = None) -> TubeletBatch:
@@ -24,14 +24,14 @@ def batch(*, motion: torch.Tensor | None = None) -> TubeletBatch:
 def test_a_target_that_is_not_finite_is_blamed_alone() -> None:
     motion = torch.zeros(3, 1, 2, 2)
     motion[1, 0, 1, 1] = math.inf
-    blame = Suspects(batch(motion=motion), torch.tensor([math.nan])).blame(Ranks())
+    blame = NonFiniteAttribution(batch(motion=motion), torch.tensor([math.nan])).blame(ProcessGroup())
     assert blame.samples == [7]
     assert "motion target" in blame.reason
 
 
 @pytest.mark.parametrize(("loss", "reason"), [(math.nan, "loss"), (1.0, "gradient")])
 def test_with_sound_inputs_all_are_blamed(loss: float, reason: str) -> None:
-    blame = Suspects(batch(), torch.tensor([0.5, loss])).blame(Ranks())
+    blame = NonFiniteAttribution(batch(), torch.tensor([0.5, loss])).blame(ProcessGroup())
     assert blame.samples == [5, 7, 9]
     assert reason in blame.reason
 

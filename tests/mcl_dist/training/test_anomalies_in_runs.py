@@ -21,14 +21,14 @@ from launch.run.config import PretrainConfig
 from mcl_dist.batch import FIRST_KEY, QUERY, TubeletBatch
 from mcl_dist.config import load_config
 from mcl_dist.distributed.heartbeat import Heartbeat
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.distributed.shutdown import StopRequest
 from mcl_dist.errors import UserError
 from mcl_dist.events import Event, LossSpike, StepDone, StepSkipped
-from mcl_dist.run_log.goodput import Birth
+from mcl_dist.run_log.goodput import StartInfo
 from mcl_dist.training.deepspeed_engine import OptimizerConfig, join_process_group, pick_device
-from mcl_dist.training.phase_timer import PhaseClock
-from mcl_dist.training.pretrain_step import Pretrainer
+from mcl_dist.training.phase_timer import PhaseTimer
+from mcl_dist.training.pretrain_step import PretrainTrainer
 from mcl_dist.training.trainer import TrainConfig
 from tests.support.gloo_runs import QUIET, STEPS, joined, noise, put_together
 from tests.support.paths import REPOSITORY
@@ -43,21 +43,21 @@ LEARNT = (
 CULPRIT = 2  # of four videos: on the second of two ranks
 
 
-def poisoned(ranks: Ranks, start: int, steps: Collection[int], view: int) -> Iterator[TubeletBatch]:
+def poisoned(group: ProcessGroup, start: int, steps: Collection[int], view: int) -> Iterator[TubeletBatch]:
     """Noise as floats, and in some steps one pixel of one video's view that is no number."""
-    for step, batch in enumerate(noise(ranks, start), start):
+    for step, batch in enumerate(noise(group, start), start):
         views = batch.views.float()
         if step in steps:
             views[batch.samples == CULPRIT, view, 1, 2, 3, 0] = torch.nan
         yield replace(batch, views=views)
 
 
-class LeavingOut(Pretrainer):
+class LeavingOut(PretrainTrainer):
     """A run without some of its steps."""
 
     left_out: Collection[int] = ()
 
-    def take(self, step: int, batch: TubeletBatch, clock: PhaseClock, waited: float) -> Any:
+    def take(self, step: int, batch: TubeletBatch, clock: PhaseTimer, waited: float) -> Any:
         if step not in self.left_out:
             return super().take(step, batch, clock, waited)
         self._settle()
@@ -66,7 +66,7 @@ class LeavingOut(Pretrainer):
 
 def run(
     folder: Path,
-    ranks: Ranks,
+    group: ProcessGroup,
     optimizer: OptimizerConfig,
     *,
     poison: Collection[int] = (),
@@ -78,9 +78,9 @@ def run(
     """What the listeners of a run heard."""
     trainer = put_together(
         folder,
-        ranks,
+        group,
         optimizer,
-        lambda start: poisoned(ranks, start, poison, view),
+        lambda start: poisoned(group, start, poison, view),
         type("", (LeavingOut,), {"left_out": left_out}),
         settings,
         steps,
@@ -96,7 +96,7 @@ def files(folder: Path, step: int) -> dict[str, bytes]:
 
 
 def skipping(folder: str) -> None:
-    ranks = joined()
+    group = joined()
     for optimizer, stage, step, view in (
         ("sgd", 0, 3, FIRST_KEY),
         ("adamw", 1, 0, QUERY),
@@ -105,13 +105,13 @@ def skipping(folder: str) -> None:
     ):
         config = OptimizerConfig(name=optimizer, learning_rate=0.01, zero_stage=stage)
         hurt, whole = Path(folder, f"{stage}-hurt"), Path(folder, f"{stage}-whole")
-        heard = run(hurt, ranks, config, poison=[step], view=view)
+        heard = run(hurt, group, config, poison=[step], view=view)
         assert [event for event in heard if isinstance(event, StepSkipped)] == [
             StepSkipped(step + 1, [str(CULPRIT)], "its pixels or its motion target are not finite", 1)
         ]
         assert [event.step for event in heard if isinstance(event, StepDone) and not event.taken] == [step + 1]
-        run(whole, ranks, config, left_out=[step])
-        ranks.barrier()
+        run(whole, group, config, left_out=[step])
+        group.barrier()
         assert files(hurt, STEPS) == files(whole, STEPS), f"stage {stage}"
 
 
@@ -121,19 +121,19 @@ def on_videos(shards: str, folder: str, left_out: str) -> None:
     words = [f"data.train={shards}", f"run.dir={folder}", "train.steps=6", "checkpoint.every=6", *SMALL]
     config = load_config(PretrainConfig, REPOSITORY / "configs" / "pretrain" / "tiny.yaml", words)
     join_process_group(device)
-    ranks = Ranks(device)
-    with assembled(config, ranks, device, StopRequest(), Heartbeat(), Birth(0.0)) as trainer:
+    group = ProcessGroup(device)
+    with assembled(config, group, device, StopRequest(), Heartbeat(), StartInfo(0.0)) as trainer:
         take, batches = trainer.take, trainer.batches
 
         def poisoned_batches() -> Iterator[TubeletBatch]:
             for step, batch in enumerate(batches):
                 views = batch.views.float()
-                if step == POISONED_STEP and not ranks.is_first:
+                if step == POISONED_STEP and not group.is_first:
                     views[0, QUERY, 1, 2, 3, 0] = torch.nan
                     Path(folder, "culprit").write_text(ShardSet(shards).name_of(int(batch.samples[0])))
                 yield replace(batch, views=views)
 
-        def take_others(step: int, batch: TubeletBatch, clock: PhaseClock, waited: float) -> Any:
+        def take_others(step: int, batch: TubeletBatch, clock: PhaseTimer, waited: float) -> Any:
             if step != POISONED_STEP:
                 return take(step, batch, clock, waited)
             trainer._settle()
@@ -147,25 +147,25 @@ def on_videos(shards: str, folder: str, left_out: str) -> None:
 
 
 def stopping(folder: str) -> None:
-    ranks = joined()
+    group = joined()
     with pytest.raises(UserError, match=f"step 5: 2 steps in a row .* {CULPRIT}: its pixels"):
-        run(Path(folder), ranks, OptimizerConfig(), poison=[1, 3, 4, 5], settings=TrainConfig(max_nonfinite_steps=2))
+        run(Path(folder), group, OptimizerConfig(), poison=[1, 3, 4, 5], settings=TrainConfig(max_nonfinite_steps=2))
 
 
 def going_back(folder: str) -> None:
     """The loss rises all the way, as it does on noise that the network cannot learn at this rate."""
-    ranks = joined()
+    group = joined()
     settings = TrainConfig(on_spike="rollback", spike_window=4, spike_factor=1.0)
     for optimizer, stage in (("adamw", 0), ("sgd", 1), ("adamw", 2), ("sgd", 3)):
         config = OptimizerConfig(name=optimizer, learning_rate=0.01, zero_stage=stage)
         leapt, calm = Path(folder, f"{stage}-leapt"), Path(folder, f"{stage}-calm")
-        heard = run(leapt, ranks, config, settings=settings, steps=8)
+        heard = run(leapt, group, config, settings=settings, steps=8)
         (spike,) = [event for event in heard if isinstance(event, LossSpike)]
         assert spike.loss > spike.limit
         assert spike.rolled_back_to == 3
         assert [event.step for event in heard if isinstance(event, StepDone)] == list(range(1, 9))
-        run(calm, ranks, config, left_out=range(3, spike.step + 1), steps=8)
-        ranks.barrier()
+        run(calm, group, config, left_out=range(3, spike.step + 1), steps=8)
+        group.barrier()
         for name, data in files(leapt, 8).items():
             # What is remembered of the losses differs: the calm run never had the leap.
             assert name in ("state.json", "COMMITTED") or data == files(calm, 8)[name], f"stage {stage}, {name}"

@@ -14,16 +14,16 @@ from torch import distributed
 
 from mcl_dist.batch import TubeletBatch
 from mcl_dist.checkpoint import read_snapshot
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.training.deepspeed_engine import OptimizerConfig
 from tests.support.gloo_runs import GLOBAL_BATCH, QUIET, joined, noise, put_together
 
 SGD = OptimizerConfig(learning_rate=0.01)
 
 
-def twins(ranks: Ranks, start: int) -> Iterator[TubeletBatch]:
+def twins(group: ProcessGroup, start: int) -> Iterator[TubeletBatch]:
     """Batches whose halves on a rank are alike, so that BatchNorm finds in either what it finds in both."""
-    for batch in noise(ranks, start):
+    for batch in noise(group, start):
         half = torch.arange(len(batch.order) // 2).repeat(2)
         yield TubeletBatch(**{name: tensor[half] for name, tensor in vars(batch).items()})
 
@@ -35,24 +35,24 @@ def parameters(folder: Path, step: int) -> torch.Tensor:
 
 def in_parts(folder: str) -> None:
     """At every ZeRO stage, with every step's share of a rank taken in one part, and in two."""
-    ranks = joined()
+    group = joined()
     for stage in range(4):
         for parts in (1, 2):
             put_together(
                 f"{folder}/{stage}-{parts}",
-                ranks,
+                group,
                 replace(SGD, zero_stage=stage),
-                lambda start: twins(ranks, start),
+                lambda start: twins(group, start),
                 settings=replace(QUIET, accumulate=parts, global_batch=GLOBAL_BATCH),
                 steps=3,
             ).fit()
 
 
 def compiled(folder: str) -> None:
-    ranks = joined()
+    group = joined()
     for compiles in (False, True):
         trainer = put_together(
-            f"{folder}/{compiles}", ranks, replace(SGD, zero_stage=1), lambda start: noise(ranks, start), steps=3
+            f"{folder}/{compiles}", group, replace(SGD, zero_stage=1), lambda start: noise(group, start), steps=3
         )
         if compiles:
             trainer.learner.compile()

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from mcl_dist.checkpoint import Checkpoints, Share
+from mcl_dist.checkpoint import CheckpointManager, CheckpointShard
 from mcl_dist.distributed.heartbeat import SAVING, Heartbeat
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import UserError
 from mcl_dist.events import Event, Finished, LossSpike
 from mcl_dist.objective.schedule import Schedule
@@ -31,14 +31,14 @@ class Idle(Trainer[Any]):
         return SimpleNamespace(seconds=0.0)
 
 
-def share(step: int, *_: Any) -> Share:
-    return Share(step, {"weight": torch.full((2,), float(step))})
+def share(step: int, *_: Any) -> CheckpointShard:
+    return CheckpointShard(step, {"weight": torch.full((2,), float(step))})
 
 
 def put_together(folder: Path, start: int, heard: list[Event], **parts: Any) -> Idle:
     """A run after `start` steps, which a checkpoint holds."""
-    ranks = parts.pop("ranks", Ranks())
-    checkpoints = Checkpoints(str(folder), ranks)
+    group = parts.pop("group", ProcessGroup())
+    checkpoints = CheckpointManager(str(folder), group)
     if start:
         checkpoints.save(share(start))
     engine: Any = SimpleNamespace(
@@ -51,7 +51,7 @@ def put_together(folder: Path, start: int, heard: list[Event], **parts: Any) -> 
     return Idle(
         engine=engine,
         learner=learner,
-        ranks=ranks,
+        group=group,
         schedule=Schedule(0.1, steps_per_epoch=2, total_steps=STEPS, warmup_epochs=1.0),
         checkpoints=checkpoints,
         checkpoint_every=STEPS,
@@ -65,7 +65,7 @@ def put_together(folder: Path, start: int, heard: list[Event], **parts: Any) -> 
 
 def test_a_run_shorter_than_what_is_done_is_refused_and_no_checkpoint_touched(tmp_path: Path) -> None:
     heard: list[Event] = []
-    Checkpoints(str(tmp_path), Ranks()).save(share(STEPS))
+    CheckpointManager(str(tmp_path), ProcessGroup()).save(share(STEPS))
     trainer = put_together(tmp_path, STEPS + 2, heard)
     with pytest.raises(UserError, match=r"step-000000006: 6 steps are done, and train\.steps or .* of 4; set"):
         trainer.fit()
@@ -100,7 +100,7 @@ def test_a_store_that_is_slow_when_a_leap_takes_back_steps_is_waited_for_as_when
 @pytest.mark.gpu
 def test_a_gpu_is_not_waited_for_to_average_what_a_step_reports(tmp_path: Path) -> None:
     device = torch.device("cuda")
-    trainer = put_together(tmp_path, 0, [], ranks=Ranks(device))
+    trainer = put_together(tmp_path, 0, [], group=ProcessGroup(device))
     reports = [{"loss": torch.full((), value, device=device)} for value in (1.0, 2.0)]
     torch.cuda.set_sync_debug_mode("error")
     try:

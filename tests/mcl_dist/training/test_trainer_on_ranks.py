@@ -13,7 +13,7 @@ import pytest
 from torch import distributed
 
 from mcl_dist.checkpoint import read_snapshot
-from mcl_dist.distributed.process_group import Ranks
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import UserError
 from mcl_dist.events import Started
 from mcl_dist.run_log.listeners import MetricsFile
@@ -21,10 +21,10 @@ from mcl_dist.training.deepspeed_engine import OptimizerConfig
 from tests.support.gloo_runs import STEPS, joined, noise, put_together
 
 
-def train(ranks: Ranks, folder: Path, optimizer: OptimizerConfig, until: int) -> None:
+def train(group: ProcessGroup, folder: Path, optimizer: OptimizerConfig, until: int) -> None:
     """Go on from the last checkpoint; after `until` steps the data end, and with them the run."""
-    trainer = put_together(folder, ranks, optimizer, lambda start: itertools.islice(noise(ranks, start), until - start))
-    if ranks.is_first:
+    trainer = put_together(folder, group, optimizer, lambda start: itertools.islice(noise(group, start), until - start))
+    if group.is_first:
         metrics = MetricsFile(folder / "metrics.jsonl")
         metrics(Started(trainer.start, STEPS, None))
         trainer.listeners = [metrics]
@@ -35,11 +35,11 @@ def train(ranks: Ranks, folder: Path, optimizer: OptimizerConfig, until: int) ->
 
 
 def train_whole_and_broken(folder: str, optimizer: str, zero_stage: str) -> None:
-    ranks = joined()
+    group = joined()
     config = OptimizerConfig(name=optimizer, learning_rate=0.01, zero_stage=int(zero_stage))
-    train(ranks, Path(folder, "whole"), config, STEPS)
-    train(ranks, Path(folder, "broken"), config, 5)  # stops two steps after its checkpoint
-    train(ranks, Path(folder, "broken"), config, STEPS)
+    train(group, Path(folder, "whole"), config, STEPS)
+    train(group, Path(folder, "broken"), config, 5)  # stops two steps after its checkpoint
+    train(group, Path(folder, "broken"), config, STEPS)
 
 
 def train_until(folder: str, until: str) -> None:
@@ -47,20 +47,20 @@ def train_until(folder: str, until: str) -> None:
 
 
 def train_at_every_stage(folder: str) -> None:
-    ranks = joined()
+    group = joined()
     for stage in range(4):
         config = OptimizerConfig(learning_rate=0.01, zero_stage=stage)
-        put_together(f"{folder}/{stage}", ranks, config, lambda start: noise(ranks, start), steps=10).fit()
+        put_together(f"{folder}/{stage}", group, config, lambda start: noise(group, start), steps=10).fit()
 
 
 def train_then_resume_with_another_optimizer(folder: str) -> None:
-    ranks = joined()
-    train(ranks, Path(folder), OptimizerConfig(learning_rate=0.01, momentum=0.0), 3)
+    group = joined()
+    train(group, Path(folder), OptimizerConfig(learning_rate=0.01, momentum=0.0), 3)
     for other in (OptimizerConfig(), OptimizerConfig(name="adamw")):
         with pytest.raises(
             UserError, match=r"checkpoint of step 3 has no \w+/encoder\S+: set optimizer\.name and optimizer\.momentum"
         ):
-            train(ranks, Path(folder), other, STEPS)
+            train(group, Path(folder), other, STEPS)
 
 
 def losses_of(folder: Path) -> list[float]:

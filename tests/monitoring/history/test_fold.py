@@ -31,7 +31,7 @@ from monitoring.history.run_folder import RunFolder
 
 DONE = StepDone(1, 0, 100, {"loss": 3.0}, 1e-3, videos=8, seconds=0.5, data_wait_ratio=0.25, gradient_norm=2.0)
 REPORT = LoaderReport(20, 17, 2, {"checksum": 2}, 0.5, 2, {}, {"retries": {"stall": 3, "reset": 0}}, 0.0, 0)
-COURSE: tuple[Event, ...] = (
+IMMUTABLE_KEYS: tuple[Event, ...] = (
     Started(0, 100, None),
     DONE,
     replace(DONE, step=2, losses={"loss": math.nan}, gradient_norm=math.inf, taken=False),
@@ -90,7 +90,7 @@ def test_steps_that_a_run_went_back_behind_are_forgotten() -> None:
 
 def test_a_run_folder_is_the_history_of_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     views = []
-    for make in (lambda: heard(*COURSE), lambda: RunFolder(written(tmp_path, *COURSE))):
+    for make in (lambda: heard(*IMMUTABLE_KEYS), lambda: RunFolder(written(tmp_path, *IMMUTABLE_KEYS))):
         clock = count(1_800_000_000)
         monkeypatch.setattr(time, "time", lambda clock=clock: float(next(clock)))
         views.append({**make().view(), "run": "", "source": ""})
@@ -98,7 +98,7 @@ def test_a_run_folder_is_the_history_of_its_lines(tmp_path: Path, monkeypatch: p
 
 
 def test_a_view_is_plain_json_and_tells_all_of_the_run() -> None:
-    view = json.loads(json.dumps(heard(*COURSE).view(), allow_nan=False))
+    view = json.loads(json.dumps(heard(*IMMUTABLE_KEYS).view(), allow_nan=False))
     assert (view["state"], view["step"], view["total_steps"], view["seconds_left"]) == ("running", 2, 100, 49.0)
     assert view["latest"]["loss"] is None
     assert view["recent"]["values"]["loss"] == [3.0, None]
@@ -116,7 +116,7 @@ def test_a_view_is_plain_json_and_tells_all_of_the_run() -> None:
 
 
 def test_a_step_taken_ends_a_row_of_skipped_ones() -> None:
-    assert heard(*COURSE, replace(DONE, step=3)).view()["counts"]["skipped_in_a_row"] == 0
+    assert heard(*IMMUTABLE_KEYS, replace(DONE, step=3)).view()["counts"]["skipped_in_a_row"] == 0
 
 
 def test_phases_are_means_of_the_newest_steps() -> None:
@@ -167,7 +167,7 @@ def test_messages_are_bounded() -> None:
 
 
 def test_a_folder_is_read_on_from_the_last_look(tmp_path: Path) -> None:
-    folder = RunFolder(written(tmp_path, *COURSE))
+    folder = RunFolder(written(tmp_path, *IMMUTABLE_KEYS))
     assert folder.view()["step"] == 2
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"time": 1, "step": 3, "epoch": 0, "loss": 1.0}\n{"time": 1, "step": 4, "ep')  # a line half written
@@ -186,14 +186,14 @@ def test_a_run_that_resumed_from_an_earlier_step_is_read_anew(tmp_path: Path) ->
 
 
 def test_lines_that_cannot_be_read_are_left_out_and_told(tmp_path: Path) -> None:
-    written(tmp_path, *COURSE)
+    written(tmp_path, *IMMUTABLE_KEYS)
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"time": 1, "ev{"time": 2}\n[1]\n{"time": 3, "event": "Started"}\n')
     assert "3 lines of metrics.jsonl and log.jsonl cannot be read, left out" in RunFolder(tmp_path).view()["warnings"]
 
 
 def test_other_ranks_are_known_from_their_logs(tmp_path: Path) -> None:
-    written(tmp_path, *COURSE)
+    written(tmp_path, *IMMUTABLE_KEYS)
     other = EventLog(tmp_path / "log-00001.jsonl")
     other(Started(0, 100, None))
     other(replace(REPORT, waited_seconds=7.0, queue=0))

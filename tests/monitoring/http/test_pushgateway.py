@@ -11,9 +11,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from launch.cli.main import main
-from monitoring.http.client import Client
-from monitoring.http.pushgateway import Gateway
-from monitoring.metrics.registry import Board
+from monitoring.http.client import HttpClient
+from monitoring.http.pushgateway import Pushgateway
+from monitoring.metrics.registry import Registry
 from tests.support.real_prometheus import until
 
 
@@ -52,15 +52,17 @@ def receiver() -> Iterator[Receiver]:
     thread.join()
 
 
-def registered() -> tuple[Board, CollectorRegistry]:
-    board, registry = Board(["build"]), CollectorRegistry()
+def registered() -> tuple[Registry, CollectorRegistry]:
+    board, registry = Registry(["build"]), CollectorRegistry()
     registry.register(board)
     return board, registry
 
 
 def test_metrics_are_pushed_now_and_then_and_at_the_end(receiver: Receiver) -> None:
     board, registry = registered()
-    gateway = Gateway(Client(receiver.url), "mcl-build", {"run": "set", "instance": "here"}, pytest.fail, seconds=0.01)
+    gateway = Pushgateway(
+        HttpClient(receiver.url), "mcl-build", {"run": "set", "instance": "here"}, pytest.fail, seconds=0.01
+    )
     board.set("mcl_build_complete", 0)
     with gateway.pushing(registry, pytest.fail):
         assert until(lambda: len(receiver.pushed) > 1, 20)
@@ -78,7 +80,7 @@ def test_a_gateway_that_takes_nothing_is_told_once_and_counted_and_fails_nothing
     told: list[str] = []
     receiver.status = status or 200
     url = receiver.url if status else "http://127.0.0.1:1"
-    gateway = Gateway(Client(url), "mcl-build", {}, told.append, seconds=0.01)
+    gateway = Pushgateway(HttpClient(url), "mcl-build", {}, told.append, seconds=0.01)
     with gateway.pushing(registry, lambda: board.add("mcl_build_pushes_failed_total")):
         assert until(lambda: (registry.get_sample_value("mcl_build_pushes_failed_total") or 0) > 1, 20)
     failed = registry.get_sample_value("mcl_build_pushes_failed_total")

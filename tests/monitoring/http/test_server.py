@@ -18,9 +18,9 @@ from prometheus_client import CollectorRegistry
 from mcl_dist.config import build_config
 from mcl_dist.errors import ConfigError, UserError
 from monitoring.http.basic_auth import hashed, main
-from monitoring.http.healthz import Pulse
+from monitoring.http.healthz import Healthz
 from monitoring.http.server import Exporter, MonitoringConfig, reached_at
-from monitoring.metrics.registry import Board
+from monitoring.metrics.registry import Registry
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # a thread may be at a request when its server ends
 
@@ -28,11 +28,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # a thread m
 @contextmanager
 def serving(stale_seconds: float = 600.0, **settings: Any) -> Iterator[Exporter]:
     registry = CollectorRegistry()
-    board = Board(["run"])
+    board = Registry(["run"])
     board.set("mcl_step", 3)
     registry.register(board)
     exporter = Exporter(registry, MonitoringConfig(**settings))
-    exporter.mount("/healthz", Pulse(stale_seconds), is_open=True)
+    exporter.mount("/healthz", Healthz(stale_seconds), is_open=True)
     try:
         yield exporter
     finally:

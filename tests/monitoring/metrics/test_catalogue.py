@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from dataloading.shards.bad_sample import REASONS
 from monitoring.metrics.catalogue import BAD_SAMPLES, OWN, SECTIONS, Scope, series_of
 from monitoring.metrics.catalogue_page import NODE, RANKS, page
-from monitoring.metrics.registry import Board
+from monitoring.metrics.registry import Registry
 from tests.support.paths import REPOSITORY
 
 SCRAPE_SECONDS = 0.05
@@ -15,7 +15,7 @@ SCRAPE_SECONDS = 0.05
 
 def full(scopes: tuple[Scope, ...]) -> CollectorRegistry:
     """A registry in which every metric of the scopes has every value of its label."""
-    registry, board = CollectorRegistry(), Board(scopes)
+    registry, board = CollectorRegistry(), Registry(scopes)
     for metric in OWN.values():
         for labels in [(value,) for value in metric.values] or [("some",) * len(metric.labels)]:
             if metric.kind == "histogram":

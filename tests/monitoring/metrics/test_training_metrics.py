@@ -23,9 +23,9 @@ from mcl_dist.events import (
     Stopping,
 )
 from mcl_dist.run_log.goodput import CAUSES
-from monitoring.http.healthz import Pulse
+from monitoring.http.healthz import Healthz
 from monitoring.metrics.catalogue import LOSSES, Scope
-from monitoring.metrics.registry import Board
+from monitoring.metrics.registry import Registry
 from monitoring.metrics.training_metrics import TrainingMetrics
 
 DONE = StepDone(
@@ -47,9 +47,9 @@ DONE = StepDone(
 
 
 def listening(*scopes: Scope, peak_flops: float | None = None) -> tuple[TrainingMetrics, CollectorRegistry]:
-    registry, board = CollectorRegistry(), Board(scopes or ("run", "rank", "node"))
+    registry, board = CollectorRegistry(), Registry(scopes or ("run", "rank", "node"))
     registry.register(board)
-    return TrainingMetrics(board, Pulse(600.0), peak_flops), registry
+    return TrainingMetrics(board, Healthz(600.0), peak_flops), registry
 
 
 def test_an_evaluation_shows_its_scores_and_is_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
