@@ -1,4 +1,4 @@
-"""The method: encoder, objective, training loop, checkpoints, evaluation; knows no data format, no reporter."""
+"""The method: encoder, objective, training loop, checkpoints, evaluation. Independent of data formats and reporters."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 def load_encoder(path: str) -> Encoder:
     """An encoder in evaluation mode, from a run folder, a `step-…` folder or a weights file.
 
-    It takes what `normalise` makes of clips; `.pooled` of its answer are the features (B, C).
-    Errors as of `mcl_dist.checkpoint.interchange.load_encoder`.
+    It takes clips that `normalise` returns; `.pooled` of its output holds the features (B, C).
+    Errors as in `mcl_dist.checkpoint.interchange.load_encoder`.
     """
     from mcl_dist.checkpoint.interchange import load_encoder as load
 
@@ -22,7 +22,7 @@ def load_encoder(path: str) -> Encoder:
 
 
 def normalise(clips: torch.Tensor) -> torch.Tensor:
-    """Bytes (B, T, H, W, 3) to what an encoder takes, float32 (B, 3, T, H, W)."""
-    from mcl_dist.model.encoder import normalise as ours
+    """Clips of bytes (B, T, H, W, 3) to the encoder's input, float32 (B, 3, T, H, W)."""
+    from mcl_dist.model.encoder import normalise as normalise_clips
 
-    return ours(clips)
+    return normalise_clips(clips)

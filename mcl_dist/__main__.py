@@ -1,7 +1,7 @@
-"""`mcl` itself: hands over to the command line, unless another package of that name hides it.
+"""The `mcl` command: starts the command line, unless a foreign package shadows one of ours.
 
-It stands here, and finds the command line by name, because `launch` and `monitoring` are common names: ROS has a
-`launch`, and a folder called so beside the work is enough.
+`launch` and `monitoring` are common names: ROS has a `launch`, and a folder of that name in the working folder is
+enough to shadow ours. So the check is in this package, and the command line is imported by name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PACKAGES = ("launch", "dataloading", "monitoring")
 
 
 def main() -> int:
-    """Run one command; 1 with one line when a package of ours is hidden by a foreign one."""
+    """Run one command; 1, with one line on stderr, when a foreign package shadows one of ours."""
     for package in PACKAGES:
         if where := foreign(package):
             print(
@@ -31,7 +31,7 @@ def main() -> int:
 
 
 def foreign(package: str) -> str | None:
-    """Where Python finds a package that should be ours, if not beside this one."""
+    """Where Python finds one of our packages; None when that is beside this package."""
     spec = importlib.util.find_spec(package)
     places = [] if spec is None else [spec.origin] if spec.origin else list(spec.submodule_search_locations or ())
     if places and Path(str(places[0])).resolve().is_relative_to(ROOT / package):

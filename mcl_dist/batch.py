@@ -1,4 +1,4 @@
-"""What the data side hands to the method."""
+"""Batches: the data that a loader passes to the training loop."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Self = TypeVar("Self", bound="Batch")
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of a global batch: B videos, V views each.
+    """One rank's part of a global batch: B videos with V views each.
 
     Attributes:
-        views: uint8 (B, V, T, H, W, 3), RGB, already cropped, resized, colour-jittered, blurred and mirrored.
+        views: uint8 (B, V, T, H, W, 3), RGB, cropped, resized, colour-jittered, blurred and mirrored.
         samples: int64 (B,), position of each video in the shard set.
-        boxes: float32 (B, V, 4), what each view shows of the stored frames: top, left, height, width in their pixels,
-            perhaps fractions of them.
+        boxes: float32 (B, V, 4), each view's crop of the stored frames: top, left, height, width in pixels, which may
+            be fractional.
     """
 
     views: torch.Tensor
@@ -30,20 +30,20 @@ class Batch:
     boxes: torch.Tensor
 
     def to(self: Self, device: torch.device) -> Self:
-        """The batch on a device; from pinned memory the copy does not keep the host waiting."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """The batch on a device; the host does not wait for a copy from pinned memory."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self: Self) -> Self:
-        """The batch in host memory that a GPU reads by itself."""
-        return self._each(torch.Tensor.pin_memory)
+        """The batch in pinned host memory, from which a GPU copies asynchronously."""
+        return self._map(torch.Tensor.pin_memory)
 
-    def _each(self: Self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
-        return type(self)(**{name: change(tensor) for name, tensor in vars(self).items()})
+    def _map(self: Self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        return type(self)(**{name: function(tensor) for name, tensor in vars(self).items()})
 
 
 @dataclass(frozen=True)
 class TubeletBatch(Batch):
-    """Four views a video: query, first, second and third key (METHOD.md, section 2).
+    """Four views per video: query, first, second and third key (METHOD.md, section 2).
 
     Attributes:
         motion: float32 (B, T', H', W'), the query's motion target, on the grid of the feature map.
@@ -56,10 +56,10 @@ class TubeletBatch(Batch):
 
 @dataclass(frozen=True)
 class LabelledBatch(Batch):
-    """One view a video, and what it shows (METHOD.md, section 6).
+    """One view per video, and its class (METHOD.md, section 6).
 
     Attributes:
-        labels: int64 (B,), the set's class of each video.
+        labels: int64 (B,), each video's class in the set.
     """
 
     labels: torch.Tensor

@@ -1,24 +1,24 @@
-"""Errors that a person caused or can mend, each told in one line with a documented exit code."""
+"""Errors that a user caused or can fix: one line each, with a documented exit code."""
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
-EXIT_STOPPED = 75  # after saving what there was: the same command goes on from there
+EXIT_STOPPED = 75  # everything is saved: the same command resumes
 
 
 class UserError(Exception):
-    """Something outside the program is wrong: the line says which file, what, and what to do.
+    """A problem outside the program; the message is one line with the file or key, what was found and what to do.
 
-    The command line prints the message alone, without a traceback, and leaves with `exit_code`.
+    The command line prints the message without a traceback and exits with `exit_code`.
     """
 
     exit_code = EXIT_FAILURE
 
 
 class ConfigError(UserError):
-    """A configuration or command line that cannot be used."""
+    """An invalid configuration or command line."""
 
     exit_code = EXIT_USAGE
 
 
 class RankError(UserError):
-    """What one rank alone met, and so has to tell; other errors all ranks meet, and the first tells."""
+    """An error of one rank, which that rank reports itself; the first rank reports errors that all ranks share."""

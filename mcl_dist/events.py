@@ -1,4 +1,4 @@
-"""What a run tells the outside: events go to listeners, and who tells them knows nothing of who listens."""
+"""Events of a run. Code that emits an event does not depend on the listeners that receive it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-# Of a step. Waiting for its data and, unless BatchNorm is synchronised, encoding keys take as long as a rank needs by
-# itself; the other phases hold waiting for other ranks: `exchange` that of the keys.
+# Phases of a step. `wait` (for data) and, unless BatchNorm is synchronised, `keys` depend on this rank alone; the other
+# phases include waits for other ranks: `exchange` is the collective of the keys.
 PHASES = ("wait", "keys", "exchange", "forward", "backward", "checkpoint", "update", "other")
 
 
 @dataclass(frozen=True)
 class Started:
-    """The run starts after `step` steps, from the checkpoint `resumed_from` or from nothing."""
+    """The run starts after `step` steps, from the checkpoint `resumed_from` or from scratch."""
 
     step: int
     total_steps: int
@@ -28,19 +28,19 @@ class StepDone:
         step: steps done, this one included.
         epoch: of this step, counted from 0.
         total_steps: length of the run.
-        losses: mean over ranks of the objective's report.
+        losses: the objective's losses by name, mean over ranks.
         learning_rate: used in this step.
-        videos: in the global batch.
-        seconds: of wall time, waiting included.
+        videos: number in the global batch.
+        seconds: wall time, waits included.
         data_wait_ratio: share of `seconds` spent waiting for data, mean over ranks.
-        gradient_norm: of all parameters together.
-        taken: whether it changed anything; a step without a finite loss and gradient does not.
-        phases: seconds that this rank spent by phase, those of `PHASES`; on a GPU by its own clock. In `checkpoint` the
-            step stood still for the copy of a checkpoint.
+        gradient_norm: over all parameters.
+        taken: whether it updated the parameters; a step without finite loss and gradient is skipped.
+        phases: seconds of this rank by phase of `PHASES`, in GPU time on a GPU. In `checkpoint` the step waits for a
+            checkpoint's copy.
         momentum: of the key encoder in this step.
-        queue_fill: share of the queue that holds keys of this run.
-        queue_age: steps since the oldest of them was written.
-        operations: floating-point operations that the step needs, over all ranks; 0 where nobody has counted.
+        queue_fill: fraction of the queue that holds keys of this run.
+        queue_age: steps since the oldest of these keys was written.
+        flops: floating-point operations of the step, over all ranks; 0 where they were not counted.
     """
 
     step: int
@@ -57,7 +57,7 @@ class StepDone:
     momentum: float = 0.0
     queue_fill: float = 0.0
     queue_age: float = 0.0
-    operations: float = 0.0
+    flops: float = 0.0
 
     @property
     def videos_per_second(self) -> float:
@@ -71,9 +71,9 @@ class StepSkipped:
 
     Attributes:
         step: steps done, this one included.
-        samples: that may have caused it, by the name that the data side has for them.
-        reason: why these.
-        in_a_row: steps skipped one after another, this one included.
+        samples: names of the samples that may have caused it.
+        reason: why these samples.
+        in_a_row: consecutive skipped steps, this one included.
     """
 
     step: int
@@ -84,7 +84,7 @@ class StepSkipped:
 
 @dataclass(frozen=True)
 class LossSpike:
-    """The loss of a step lies above `limit`, far from those before it; `rolled_back_to` is the step that came back."""
+    """A step's loss exceeds `limit`, set by earlier losses; `rolled_back_to` is the restored checkpoint's step."""
 
     step: int
     loss: float
@@ -94,16 +94,16 @@ class LossSpike:
 
 @dataclass(frozen=True)
 class LoaderReport:
-    """What has fed a rank since it began; each counts from there.
+    """What a rank's loader has done since its start; all numbers are totals.
 
     Attributes:
-        expected: samples that the steps so far ask for.
-        delivered, replaced: of these, those that came, and those that were bad and had others stand in for them.
-        bad_samples: different bad samples, by reason.
+        expected: samples that the steps so far needed.
+        delivered, replaced: of these, the samples delivered, and the bad ones that others replaced.
+        bad_samples: distinct bad samples, by reason.
         waited_seconds: that the training loop waited for batches.
-        queue: batches that are ready.
+        queue: batches that are ready now.
         stages: CPU seconds by stage.
-        storage: counts of reading: bytes, requests, retries by reason, hits and evictions of the cache, seconds.
+        storage: counters of reading: bytes, requests, retries by reason, cache hits and evictions, seconds.
         worker_cpu_seconds, worker_peak_bytes: of all worker processes together.
     """
 
@@ -124,13 +124,12 @@ class CheckpointWritten:
     """A checkpoint is complete.
 
     Attributes:
-        step: steps done when it was taken.
+        step: steps done in its state.
         url: its folder.
-        seconds: from its beginning until it was complete.
-        stall_seconds: of these, those in which training stood still: while it was begun, and before the next update
-            until all that this changes was copied. What a run waits for at its end, with nothing left to do, is not
-            in it.
-        bytes: of all its files.
+        seconds: from its start until it was complete.
+        stall_seconds: of these, those in which training waited: at its start, and before the next update until the
+            state that the update changes was copied. The wait at the end of a run does not count.
+        bytes: size of all its files.
     """
 
     step: int
@@ -142,7 +141,7 @@ class CheckpointWritten:
 
 @dataclass(frozen=True)
 class CheckpointFailed:
-    """A checkpoint could not be written, the last `in_a_row` of so many; the run goes on, and tries again later."""
+    """Writing a checkpoint failed, `in_a_row` times in a row; the run continues and tries again later."""
 
     step: int
     url: str
@@ -152,7 +151,7 @@ class CheckpointFailed:
 
 @dataclass(frozen=True)
 class CheckpointRefused:
-    """A checkpoint that is torn, damaged or poisoned was passed over when the run looked for one to start from."""
+    """A run that looked for a checkpoint to resume from skipped an incomplete, damaged or poisoned one."""
 
     url: str
     reason: str
@@ -160,9 +159,9 @@ class CheckpointRefused:
 
 @dataclass(frozen=True)
 class Evaluating:
-    """Training stands still after `step` steps while held-out videos score it: `done` of a rank's `videos` of a set.
+    """An evaluation on held-out videos after `step` steps has done `done` of this rank's `videos` of a set.
 
-    Told at the beginning of each set and then now and again, as a sign of life.
+    Emitted at the start of each set and then periodically, as a heartbeat; training waits meanwhile.
     """
 
     step: int
@@ -172,12 +171,12 @@ class Evaluating:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What held-out videos say of the query encoder.
+    """Scores of the query encoder on held-out videos.
 
     Attributes:
         step: steps done.
-        scores: accuracies of nearest neighbours, fractions by name: `top1`, `top5`, `mean_class`.
-        seconds: for which training stood still.
+        scores: k-NN accuracies, fractions by name: `top1`, `top5`, `mean_class`.
+        seconds: for which training waited.
     """
 
     step: int
@@ -187,14 +186,14 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something a person should know."""
+    """A message to the user."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Stopping:
-    """The run ends before its last step, as a rank was asked to; all that `step` steps have done is saved."""
+    """The run stops before its last step because a rank was asked to; the state after `step` steps is saved."""
 
     step: int
     reason: str
@@ -202,14 +201,14 @@ class Stopping:
 
 @dataclass(frozen=True)
 class Restarted:
-    """A run that had started before goes on.
+    """A run that had started before resumes.
 
     Attributes:
-        cause: what ended it, one of the few words of `accounts.CAUSES`.
-        attempt: restarts by the supervisor without progress, this one included; 0 where it was started by hand.
-        lost_seconds: since the state was reached that it goes on from: steps to repeat, standstill, start-up.
+        cause: what ended it, one of `goodput.RESTART_CAUSES`.
+        attempt: consecutive restarts by the supervisor without progress, this one included; 0 for a manual start.
+        lost_seconds: since the state that it resumes from: steps to repeat, downtime, start-up.
         reason: the cause in a sentence.
-        step: steps done in the state that it goes on from.
+        step: steps done in the state that it resumes from.
     """
 
     cause: str
@@ -221,15 +220,14 @@ class Restarted:
 
 @dataclass(frozen=True)
 class Accounts:
-    """What became of the time since the run first started, over all restarts.
+    """How the time since the run's first start was spent, over all restarts.
 
     Attributes:
-        goodput: productive share of the wall time.
+        goodput: productive fraction of the wall time.
         wall_seconds: since the first start.
-        productive_seconds: of steps that count: taken, and not repeated since.
-        lost_seconds: the rest, by what it went into: `starting`, `checkpoint`, `evaluation`, `skipped`, a restart's
-            cause, `other`.
-        restarts: how many, by cause.
+        productive_seconds: of steps that were taken and not repeated since.
+        lost_seconds: the rest, by use: `starting`, `checkpoint`, `evaluation`, `skipped`, a restart's cause, `other`.
+        restarts: number by cause.
     """
 
     goodput: float
@@ -241,7 +239,7 @@ class Accounts:
 
 @dataclass(frozen=True)
 class Finished:
-    """All steps are done; `peak_bytes` is the most memory that this rank held."""
+    """All steps are done; `peak_bytes` is this rank's peak memory."""
 
     step: int
     peak_bytes: int
@@ -249,7 +247,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """The run ends early, and why."""
+    """The run ends early with an error."""
 
     reason: str
 
@@ -275,7 +273,7 @@ Event = (
 Listener = Callable[[Event], None]
 
 
-def tell(listeners: Iterable[Listener], event: Event) -> None:
-    """Let every listener hear of an event, in order."""
+def emit(listeners: Iterable[Listener], event: Event) -> None:
+    """Pass an event to every listener, in order."""
     for listener in listeners:
         listener(event)

@@ -1,4 +1,4 @@
-"""What the ranks' writers tell one another, in a process group of their own: training goes on in the others."""
+"""Agreement among the writing threads of all ranks, in a process group separate from training's."""
 
 from __future__ import annotations
 
@@ -10,64 +10,67 @@ from typing import Any
 import torch
 from torch import distributed
 
-from mcl_dist.distributed.process_group import ProcessGroup, patient_group
+from mcl_dist.distributed.process_group import ProcessGroup, gloo_group_with_timeout
 from mcl_dist.errors import UserError
 
 
 class Consensus:
-    """The writers of all ranks; made by all together, whatever the backend of training.
+    """Runs work on all ranks and shares the outcome; all ranks construct it together, whatever training's backend.
 
     Args:
-        seconds: after which a rank that says nothing is given up.
+        group: the ranks.
+        timeout: seconds after which a rank that does not answer counts as lost.
+
+    Attributes:
+        gloo_group: PyTorch's process group for the messages; None for a single rank.
     """
 
-    def __init__(self, group: ProcessGroup, seconds: float) -> None:
+    def __init__(self, group: ProcessGroup, timeout: float) -> None:
         self.group = group
-        self._group = patient_group(seconds) if group.size > 1 else None
+        self.gloo_group = gloo_group_with_timeout(timeout) if group.size > 1 else None
 
-    def together(self, work: Callable[[], Any]) -> list[Any]:
-        """Do something on every rank, and learn how all of them fared; all must call it together.
+    def run_on_all_ranks(self, work: Callable[[], Any]) -> list[Any]:
+        """Run `work` on every rank and gather the results; a collective call.
 
         Args:
-            work: its result must be what JSON can say.
+            work: returns a value that JSON can represent.
 
         Returns:
-            The results of all ranks, in their order.
+            The results in rank order.
 
         Raises:
-            UserError: on every rank alike, when it failed on one of them.
+            UserError: on every rank alike, if the work failed on any rank.
         """
-        words = self._gather(_told(work))
-        for rank, word in enumerate(words):
-            if "error" in word:
-                raise UserError(word["error"] if self.group.size == 1 else f"rank {rank}: {word['error']}")
-        return [word["result"] for word in words]
+        outcomes = self._all_gather(_outcome(work))
+        for rank, outcome in enumerate(outcomes):
+            if "error" in outcome:
+                raise UserError(outcome["error"] if self.group.size == 1 else f"rank {rank}: {outcome['error']}")
+        return [outcome["result"] for outcome in outcomes]
 
-    def _gather(self, word: dict[str, Any]) -> list[dict[str, Any]]:
-        if self._group is None:
-            return [word]
-        said = torch.frombuffer(bytearray(json.dumps(word).encode()), dtype=torch.uint8)
+    def _all_gather(self, outcome: dict[str, Any]) -> list[dict[str, Any]]:
+        if self.gloo_group is None:
+            return [outcome]
+        message = torch.frombuffer(bytearray(json.dumps(outcome).encode()), dtype=torch.uint8)
         try:
-            sizes = self._gathered(torch.tensor([len(said)]))
-            longest = int(torch.cat(sizes).max())
-            padded = torch.zeros(longest, dtype=torch.uint8)
-            padded[: len(said)] = said
-            heard = self._gathered(padded)
+            sizes = self._all_gather_tensor(torch.tensor([len(message)]))
+            padded = torch.zeros(int(torch.cat(sizes).max()), dtype=torch.uint8)
+            padded[: len(message)] = message
+            rows = self._all_gather_tensor(padded)
         except RuntimeError as error:
-            raise UserError(f"a rank has gone or was silent for too long ({str(error).splitlines()[0]})") from error
-        return [json.loads(bytes(row[: int(size)].numpy())) for row, size in zip(heard, sizes, strict=True)]
+            raise UserError(f"a rank has exited or did not answer in time ({str(error).splitlines()[0]})") from error
+        return [json.loads(bytes(row[: int(size)].numpy())) for row, size in zip(rows, sizes, strict=True)]
 
-    def _gathered(self, values: torch.Tensor) -> list[torch.Tensor]:
+    def _all_gather_tensor(self, values: torch.Tensor) -> list[torch.Tensor]:
         rows = [torch.empty_like(values) for _ in range(self.group.size)]
-        distributed.all_gather(rows, values, group=self._group)
+        distributed.all_gather(rows, values, group=self.gloo_group)
         return rows
 
 
-def _told(work: Callable[[], Any]) -> dict[str, Any]:
+def _outcome(work: Callable[[], Any]) -> dict[str, Any]:
     try:
         return {"result": work()}
     except UserError as error:
         return {"error": str(error)}
-    except Exception as error:  # a rank that left without a word would keep the others waiting
-        logging.getLogger(__name__).exception("a mistake of this program")
+    except Exception as error:  # without an answer from this rank, the others would wait until the timeout
+        logging.getLogger(__name__).exception("internal error while writing a checkpoint")
         return {"error": f"{type(error).__name__}: {error}"}

@@ -1,4 +1,4 @@
-"""Names in a checkpoint's folder, and how far they and their contents may go."""
+"""File names in a checkpoint folder, and upper limits for their contents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NETWORK = "network.safetensors"
 MOMENTUM = "momentum.safetensors"
 STEP_FOLDER = re.compile(r"step-(\d{9})")
 
-# Far beyond what any run writes, and within what a machine can hold: who asks for more means harm.
+# Far above what any run writes, and within a machine's memory: larger values in a file are treated as an attack.
 MAX_RANKS = 2**16
 MAX_JSON_BYTES = 2**24
 MAX_HEADER_BYTES = 2**24
@@ -23,51 +23,51 @@ MAX_FILE_BYTES = 2**34
 
 @dataclass(frozen=True)
 class FileDigest:
-    """What is known of a file's bytes: how many they are, and their SHA-256 in hexadecimal."""
+    """A file's size in bytes and its hexadecimal SHA-256."""
 
     bytes: int
     sha256: str
 
 
 def step_folder(step: int) -> str:
-    """Name of the folder that holds the checkpoint of a step."""
+    """Folder name of a step's checkpoint."""
     return f"step-{step:09d}"
 
 
 def step_of(url: str) -> int:
-    """The step of a checkpoint's folder.
+    """The step of a checkpoint folder.
 
     Raises:
-        ValueError: for another folder.
+        ValueError: the URL does not end in `step-…`.
     """
     match = STEP_FOLDER.fullmatch(url.rpartition("/")[2])
     if match is None:
-        raise ValueError(f"{url}: no step-… folder")
+        raise ValueError(f"{url}: not a step-… folder")
     return int(match[1])
 
 
 def steps_in(folder: Folder) -> list[int]:
-    """Steps that have a checkpoint folder, complete or not, in order."""
+    """Steps with a checkpoint folder, complete or not, in ascending order."""
     matches = (STEP_FOLDER.fullmatch(name) for name in folder.names())
     return sorted(int(match[1]) for match in matches if match)
 
 
 def optimizer_file(rank: int) -> str:
-    """Name of a rank's part of the optimizer's state."""
+    """File name of a rank's shard of the optimizer state."""
     return f"optimizer-{rank:05d}.safetensors"
 
 
 def queue_file(rank: int) -> str:
-    """Name of a rank's part of the negatives."""
+    """File name of a rank's shard of the negatives."""
     return f"queue-{rank:05d}.safetensors"
 
 
 def statistics_file(rank: int) -> str:
-    """Name of a rank's BatchNorm statistics."""
+    """File name of a rank's BatchNorm statistics."""
     return f"statistics-{rank:05d}.safetensors"
 
 
 def file_names(num_ranks: int) -> set[str]:
-    """All files that `COMMITTED` seals in a checkpoint that so many ranks wrote: no more, no fewer."""
-    of_ranks = {name(rank) for rank in range(num_ranks) for name in (optimizer_file, queue_file, statistics_file)}
-    return {STATE, NETWORK, MOMENTUM} | of_ranks
+    """The exact set of files that `COMMITTED` lists in a checkpoint written by `num_ranks` ranks."""
+    per_rank = {name(rank) for rank in range(num_ranks) for name in (optimizer_file, queue_file, statistics_file)}
+    return {STATE, NETWORK, MOMENTUM} | per_rank

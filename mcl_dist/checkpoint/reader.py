@@ -1,4 +1,4 @@
-"""Checkpoints read back: whole, checked, by any number of ranks."""
+"""Reads and verifies complete checkpoints, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from mcl_dist.checkpoint.format import (
     step_folder,
     steps_in,
 )
-from mcl_dist.checkpoint.integrity import CheckedFolder, DamagedError
+from mcl_dist.checkpoint.integrity import CorruptCheckpointError, VerifiedFolder
 from mcl_dist.checkpoint.state import Snapshot, Tensors
 from mcl_dist.config import RUN_CONFIG, build_config
 from mcl_dist.errors import UserError
 from mcl_dist.model.encoder import Encoder, EncoderConfig
 from mcl_dist.model.network import HeadsConfig, Network
-from mcl_dist.storage.folder import Folder, naming
+from mcl_dist.storage.folder import Folder, readable_errors
 
 PIECE = re.compile(r"(.+)@(\d{1,15})")
 
@@ -38,62 +38,63 @@ def read_snapshot(url: str, *, rank: int = 0, count: int | None = None) -> Snaps
 
     Args:
         url: of a `step-…` folder.
-        rank: whose statistics to take, where as many ranks saved as now load.
-        count: ranks that load; none takes the mean of the statistics whatever their number.
+        rank: whose statistics to load if the checkpoint was saved by `count` ranks.
+        count: number of loading ranks; for any other number, or None, statistics are the mean over the saved ranks.
 
     Raises:
-        DamagedError: when a file is missing or not what was written, or what they hold does not fit together.
-        UserError: when the store fails.
+        CorruptCheckpointError: a file is missing or fails verification, or the files contradict one another.
+        UserError: the store fails.
     """
-    return _snapshot(Folder(url), rank, count)
+    return _snapshot(VerifiedFolder(Folder(url)), rank, count)
 
 
-def newest(folder: Folder, check: Check = lambda *_: None) -> tuple[int | None, list[DamagedError]]:
-    """Step of the newest checkpoint that can be used, and why each newer one cannot.
+def newest(folder: Folder, check: Check = lambda *_: None) -> tuple[int | None, list[CorruptCheckpointError]]:
+    """Step of the newest usable checkpoint, and an error for each newer one that was rejected.
 
     Args:
-        folder: in which the `step-…` folders are.
-        check: is given one that is whole, and its URL; raises `DamagedError` when it is not to be used all the same.
+        folder: parent of the `step-…` folders.
+        check: called with each verified snapshot and its URL; raises `CorruptCheckpointError` to reject it.
     """
-    refused: list[DamagedError] = []
+    rejected: list[CorruptCheckpointError] = []
     for step in reversed(steps_in(folder)):
-        error = _damage(f"{folder.url}/{step_folder(step)}", check)
-        if error is None:
-            return step, refused
-        refused.append(error)
-    return None, refused
+        url = f"{folder.url}/{step_folder(step)}"
+        try:
+            check(read_snapshot(url), url)
+        except CorruptCheckpointError as error:
+            rejected.append(error)
+        else:
+            return step, rejected
+    return None, rejected
 
 
-def resolve(url: str) -> tuple[str, list[DamagedError]]:
-    """The `step-…` folder that a run folder, its `checkpoints` or a `step-…` folder stands for: the newest good one.
+def resolve(url: str) -> tuple[str, list[CorruptCheckpointError]]:
+    """The newest usable `step-…` folder in a run folder or its `checkpoints`; a `step-…` folder resolves to itself.
 
     Returns:
-        Its URL, and why each newer one cannot be used.
+        Its URL, and an error for each newer checkpoint that was rejected.
 
     Raises:
-        UserError: when there is none.
+        UserError: there is no usable checkpoint.
     """
     folder = Folder(url)
     if folder.exists(STATE):
         return folder.url, []
-    refused: list[DamagedError] = []
-    for candidate in (folder, Folder(_checkpoints_of(folder))):
-        step, damaged = newest(candidate)
-        refused += damaged
+    rejected: list[CorruptCheckpointError] = []
+    for candidate in (folder, Folder(_checkpoints_url(folder))):
+        step, errors = newest(candidate)
+        rejected += errors
         if step is not None:
-            return f"{candidate.url}/{step_folder(step)}", refused
-    raise (
-        refused[0]
-        if refused
-        else UserError(f"{url}: no complete checkpoint; name a run folder or a step-… folder in it")
-    )
+            return f"{candidate.url}/{step_folder(step)}", rejected
+    if rejected:
+        raise rejected[0]
+    raise UserError(f"{url}: no complete checkpoint; name a run folder or a step-… folder in it")
 
 
-def _checkpoints_of(run: Folder) -> str:
-    """Where a run of this folder keeps its checkpoints."""
+def _checkpoints_url(run: Folder) -> str:
+    """The checkpoint folder that the run's configuration names."""
     section = None
     if run.exists(RUN_CONFIG):
-        with naming(f"{run.url}/{RUN_CONFIG}"):
+        with readable_errors(f"{run.url}/{RUN_CONFIG}"):
             settings = yaml.safe_load(run.read(RUN_CONFIG))
         section = settings.get("checkpoint") if isinstance(settings, dict) else None
     return (section or {}).get("folder") or f"{run.url}/checkpoints"
@@ -103,20 +104,20 @@ def restore(module: nn.Module, parameters: Tensors, statistics: Tensors, side: s
     """Load parameters, and the statistics of `side` (`query` or `key`), into a module.
 
     Raises:
-        UserError: when the names or shapes are those of another architecture; `where` names the checkpoint.
+        UserError: names or shapes belong to another architecture; `where` names the checkpoint in the message.
     """
-    difference = misfit(module, parameters, statistics, side)
-    if difference is not None:
+    mismatch = first_mismatch(module, parameters, statistics, side)
+    if mismatch is not None:
         raise UserError(
-            f"{where}: holds another architecture ({difference}); use its own configuration, or another run.dir"
+            f"{where}: holds another architecture ({mismatch}); use its own configuration, or another run.dir"
         )
-    module.load_state_dict(parameters | _of_side(statistics, side))
+    module.load_state_dict(parameters | _side_statistics(statistics, side))
 
 
-def misfit(module: nn.Module, parameters: Tensors, statistics: Tensors, side: str) -> str | None:
-    """The first tensor that is not the module's in name or shape, in words; None when all are."""
+def first_mismatch(module: nn.Module, parameters: Tensors, statistics: Tensors, side: str) -> str | None:
+    """Description of the first tensor whose name or shape differs from the module's; None if all match."""
     own = {name: value.shape for name, value in module.state_dict().items()}
-    stored = {name: value.shape for name, value in (parameters | _of_side(statistics, side)).items()}
+    stored = {name: value.shape for name, value in (parameters | _side_statistics(statistics, side)).items()}
     for name in sorted(own.keys() | stored.keys()):
         if own.get(name) != stored.get(name):
             return f"{name} is {_shape(stored.get(name))} there, {_shape(own.get(name))} here"
@@ -124,18 +125,21 @@ def misfit(module: nn.Module, parameters: Tensors, statistics: Tensors, side: st
 
 
 def load_encoder(url: str) -> tuple[Encoder, dict[str, Any]]:
-    """The query encoder of a checkpoint, in evaluation mode, and its run's configuration; see `load_network`."""
+    """The query encoder of a checkpoint, in evaluation mode, and its run's configuration, as `load_network`."""
     network, config = load_network(url)
     return network.encoder.eval(), config
 
 
 def load_network(url: str) -> tuple[Network, dict[str, Any]]:
-    """The query network of a checkpoint, and the configuration of the run that made it.
+    """The query network of a checkpoint, and the configuration of its run.
 
-    BatchNorm statistics are the mean over the ranks that saved. `url` is as for `resolve`.
+    BatchNorm statistics are the mean over the saved ranks.
+
+    Args:
+        url: as for `resolve`.
 
     Raises:
-        UserError: when there is no such checkpoint or it is damaged.
+        UserError: there is no such checkpoint, or it is corrupt.
     """
     step_url, _ = resolve(url)
     snapshot = read_snapshot(step_url)
@@ -147,32 +151,23 @@ def load_network(url: str) -> tuple[Network, dict[str, Any]]:
     return network, snapshot.config
 
 
-def _damage(url: str, check: Check) -> DamagedError | None:
-    try:
-        check(read_snapshot(url), url)
-    except DamagedError as error:
-        return error
-    return None
-
-
-def _snapshot(folder: Folder, rank: int, count: int | None) -> Snapshot:
-    sealed = CheckedFolder(folder)
-    state = sealed.state
+def _snapshot(folder: VerifiedFolder, rank: int, count: int | None) -> Snapshot:
+    state = folder.state
     ranks = range(state["ranks"])
-    saved = [sealed.tensors(statistics_file(each)) for each in ranks]
+    saved = [folder.tensors(statistics_file(each)) for each in ranks]
     if any(_shapes(statistics) != _shapes(saved[0]) for statistics in saved):
-        raise sealed.damaged("the statistics of its ranks are not of one network")
-    network, momentum = sealed.tensors(NETWORK), sealed.tensors(MOMENTUM)
+        raise folder.corrupt("the statistics of its ranks are not of one network")
+    network, momentum = folder.tensors(NETWORK), folder.tensors(MOMENTUM)
     if momentum and _shapes(momentum) != _shapes(network):
-        raise sealed.damaged("its two networks are not of one shape")
-    queue = _queue(sealed, [sealed.tensors(queue_file(each)) for each in ranks])
+        raise folder.corrupt("its two networks are not of one shape")
+    queue = _join_queue(folder, [folder.tensors(queue_file(each)) for each in ranks])
     if state["queue_position"] >= max(1, len(queue)):
-        raise sealed.damaged(f"its next key goes to {state['queue_position']} of {len(queue)}")
+        raise folder.corrupt(f"its queue position is {state['queue_position']} of {len(queue)}")
     return Snapshot(
         step=state["step"],
         network=network,
         momentum=momentum,
-        optimizer=_joined(sealed, [sealed.tensors(optimizer_file(each)) for each in ranks], network),
+        optimizer=_join_optimizer(folder, [folder.tensors(optimizer_file(each)) for each in ranks], network),
         queue=queue,
         queue_position=state["queue_position"],
         statistics=saved[rank] if count == len(saved) else _mean(saved),
@@ -182,50 +177,52 @@ def _snapshot(folder: Folder, rank: int, count: int | None) -> Snapshot:
     )
 
 
-def _joined(sealed: CheckedFolder, parts: list[Tensors], network: Tensors) -> Tensors:
-    """The optimizer's state `key/name`, in the shapes of the parameters, of the ranks' pieces `key/name@start`."""
+def _join_optimizer(folder: VerifiedFolder, shards: list[Tensors], network: Tensors) -> Tensors:
+    """The optimizer state `key/name` in the parameters' shapes, from the ranks' pieces `key/name@start`."""
     pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for part in parts:
-        for name, piece in part.items():
+    for shard in shards:
+        for name, piece in shard.items():
             match = PIECE.fullmatch(name)
             if match is None or piece.ndim != 1:
-                raise sealed.damaged(f"its optimizer's state has a piece {name[:80]!r} of shape {_shape(piece.shape)}")
+                raise folder.corrupt(f"its optimizer state has a piece {name[:80]!r} of shape {_shape(piece.shape)}")
             pieces.setdefault(match[1], []).append((int(match[2]), piece))
-    return {name: _whole(sealed, name, found, network) for name, found in pieces.items()}
+    return {name: _join_pieces(folder, name, found, network) for name, found in pieces.items()}
 
 
-def _whole(sealed: CheckedFolder, name: str, pieces: list[tuple[int, torch.Tensor]], network: Tensors) -> torch.Tensor:
+def _join_pieces(
+    folder: VerifiedFolder, name: str, pieces: list[tuple[int, torch.Tensor]], network: Tensors
+) -> torch.Tensor:
     pieces.sort(key=lambda piece: piece[0])
     end = 0
     for start, values in pieces:
         if start != end:
-            raise sealed.damaged(f"its optimizer's state has not all of {name[:80]!r}")
+            raise folder.corrupt(f"its optimizer state has not all of {name[:80]!r}")
         end += len(values)
-    whole = torch.cat([values for _, values in pieces])
+    joined = torch.cat([values for _, values in pieces])
     parameter = network.get(name.partition("/")[2])
     if parameter is None:
-        return whole
+        return joined
     if parameter.numel() != end:
-        raise sealed.damaged(f"its optimizer's state has {end} values of {name[:80]!r}, not {parameter.numel()}")
-    return whole.view(parameter.shape)
+        raise folder.corrupt(f"its optimizer state has {end} values of {name[:80]!r}, not {parameter.numel()}")
+    return joined.view(parameter.shape)
 
 
-def _queue(sealed: CheckedFolder, parts: list[Tensors]) -> torch.Tensor:
-    tensors = [part.get("queue", torch.empty(0)) for part in parts]
+def _join_queue(folder: VerifiedFolder, shards: list[Tensors]) -> torch.Tensor:
+    tensors = [shard.get("queue", torch.empty(0)) for shard in shards]
     if any(tensor.ndim != 2 or tensor.shape[1] != tensors[0].shape[1] for tensor in tensors):
-        raise sealed.damaged("its negatives are not vectors of one length")
+        raise folder.corrupt("its negatives are not vectors of one length")
     return torch.cat(tensors)
 
 
 def _mean(saved: list[Tensors]) -> Tensors:
-    """Means over ranks; counters of batches, which are whole numbers, are equal on all."""
+    """Means over ranks; batch counters, which are integers, are equal on all ranks."""
     return {
         name: torch.stack([tensors[name] for tensors in saved]).mean(0) if value.is_floating_point() else value
         for name, value in saved[0].items()
     }
 
 
-def _of_side(statistics: Tensors, side: str) -> Tensors:
+def _side_statistics(statistics: Tensors, side: str) -> Tensors:
     prefix = f"{side}."
     return {name.removeprefix(prefix): value for name, value in statistics.items() if name.startswith(prefix)}
 

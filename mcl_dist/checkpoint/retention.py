@@ -1,17 +1,17 @@
-"""Which checkpoints stay."""
+"""Which checkpoints are kept."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
 
-def leaving(steps: Collection[int], keep: int, keep_every: int | None) -> list[int]:
-    """Steps whose checkpoints may go, oldest first.
+def expired(steps: Collection[int], keep: int, keep_every: int | None) -> list[int]:
+    """Steps whose checkpoints may be removed, oldest first.
 
     Args:
-        steps: of all complete checkpoints that are known to be good.
-        keep: newest ones that stay.
-        keep_every: steps that this divides stay for good; none lets them all go in time.
+        steps: of all complete checkpoints that are not rejected.
+        keep: number of newest checkpoints to keep.
+        keep_every: steps divisible by this are kept forever; None keeps none forever.
     """
     older = sorted(steps)[:-keep]
     return [step for step in older if keep_every is None or step % keep_every]

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as a rank gives it and as it comes back."""
+"""Contents of a checkpoint: the shard that one rank saves, and the snapshot that is loaded."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Progress:
-    """What the trainer remembers of the steps so far.
+    """The trainer's memory of earlier steps.
 
     Attributes:
-        recent_losses: by which the next one is judged.
-        loss_is_high: whether the last one was a leap, or followed one.
-        skipped_in_a_row: steps that were not finite, up to the last one.
-        num_taken: steps that were finite, and so changed something.
+        recent_losses: the window that the spike detector compares the next loss with.
+        loss_is_high: whether the last loss was a spike or part of one.
+        skipped_in_a_row: consecutive non-finite steps up to the last step.
+        num_taken: finite steps, which updated the parameters.
     """
 
     recent_losses: tuple[float, ...] = ()
@@ -40,16 +40,16 @@ class Progress:
 
 @dataclass
 class CheckpointShard:
-    """What one rank gives to a checkpoint; tensors are the run's own, on whatever device, not copies.
+    """What one rank saves; tensors are the run's own on any device, not copies.
 
     Attributes:
         step: steps done.
-        network, momentum: parameters by name, whole and the same on every rank.
-        optimizer: this rank's part, as `Engine.optimizer_share` says.
-        queue: this rank's part (k, d); the parts of all ranks, one after another, are the negatives.
-        queue_position: where the next key goes.
-        statistics: BatchNorm buffers of this rank, `query.` and `key.` before their names.
-        progress, schedule, config: of the run, the same on every rank.
+        network, momentum: parameters by name, complete and equal on every rank.
+        optimizer: this rank's shard, as `Engine.optimizer_shard` returns it.
+        queue: this rank's shard (k, d); the shards concatenated in rank order are all negatives.
+        queue_position: row of the next key.
+        statistics: this rank's BatchNorm buffers, names prefixed with `query.` or `key.`.
+        progress, schedule, config: of the run, equal on every rank.
     """
 
     step: int
@@ -64,7 +64,7 @@ class CheckpointShard:
     config: dict[str, Any] = field(default_factory=dict)
 
     def files(self, rank: int, num_ranks: int) -> dict[str, Tensors]:
-        """The tensors that this rank writes, by file; what all ranks have is written by the first two."""
+        """The tensors that this rank writes, by file; ranks 0 and 1 write the tensors that all ranks share."""
         files = {
             optimizer_file(rank): self.optimizer,
             queue_file(rank): {"queue": self.queue},
@@ -77,7 +77,7 @@ class CheckpointShard:
         return files
 
     def state(self, num_ranks: int) -> bytes:
-        """What is no tensor, as the bytes of `state.json`."""
+        """The bytes of `state.json`, which holds everything except tensors."""
         state = {
             "format": FORMAT,
             "step": self.step,
@@ -92,14 +92,15 @@ class CheckpointShard:
 
 @dataclass
 class Snapshot:
-    """All that a run needs to go on as if it had not stopped, on the CPU.
+    """The complete state of a run at one step, on the CPU; a run resumed from it continues exactly.
 
     Attributes:
         step: steps done.
         network, momentum: parameters by name.
-        optimizer: full state by `key/name`.
-        queue: (K, d), and where the next key goes.
-        statistics: BatchNorm buffers of one rank, or their means; `query.` and `key.` before their names.
+        optimizer: complete state by `key/name`.
+        queue: all negatives (K, d).
+        queue_position: row of the next key.
+        statistics: BatchNorm buffers of one rank, or means over ranks; names prefixed with `query.` or `key.`.
         progress, schedule, config: of the run that was saved.
     """
 

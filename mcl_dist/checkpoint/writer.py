@@ -1,4 +1,4 @@
-"""Checkpoints written in two phases: every rank its files, synced; then, when all have, `COMMITTED` by the first."""
+"""Writes checkpoints in two phases: every rank writes and syncs its files; then the first rank writes `COMMITTED`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from mcl_dist.checkpoint.consensus import Consensus
 from mcl_dist.checkpoint.format import COMMITTED, FileDigest, step_folder, steps_in
-from mcl_dist.checkpoint.retention import leaving
+from mcl_dist.checkpoint.retention import expired
 from mcl_dist.errors import UserError
 from mcl_dist.storage.folder import Folder
 from mcl_dist.storage.retry import RetryPolicy, TransientError
@@ -18,64 +18,64 @@ from mcl_dist.storage.store_requests import without_credentials
 
 Buffer = bytes | memoryview
 
-CLEANING_SECONDS = 10.0  # for a store that is perhaps the reason for cleaning
-SEEING_SECONDS = 60.0  # until the first rank sees what another wrote: network disks may take half a minute
+CLEANUP_SECONDS = 10.0  # retry limit while cleaning up; the store may be the reason for the cleanup
+VISIBILITY_SECONDS = 60.0  # until the first rank sees other ranks' files: network disks may take half a minute
 
 
 class Writer:
-    """One rank's part in writing the checkpoints of a run, all ranks together.
+    """Writes one rank's files of each checkpoint, together with all other ranks.
 
     Args:
-        folder: in which the `step-…` folders are.
-        council: of the ranks.
-        keep, keep_every: as `retention.leaving` has them.
-        tell: is told in a line what a person should know though it fails nothing.
+        folder: parent of the `step-…` folders.
+        consensus: of the ranks.
+        keep, keep_every: as for `retention.expired`.
+        notify: called with a line about a failure that ends nothing.
 
     Attributes:
-        refused: steps of checkpoints that are complete but not to be used; they neither go nor count.
+        rejected: steps of complete but unusable checkpoints; they are never removed and do not count for `keep`.
     """
 
     def __init__(
         self,
         folder: Folder,
-        council: Consensus,
+        consensus: Consensus,
         *,
         keep: int,
         keep_every: int | None,
-        tell: Callable[[str], None],
+        notify: Callable[[str], None],
     ) -> None:
         self._folder = folder
-        self._council = council
+        self._consensus = consensus
         self._keep, self._keep_every = keep, keep_every
-        self._tell = tell
-        self.refused: set[int] = set()
+        self._notify = notify
+        self.rejected: set[int] = set()
         self._complete: set[int] = set()
 
     def write(self, step: int, files: Callable[[], Mapping[str, Buffer]]) -> int:
-        """Write a checkpoint; returns its bytes, over all ranks.
+        """Write a checkpoint; returns its bytes over all ranks.
 
         Args:
-            step: its number.
-            files: asked for this rank's, by name.
+            step: steps done.
+            files: returns this rank's files by name.
 
         Raises:
-            UserError: on every rank alike; what was written is no checkpoint then, and removed as far as possible.
+            UserError: on every rank alike; the incomplete checkpoint is removed as far as possible.
         """
         try:
-            self._council.together(self._on_first(lambda: self._make_room(step)))
-            told = self._council.together(lambda: self._write_files(step, files()))
-            seals = {name: seal for of_rank in told for name, seal in of_rank.items()}
-            self._council.together(self._on_first(lambda: self._commit(step, seals)))
+            self._consensus.run_on_all_ranks(self._on_first(lambda: self._remove_incomplete(step)))
+            per_rank = self._consensus.run_on_all_ranks(lambda: self._write_files(step, files()))
+            digests = {name: digest for of_rank in per_rank for name, digest in of_rank.items()}
+            self._consensus.run_on_all_ranks(self._on_first(lambda: self._commit(step, digests)))
         except UserError:
-            self._cleaned(lambda: self._remove(step, CLEANING_SECONDS))
+            self._clean_up(lambda: self._remove(step, CLEANUP_SECONDS))
             raise
-        self._cleaned(lambda: self._retire(step))
-        return sum(seal["bytes"] for seal in seals.values())
+        self._clean_up(lambda: self._apply_retention(step))
+        return sum(digest["bytes"] for digest in digests.values())
 
-    def _make_room(self, step: int) -> None:
-        """Remove what was never completed, and what stands in the way."""
+    def _remove_incomplete(self, step: int) -> None:
+        """Remove incomplete checkpoints, and any checkpoint of this step."""
         for other in steps_in(self._folder):
-            if other in self._complete or other in self.refused - {step}:
+            if other in self._complete or other in self.rejected - {step}:
                 continue
             if other != step and self._folder.exists(f"{step_folder(other)}/{COMMITTED}"):
                 self._complete.add(other)
@@ -83,54 +83,54 @@ class Writer:
                 self._remove(other)
 
     def _write_files(self, step: int, files: Mapping[str, Buffer]) -> dict[str, Any]:
-        folder = self._below(step)
+        folder = self._step_folder(step)
         for name, data in files.items():
             folder.write(name, data)
         return {name: asdict(FileDigest(len(data), hashlib.sha256(data).hexdigest())) for name, data in files.items()}
 
-    def _commit(self, step: int, seals: dict[str, Any]) -> None:
-        folder = self._below(step)
-        sizes = {name: seal["bytes"] for name, seal in seals.items()}
-        RetryPolicy(SEEING_SECONDS).until_it_works(lambda: _see(folder, sizes))
-        folder.write(COMMITTED, json.dumps({"files": seals}).encode())
+    def _commit(self, step: int, digests: dict[str, Any]) -> None:
+        folder = self._step_folder(step)
+        sizes = {name: digest["bytes"] for name, digest in digests.items()}
+        RetryPolicy(VISIBILITY_SECONDS).call(lambda: _check_visible(folder, sizes))
+        folder.write(COMMITTED, json.dumps({"files": digests}).encode())
 
-    def _retire(self, step: int) -> None:
+    def _apply_retention(self, step: int) -> None:
         self._complete.add(step)
-        self.refused.discard(step)
-        for old in leaving(self._complete, self._keep, self._keep_every):
+        self.rejected.discard(step)
+        for old in expired(self._complete, self._keep, self._keep_every):
             self._remove(old)
 
-    def _remove(self, step: int, seconds: float | None = None) -> None:
-        """Remove a checkpoint so that it is never seen complete with files missing."""
-        folder = self._folder if seconds is None else self._folder.with_patience(RetryPolicy(seconds))
+    def _remove(self, step: int, retry_seconds: float | None = None) -> None:
+        """Remove a checkpoint; `COMMITTED` goes first, so that no reader takes a partial folder for complete."""
+        folder = self._folder if retry_seconds is None else self._folder.with_retry(RetryPolicy(retry_seconds))
         self._complete.discard(step)
         folder.remove(f"{step_folder(step)}/{COMMITTED}")
         folder.remove(step_folder(step))
 
-    def _cleaned(self, work: Callable[[], None]) -> None:
+    def _clean_up(self, work: Callable[[], None]) -> None:
         try:
             self._on_first(work)()
         except UserError as error:
-            self._tell(f"what is left of an old checkpoint could not be removed, the next one tries again: {error}")
+            self._notify(f"an old checkpoint could not be removed; the next save retries: {error}")
 
     def _on_first(self, work: Callable[[], None]) -> Callable[[], None]:
-        return work if self._council.group.is_first else lambda: None
+        return work if self._consensus.group.is_first else lambda: None
 
-    def _below(self, step: int) -> Folder:
-        return Folder(f"{self._folder.url}/{step_folder(step)}", self._folder.patience)
+    def _step_folder(self, step: int) -> Folder:
+        return Folder(f"{self._folder.url}/{step_folder(step)}", self._folder.retry)
 
 
-def _see(folder: Folder, sizes: Mapping[str, int]) -> None:
-    """Look whether all ranks' files are here: they are not where each node has a disk of its own.
+def _check_visible(folder: Folder, sizes: Mapping[str, int]) -> None:
+    """Check that this rank sees the files of all ranks; it does not if each node has its own disk.
 
     Raises:
-        TransientError: when one is not.
+        TransientError: a file is missing or short.
     """
-    seen = folder.files()
+    visible = folder.files()
     for name, size in sizes.items():
-        if seen.get(name) != size:
+        if visible.get(name) != size:
             raise TransientError(
                 "short_body",
-                f"{without_credentials(folder.url)}/{name}: {size} bytes were written by a rank, and the first rank "
-                f"sees {seen.get(name, 'none')}; set checkpoint.folder to one that all nodes share",
+                f"{without_credentials(folder.url)}/{name}: a rank wrote {size} bytes, but the first rank sees "
+                f"{visible.get(name, 'none')}; set checkpoint.folder to one that all nodes share",
             )

@@ -1,1 +1,1 @@
-"""The processes of a run: their collectives, their heartbeats to the supervisor, and how they stop together."""
+"""The processes of a run: their collectives, heartbeats to the supervisor, and a coordinated shutdown."""

@@ -1,4 +1,4 @@
-"""The processes of one run, and what passes between them."""
+"""The ranks of a run and their collectives."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import torch
 from torch import distributed
 from torch.distributed import distributed_c10d
 
-TEXT_BYTES = 256  # of a text on its way to other ranks
-PATIENT = "patient"  # describes groups that keep the timeout that they were made with
+TEXT_BYTES = 256  # of one rank's text in `gather_texts`
+OWN_TIMEOUT = "own timeout"  # description of groups that `set_collective_timeout` leaves alone
 
 
 class ProcessGroup:
-    """This process among `size`; alone when torch.distributed was not initialised.
+    """This rank among `size` ranks; a single rank when torch.distributed is not initialised.
 
     Args:
-        device: where tensors live that ranks exchange.
+        device: of the tensors that ranks exchange.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device or torch.device("cpu")
-        together = distributed.is_initialized()
-        self.rank = distributed.get_rank() if together else 0
-        self.size = distributed.get_world_size() if together else 1
+        is_distributed = distributed.is_initialized()
+        self.rank = distributed.get_rank() if is_distributed else 0
+        self.size = distributed.get_world_size() if is_distributed else 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank speaks for all."""
+        """Whether this rank logs and writes for all."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -45,7 +45,7 @@ class ProcessGroup:
         return torch.cat(gathered)
 
     def gather_texts(self, text: str) -> list[str]:
-        """A short text of every rank, in rank order; what goes beyond `TEXT_BYTES` is cut off."""
+        """A short text of every rank, in rank order, each truncated to `TEXT_BYTES`."""
         row = torch.frombuffer(bytearray(text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0")), dtype=torch.uint8)
         rows = self.gather(row[None]).cpu().numpy()
         return [each.tobytes().rstrip(b"\0").decode(errors="replace") for each in rows]
@@ -63,7 +63,7 @@ class ProcessGroup:
         return self.sum(values) / self.size
 
     def exchange(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows (W·B, …) in W blocks, the r-th for rank r: the blocks for this rank, in rank order, (W·B, …)."""
+        """All-to-all of rows (W·B, …): block r goes to rank r; the blocks for this rank, in rank order, (W·B, …)."""
         if self.size == 1:
             return rows
         received = torch.empty_like(rows)
@@ -78,13 +78,13 @@ class ProcessGroup:
         distributed.broadcast(shared, src=0)
         return int(shared)
 
-    def first_word(self, text: str) -> str:
-        """The text of the first rank that has any, with that rank's number; empty where none has."""
-        words = enumerate(self.gather_texts(text))
-        return next((f"{word} at rank {rank}" for rank, word in words if word), "")
+    def first_text(self, text: str) -> str:
+        """The first non-empty text in rank order, with its rank; empty when all are."""
+        texts = enumerate(self.gather_texts(text))
+        return next((f"{each} at rank {rank}" for rank, each in texts if each), "")
 
     def permute(self, rows: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
-        """Rearrange the rows of all ranks: row i of the result, over ranks, is row `permutation[i]` before.
+        """Permute the rows of all ranks: global row i of the result is global row `permutation[i]` of the input.
 
         Each rank sends only its own rows, so its traffic does not grow with the number of ranks.
 
@@ -93,44 +93,44 @@ class ProcessGroup:
             permutation: int64 (B·W,) on the CPU, the same on every rank.
         """
         if self.size == 1:
-            return rows[sent_to(rows.device, permutation)]
+            return rows[copy_to_device(rows.device, permutation)]
         size = len(rows)
         owners = permutation // size
         receivers = torch.arange(len(permutation)) // size
         leaving = permutation[owners == self.rank] % size
-        to_whom = receivers[owners == self.rank]
-        from_whom = owners[receivers == self.rank]
-        sent = rows[sent_to(rows.device, leaving)]
+        destinations = receivers[owners == self.rank]
+        origins = owners[receivers == self.rank]
+        sent = rows[copy_to_device(rows.device, leaving)]
         received = torch.empty_like(sent)
-        distributed.all_to_all_single(received, sent, self._counts(from_whom), self._counts(to_whom))
-        arrival = torch.argsort(torch.argsort(from_whom, stable=True))
-        return received[sent_to(rows.device, arrival)]
+        distributed.all_to_all_single(received, sent, self._counts(origins), self._counts(destinations))
+        arrival = torch.argsort(torch.argsort(origins, stable=True))
+        return received[copy_to_device(rows.device, arrival)]
 
     def _counts(self, ranks: torch.Tensor) -> list[int]:
         counts: list[int] = torch.bincount(ranks, minlength=self.size).tolist()
         return counts
 
 
-def patient_group(seconds: float) -> distributed.ProcessGroup:
-    """A gloo group of all ranks that gives up on one after so long, whatever `limit_waiting` says of the others."""
+def gloo_group_with_timeout(seconds: float) -> distributed.ProcessGroup:
+    """A gloo group of all ranks with a timeout of its own, which `set_collective_timeout` does not change."""
     timeout = timedelta(seconds=seconds)
-    group: distributed.ProcessGroup = distributed.new_group(backend="gloo", timeout=timeout, group_desc=PATIENT)
+    group: distributed.ProcessGroup = distributed.new_group(backend="gloo", timeout=timeout, group_desc=OWN_TIMEOUT)
     return group
 
 
-def limit_waiting(seconds: float) -> int:
-    """Have all but patient groups give up on a rank that does not answer for so long; returns how many these are.
+def set_collective_timeout(seconds: float) -> int:
+    """Set the timeout of all process groups but those of `gloo_group_with_timeout`; returns their number.
 
-    To be called once all groups are made: one made later, as DeepSpeed's copy of the world is, does not inherit the
-    limit that `init_distributed` was given, and without one a cut link is waited for without end.
+    Call it once all groups exist: a group made later, such as DeepSpeed's copy of the world, does not inherit the
+    timeout of `init_distributed`, and without one a collective over a broken link never returns.
     """
-    made = distributed_c10d._world.pg_map if distributed.is_initialized() else ()
-    groups = [group for group in made if group.group_desc != PATIENT]
-    for group in groups:
+    groups = distributed_c10d._world.pg_map if distributed.is_initialized() else ()
+    limited = [group for group in groups if group.group_desc != OWN_TIMEOUT]
+    for group in limited:
         distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
-    return len(groups)
+    return len(limited)
 
 
-def sent_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor from the CPU, from pinned memory where that keeps the sender from waiting for a GPU."""
+def copy_to_device(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor on a device; for a GPU through pinned memory, so that the CPU does not wait for the copy."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

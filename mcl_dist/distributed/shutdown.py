@@ -1,6 +1,6 @@
-"""Leaving before the end: one rank is asked to, all ranks agree, save at the same step and go.
+"""Stopping before the end: one rank is asked to stop, all ranks agree, save at the same step and exit.
 
-Nothing is printed while a signal is handled: where the terminal has gone, that would end the process instead.
+Signal handlers print nothing: without a terminal, printing would kill the process.
 """
 
 from __future__ import annotations
@@ -12,43 +12,43 @@ from types import FrameType
 from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-EXIT_AT_ONCE = 130  # what shells report for a program that Ctrl-C ended
+EXIT_INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 
 
-def leave_at_once() -> NoReturn:
-    """End this process, whatever it is at."""
-    os._exit(EXIT_AT_ONCE)
+def exit_now() -> NoReturn:
+    """End this process without any cleanup."""
+    os._exit(EXIT_INTERRUPTED)
 
 
 class StopRequest:
-    """Whether this process was asked to stop, and by what.
+    """Whether this process was asked to stop, and the reason.
 
     Args:
-        at_once: called at the second Ctrl-C, from the signal's handler.
+        on_second_interrupt: called at the second Ctrl-C, in the signal handler.
     """
 
-    def __init__(self, at_once: Callable[[], None] = leave_at_once) -> None:
+    def __init__(self, on_second_interrupt: Callable[[], None] = exit_now) -> None:
         self.reason: str | None = None
-        self._at_once = at_once
+        self._on_second_interrupt = on_second_interrupt
         self._interrupts = 0
 
     @property
-    def is_asked(self) -> bool:
-        """Whether anything asked this process."""
+    def is_requested(self) -> bool:
+        """Whether this process was asked to stop."""
         return self.reason is not None
 
-    def ask(self, reason: str) -> None:
-        """Stop when it is possible without loss; the first reason stays."""
+    def request(self, reason: str) -> None:
+        """Request a stop at the next point without loss; the first reason is kept."""
         if self.reason is None:
             self.reason = reason
 
-    def heed_signals(self) -> None:
-        """Take SIGTERM, SIGINT, SIGUSR1 and SIGHUP for requests, and a second Ctrl-C for a wish to end at once."""
+    def handle_signals(self) -> None:
+        """Stop on SIGTERM, SIGINT, SIGUSR1 and SIGHUP; call `on_second_interrupt` on a second Ctrl-C."""
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
-            self._at_once()
-        self.ask(signal.Signals(number).name)
+            self._on_second_interrupt()
+        self.request(signal.Signals(number).name)

@@ -1,1 +1,1 @@
-"""Probes of a representation (METHOD.md, section 6): in go an encoder and labelled clips, out come scores."""
+"""Probes of a representation (METHOD.md, section 6). Input: an encoder and labelled clips; output: scores."""

@@ -1,4 +1,4 @@
-"""Classifiers: a linear layer on features, or on an encoder that learns with it (METHOD.md, section 6)."""
+"""Classifiers: a linear layer on frozen features or on a fine-tuned encoder (METHOD.md, section 6)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch.nn.functional import cross_entropy
 
 from mcl_dist.model.encoder import Encoder
 from mcl_dist.model.loss_module import LossModule
-from mcl_dist.model.network import widened
+from mcl_dist.model.network import at_least_float32
 
-INITIAL_DEVIATION = 0.01  # of the linear layer's weights, as the reference's; its biases start at 0
+INITIAL_DEVIATION = 0.01  # of the linear layer's weights, as in the reference; biases start at 0
 
 
 class LinearLayer(nn.Module):
@@ -23,9 +23,9 @@ class LinearLayer(nn.Module):
         nn.init.normal_(self.linear.weight, std=INITIAL_DEVIATION)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, features: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """Scores of features, of which `kept` of `draw_kept` leaves some out."""
-        scores: torch.Tensor = self.linear(features if kept is None else features * kept)
+    def forward(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Scores of features, multiplied by the `dropout_mask` if one is given."""
+        scores: torch.Tensor = self.linear(features if mask is None else features * mask)
         return scores
 
 
@@ -36,41 +36,41 @@ class Classifier(LinearLayer):
         super().__init__(encoder.feature_dim, num_classes)
         self.encoder = encoder
 
-    def forward(self, clips: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """Scores of the clips' pooled features, of which `kept` leaves some out."""
-        return super().forward(self.encoder(clips).pooled, kept)
+    def forward(self, clips_bcthw: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Scores of the clips' pooled features, multiplied by the `dropout_mask` if one is given."""
+        return super().forward(self.encoder(clips_bcthw).pooled, mask)
 
 
 class ClassifierLoss(LossModule):
-    """The cross-entropy of a classifier.
+    """Cross-entropy of a classifier.
 
     Attributes:
-        report: also has the share of the clips whose highest score is that of their class.
+        report: `loss`, and `accuracy`: the share of clips whose highest score is that of their class.
     """
 
     def __init__(self, network: LinearLayer, *, autocast: bool = False) -> None:
         super().__init__(network)
         self._autocast = autocast
 
-    def forward(self, inputs: torch.Tensor, labels: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """The mean over B inputs of the network, with labels int64 (B,)."""
-        scores = self.scores(inputs, kept)
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Mean cross-entropy of B inputs with labels int64 (B,)."""
+        scores = self.scores(inputs, mask)
         loss = cross_entropy(scores, labels)
-        hits = (scores.detach().argmax(dim=1) == labels).float().mean()
-        self.report = {"loss": loss.detach(), "accuracy": hits}
+        accuracy = (scores.detach().argmax(dim=1) == labels).float().mean()
+        self.report = {"loss": loss.detach(), "accuracy": accuracy}
         return loss
 
-    def scores(self, inputs: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """What the network gives, in float32."""
+    def scores(self, inputs: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The network's scores (B, classes) in float32."""
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self._autocast):
-            scores = self.network(inputs, kept)
-        return widened(scores)
+            scores = self.network(inputs, mask)
+        return at_least_float32(scores)
 
 
-def draw_kept(num_videos: int, features: int, dropout: float, *, seed: int, step: int) -> torch.Tensor:
-    """Dropout of a step's global batch, float32 (G, C): 0 for what is left out, 1 / (1 - dropout) for the rest.
+def dropout_mask(num_videos: int, features: int, dropout: float, *, seed: int, step: int) -> torch.Tensor:
+    """Dropout mask of a step's global batch, float32 (G, C): 0 for dropped features, 1 / (1 - dropout) for others.
 
-    A function of seed and step: no generator has to be saved, and ranks that take their rows of it drop the same
+    A function of seed and step: checkpoints need no generator state, and ranks that take their rows of it drop the same
     features whatever their number.
     """
     generator = np.random.Generator(np.random.Philox(key=[seed, step]))

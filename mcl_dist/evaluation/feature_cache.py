@@ -1,4 +1,4 @@
-"""Features kept on a local disk by what they are made of, so that a second look at them costs nothing."""
+"""Cache of features on a local disk, with what they are computed from as the key."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from mcl_dist.errors import UserError
 from mcl_dist.evaluation.features import Features
 from mcl_dist.storage.folder import Folder
 
-FORMAT = 1  # of the files, and of how features are made
+FORMAT = 1  # of the files and of the computation of features
 
 
 @dataclass(frozen=True)
 class FeaturesConfig:
-    """Whether and where features are kept.
+    """Cache of features.
 
     Attributes:
-        keep: read them from the folder, and write them to it.
-        folder: a local one; nothing in it is ever deleted.
+        keep: read features from the folder, and write them to it.
+        folder: on a local disk; nothing in it is ever deleted.
     """
 
     keep: bool = True
@@ -35,16 +35,13 @@ class FeaturesConfig:
 
 
 class FeatureCache:
-    """Features by what they are made of: encoder, videos, clips."""
+    """Features by key: the encoder, videos and clips that they are computed from."""
 
     def __init__(self, config: FeaturesConfig) -> None:
         self._folder = Folder(str(Path(config.folder).expanduser())) if config.keep else None
 
     def read(self, made_of: Mapping[str, Any]) -> tuple[Features | None, str]:
-        """The features, if they are kept, and a line that says what was found.
-
-        A file that is not what was written counts as none, and is written anew.
-        """
+        """The features if they are cached, and a line about them; a corrupt file counts as a miss."""
         name = _name(made_of)
         if self._folder is None or not self._folder.exists(name):
             return None, ""
@@ -52,27 +49,27 @@ class FeatureCache:
         try:
             tensors = from_bytes(self._folder.read(name))
             features = Features(tensors["vectors"], tensors["labels"])
-            if bytes(tensors["sha256"]) != _seal(features):
-                raise ValueError("its digest is another")
-        except Exception as error:  # safetensors has errors of its own for what is no such file
-            return None, f"{where}: not what was kept ({error}); made anew"
-        return features, f"taken from {where}"
+            if bytes(tensors["sha256"]) != _digest(features):
+                raise ValueError("wrong digest")
+        except Exception as error:  # safetensors has its own errors for corrupt files
+            return None, f"{where}: corrupt ({error}); computing the features again"
+        return features, f"read from {where}"
 
     def write(self, made_of: Mapping[str, Any], features: Features) -> str:
-        """Keep features; returns a line that says so, or why they could not be kept: they are at hand all the same."""
+        """Cache features; returns a line on where they are, or on why they could not be written."""
         if self._folder is None:
             return ""
         name = _name(made_of)
-        tensors = {**features._asdict(), "sha256": np.frombuffer(_seal(features), np.uint8)}
+        tensors = {**features._asdict(), "sha256": np.frombuffer(_digest(features), np.uint8)}
         try:
             self._folder.write(name, to_bytes(tensors, {"made_of": json.dumps(made_of, sort_keys=True)}))
         except UserError as error:
-            return f"not kept ({error})"
-        return f"kept in {self._folder.url}/{name}"
+            return f"not cached ({error})"
+        return f"cached in {self._folder.url}/{name}"
 
 
-def digest_of(module: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers with their names: what a module computes, whatever file it came from."""
+def module_digest(module: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers with their names; independent of the file that they came from."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
@@ -85,5 +82,5 @@ def _name(made_of: Mapping[str, Any]) -> str:
     return f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
 
 
-def _seal(features: Features) -> bytes:
+def _digest(features: Features) -> bytes:
     return hashlib.sha256(features.vectors.tobytes() + features.labels.tobytes()).digest()

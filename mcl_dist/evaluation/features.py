@@ -1,4 +1,4 @@
-"""Features of a frozen encoder: one vector a video, the mean over its clips (METHOD.md, section 6)."""
+"""Features of a frozen encoder: one vector per video, the mean over its clips (METHOD.md, section 6)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import UserError
 from mcl_dist.model.encoder import Encoder, normalise
 
-# Clips that go through the encoder at once: 16 of 16×224² keep R(2+1)D-50 under 2 GB of activations.
-CLIPS_AT_ONCE = 16
+# Clips per forward: 16 clips of 16×224² keep the activations of R(2+1)D-50 below 2 GB.
+MAX_CLIPS = 16
 
 
 class Features(NamedTuple):
-    """What a probe learns from or is tested on.
+    """Features of a set of videos with their labels.
 
     Attributes:
         vectors: float32 (videos, C).
@@ -29,19 +29,19 @@ class Features(NamedTuple):
     labels: np.ndarray
 
 
-def share_of(num_videos: int, group: ProcessGroup) -> range:
-    """The contiguous share of a set's positions that this rank looks at; shares differ by one video at most."""
+def rank_range(num_videos: int, group: ProcessGroup) -> range:
+    """This rank's contiguous range of a set's positions; ranges differ in length by one video at most."""
     return range(num_videos * group.rank // group.size, num_videos * (group.rank + 1) // group.size)
 
 
 def extract_features(encoder: Encoder, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Features:
     """Encode every video's clips with the encoder in evaluation mode, and average.
 
-    A video goes through the encoder alone, so that its feature does not depend on which others a rank has.
+    Every video has its own forward, so that its feature does not depend on the rank's other videos.
 
     Args:
-        encoder: left in evaluation mode.
-        batches: as of `mean_over_clips`.
+        encoder: stays in evaluation mode.
+        batches: as in `mean_over_clips`.
     """
     encoder.eval()
 
@@ -56,12 +56,12 @@ def extract_features(encoder: Encoder, batches: Iterable[tuple[torch.Tensor, tor
 def mean_over_clips(
     function: Callable[[torch.Tensor], torch.Tensor], width: int, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]
 ) -> Features:
-    """One vector a video, the mean of what a function gives for its clips.
+    """One vector per video: the mean of a function's results for its clips.
 
     Args:
-        function: bytes (clips, T, H, W, 3) to vectors (clips, width).
+        function: uint8 clips (clips, T, H, W, 3) to vectors (clips, width).
         width: of the vectors.
-        batches: clips uint8 (V, clips of a video, T, H, W, 3) with labels (V,).
+        batches: uint8 clips (V, clips per video, T, H, W, 3) with labels (V,).
     """
     vectors, labels = [], []
     for clips, labels_v in batches:
@@ -73,27 +73,27 @@ def mean_over_clips(
 
 
 def check_finite(features: Features, name_of: Callable[[int], str]) -> None:
-    """See that every vector can be compared; with one that cannot, a probe's score would be wrong and look right.
+    """Check that every vector is finite; otherwise a probe's score would be plausible and wrong.
 
     Args:
         features: of some videos.
-        name_of: their places to their names.
+        name_of: name of the video at a row.
 
     Raises:
-        UserError: naming the first video whose vector is not finite.
+        UserError: a vector is not finite; names the first such video.
     """
-    wrong = np.flatnonzero(~np.isfinite(features.vectors).all(axis=1))
-    if len(wrong):
+    rows = np.flatnonzero(~np.isfinite(features.vectors).all(axis=1))
+    if len(rows):
         raise UserError(
-            f"{name_of(int(wrong[0]))}: what the encoder gives for it is not finite, nor for {len(wrong) - 1} more of "
-            f"{len(features.labels)} videos; the training has diverged, name an earlier checkpoint"
+            f"{name_of(int(rows[0]))}: its feature is not finite, like those of {len(rows) - 1} more of "
+            f"{len(features.labels)} videos; the training has diverged: choose an earlier checkpoint"
         )
 
 
 def gather_features(own: Features, num_videos: int, group: ProcessGroup) -> Features:
-    """The features of all ranks' shares (`share_of`), in the set's order, on every rank.
+    """Features of the whole set, in its order, on every rank, from those of each rank's `rank_range`.
 
-    An exchange wants as many rows of every rank: shorter shares are filled up for it, and the filling is dropped.
+    Ranks with fewer videos pad their rows, because a gather needs equally many from every rank; the padding is dropped.
     """
     if group.size == 1:
         return own
@@ -101,32 +101,32 @@ def gather_features(own: Features, num_videos: int, group: ProcessGroup) -> Feat
     missing = longest - len(own.labels)
     vectors = group.gather(torch.from_numpy(np.pad(own.vectors, ((0, missing), (0, 0)))))
     labels = group.gather(torch.from_numpy(np.pad(own.labels, (0, missing), constant_values=-1)))
-    real = labels >= 0
-    return Features(vectors[real].cpu().numpy(), labels[real].cpu().numpy())
+    is_video = labels >= 0
+    return Features(vectors[is_video].cpu().numpy(), labels[is_video].cpu().numpy())
 
 
 def _mean(function: Callable[[torch.Tensor], torch.Tensor], clips: torch.Tensor) -> torch.Tensor:
-    """(C,) of one video's clips (clips, T, H, W, 3)."""
-    parts = torch.split(clips, CLIPS_AT_ONCE)
+    """Mean (C,) over one video's clips (clips, T, H, W, 3)."""
+    parts = torch.split(clips, MAX_CLIPS)
     return torch.cat([function(part) for part in parts]).mean(dim=0).float()
 
 
 @torch.no_grad()
 def recalibrate(encoder: Encoder, clip_batches: Iterable[torch.Tensor]) -> None:
-    """Set BatchNorm's statistics to the plain average over these batches; no parameter changes.
+    """Set BatchNorm's running statistics to their average over batches of clips; no parameter changes.
 
-    An untrained encoder normalises with a mean of 0 and a variance of 1 that its activations do not have;
-    compared with a trained one it would lose for that alone.
+    An untrained encoder normalises by a mean of 0 and a variance of 1, which its activations do not have. That alone
+    would make it worse than a trained one.
 
     Args:
-        encoder: left in evaluation mode.
+        encoder: stays in evaluation mode.
         clip_batches: uint8 (B, T, H, W, 3) each, of training videos.
     """
     norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm3d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # PyTorch's sign for a cumulative average
+        norm.momentum = None  # a cumulative average, in PyTorch's convention
     encoder.train()
     for clips in clip_batches:
         encoder(normalise(clips))

@@ -1,4 +1,4 @@
-"""What a protocol says of an encoder: accuracies, with the spread that other test videos would give them."""
+"""Accuracies of a protocol, with bootstrap confidence intervals over the test videos."""
 
 from __future__ import annotations
 
@@ -16,38 +16,37 @@ MEAN_CLASS = "mean_class"
 
 @dataclass(frozen=True)
 class BootstrapConfig:
-    """How intervals are found: the 95 % in the middle of what sets of as many test videos, drawn from them with
-    repetition, score.
+    """Bootstrap of the 95 % intervals: resample the test videos with replacement.
 
     Attributes:
-        samples: sets drawn.
-        seed: of the draws.
+        samples: number of resampled sets.
+        seed: of the resampling.
     """
 
     samples: int = number(1000, minimum=100)
     seed: int = number(0, minimum=0)
 
 
-class Answers(NamedTuple):
-    """What a protocol answered for the test videos.
+class Predictions(NamedTuple):
+    """Predictions of a protocol for V test videos.
 
     Attributes:
-        hits: bool (V,) for each measure, as `top1`: whether a video was a hit.
-        chosen: int64 (V,), the class that was taken for each video's; -1 for none.
-        labels: int64 (V,), the right one.
+        hits: bool (V,) by measure, such as `top1`: whether each video is a hit.
+        predicted: int64 (V,), predicted class; -1 for none.
+        labels: int64 (V,), true class.
     """
 
     hits: dict[str, np.ndarray]
-    chosen: np.ndarray
+    predicted: np.ndarray
     labels: np.ndarray
 
 
 class Neighbours(NamedTuple):
-    """A test video and the training videos that are nearest to it, nearest first.
+    """A test video and its nearest training videos, nearest first.
 
     Attributes:
-        video, label: its place in the features and its class.
-        nearest, labels, cosines: theirs.
+        video, label: row in the features and class of the test video.
+        nearest, labels, cosines: rows, classes and cosine similarities of the training videos.
     """
 
     video: int
@@ -59,7 +58,7 @@ class Neighbours(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassScore:
-    """One class's test videos and the share of them that was told right."""
+    """One class: its test videos and the share of them that is predicted right."""
 
     name: str
     videos: int
@@ -68,15 +67,15 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class Scores:
-    """One split's result.
+    """Scores of one split.
 
     Attributes:
-        measures: fractions by name: those of `Answers.hits`, and the mean class accuracy as `mean_class`.
-        videos: test videos.
-        classes: in the order of their labels; those without a test video do not enter the mean.
-        confusion: test videos of each class (rows) taken for each class (columns).
-        replicates: float64 (samples,) by measure, what the bootstrap's sets score.
-        neighbours: of a few test videos, where the protocol has features of both sets; no part of the JSON.
+        measures: fractions by name: those of `Predictions.hits`, and the mean class accuracy as `mean_class`.
+        videos: number of test videos.
+        classes: in label order; classes without test videos do not count in the mean.
+        confusion: number of test videos by true class (rows) and predicted class (columns).
+        replicates: float64 (samples,) by measure: scores of the bootstrap's sets.
+        neighbours: of a few test videos, if the protocol has features of both sets; not in the JSON.
     """
 
     measures: dict[str, float]
@@ -87,7 +86,7 @@ class Scores:
     neighbours: Sequence[Neighbours] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """For machines; intervals instead of the bootstrap's sets."""
+        """The scores as JSON, with intervals instead of the bootstrap's replicates."""
         return {
             **self.measures,
             "videos": self.videos,
@@ -97,64 +96,63 @@ class Scores:
         }
 
 
-def answers_from_scores(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray | None = None) -> Answers:
-    """Top-1 and top-5 of scores (V, classes); a label that is none of the classes is missed.
+def predictions_from_scores(scores: np.ndarray, labels: np.ndarray, classes: np.ndarray | None = None) -> Predictions:
+    """Top-1 and top-5 of scores (V, classes); a video whose label is not in `classes` is never a hit.
 
     Args:
-        scores: the higher, the likelier.
-        labels: int64 (V,), the right ones.
-        classes: int64 (classes,), the labels that the columns stand for; None: 0, 1, ….
+        scores: higher is more likely.
+        labels: int64 (V,), true classes.
+        classes: int64 (classes,), label of each column; None for 0, 1, ….
     """
-    known = np.arange(scores.shape[1]) if classes is None else classes
-    choices = known[np.argsort(-scores, axis=1, kind="stable")]
-    hits = choices == labels[:, None]
-    return Answers({"top1": hits[:, 0], "top5": hits[:, :5].any(axis=1)}, choices[:, 0], labels)
+    column_labels = np.arange(scores.shape[1]) if classes is None else classes
+    ranking = column_labels[np.argsort(-scores, axis=1, kind="stable")]
+    hits = ranking == labels[:, None]
+    return Predictions({"top1": hits[:, 0], "top5": hits[:, :5].any(axis=1)}, ranking[:, 0], labels)
 
 
-def score(answers: Answers, names: Sequence[str], config: BootstrapConfig) -> Scores:
-    """Measures of a split with classes of these names, and the bootstrap's.
+def score(predictions: Predictions, names: Sequence[str], config: BootstrapConfig) -> Scores:
+    """Scores of a split, with the bootstrap's replicates; `names` are those of the classes, in label order.
 
     Raises:
-        UserError: no test video.
+        UserError: there is no test video.
     """
-    if not len(answers.labels):
-        raise UserError("the test set has no video; build one that has")
-    right = answers.chosen == answers.labels
-    counts = np.bincount(answers.labels, minlength=len(names))
-    told = np.bincount(answers.labels, weights=right, minlength=len(names))
+    if not len(predictions.labels):
+        raise UserError("the test set has no videos; build one with videos")
+    right = predictions.predicted == predictions.labels
+    counts = np.bincount(predictions.labels, minlength=len(names))
+    num_right = np.bincount(predictions.labels, weights=right, minlength=len(names))
     classes = tuple(
         ClassScore(name, int(count), float(hits / count) if count else None)
-        for name, count, hits in zip(names, counts, told, strict=True)
+        for name, count, hits in zip(names, counts, num_right, strict=True)
     )
     confusion = np.zeros((len(names), len(names)), np.int64)
-    known = answers.chosen >= 0
-    np.add.at(confusion, (answers.labels[known], answers.chosen[known]), 1)
-    everyone = np.arange(len(answers.labels))
-    rng = np.random.default_rng(config.seed)
-    drawn = [_measures(answers, rng.integers(len(everyone), size=len(everyone))) for _ in range(config.samples)]
-    found = measures(answers)
-    replicates = {name: np.array([each[name] for each in drawn]) for name in found}
-    return Scores(found, len(everyone), classes, confusion, replicates)
+    has_class = predictions.predicted >= 0
+    np.add.at(confusion, (predictions.labels[has_class], predictions.predicted[has_class]), 1)
+    rng, size = np.random.default_rng(config.seed), len(predictions.labels)
+    resampled = [_measures(predictions, rng.integers(size, size=size)) for _ in range(config.samples)]
+    measured = measures(predictions)
+    replicates = {name: np.array([each[name] for each in resampled]) for name in measured}
+    return Scores(measured, size, classes, confusion, replicates)
 
 
-def measures(answers: Answers) -> dict[str, float]:
+def measures(predictions: Predictions) -> dict[str, float]:
     """Fractions by name, as `Scores.measures`."""
-    return _measures(answers, np.arange(len(answers.labels)))
+    return _measures(predictions, np.arange(len(predictions.labels)))
 
 
 def interval(replicates: np.ndarray) -> list[float]:
-    """The 2.5th and the 97.5th percentile."""
+    """The 95 % interval: the 2.5th and the 97.5th percentile."""
     low, high = np.percentile(replicates, (2.5, 97.5))
     return [float(low), float(high)]
 
 
 def mean_of_splits(splits: Sequence[Scores]) -> dict[str, Any]:
-    """Measures of several splits' mean, and its intervals: the splits' sets are drawn independently."""
+    """Mean measures over splits, and their intervals; the splits' bootstraps count as independent."""
     names = splits[0].measures
     rng = np.random.default_rng(0)
 
     def replicates(name: str) -> np.ndarray:
-        # Splits of one size are drawn alike, by one seed: shuffled, the draws of one say nothing of another's.
+        # Splits of equal size have the same resampled rows (one seed); shuffling makes their replicates independent.
         means: np.ndarray = np.mean([rng.permutation(split.replicates[name]) for split in splits], axis=0)
         return means
 
@@ -165,11 +163,11 @@ def mean_of_splits(splits: Sequence[Scores]) -> dict[str, Any]:
     }
 
 
-def _measures(answers: Answers, videos: np.ndarray) -> dict[str, float]:
-    """Of the videos at these places, some perhaps several times."""
-    labels = answers.labels[videos]
+def _measures(predictions: Predictions, videos: np.ndarray) -> dict[str, float]:
+    """Measures over the videos at these rows, which may repeat."""
+    labels = predictions.labels[videos]
     counts = np.bincount(labels)
-    told = np.bincount(labels, weights=answers.chosen[videos] == labels)
+    num_right = np.bincount(labels, weights=predictions.predicted[videos] == labels)
     present = counts > 0
-    means = {name: float(hits[videos].mean()) for name, hits in answers.hits.items()}
-    return {**means, MEAN_CLASS: float((told[present] / counts[present]).mean())}
+    means = {name: float(hits[videos].mean()) for name, hits in predictions.hits.items()}
+    return {**means, MEAN_CLASS: float((num_right[present] / counts[present]).mean())}

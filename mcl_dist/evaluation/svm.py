@@ -9,31 +9,31 @@ import numpy as np
 from mcl_dist.config import number
 from mcl_dist.errors import UserError
 from mcl_dist.evaluation.features import Features
-from mcl_dist.evaluation.metrics import Answers, answers_from_scores
+from mcl_dist.evaluation.metrics import Predictions, predictions_from_scores
 
-MAX_ITERATIONS = 10_000  # liblinear's own 1000 end too early on raw features
+MAX_ITERATIONS = 10_000  # liblinear's default of 1000 is too few for raw features
 
 
 @dataclass(frozen=True)
 class SvmConfig:
-    """`cost` is C, what a training video on the wrong side costs."""
+    """Linear SVM; `cost` is C, the penalty of a training video on the wrong side."""
 
     cost: float = number(1.0, minimum=1e-9)
 
 
-def svm_answers(train: Features, test: Features, config: SvmConfig) -> Answers:
-    """Train one-against-rest SVMs (L2-regularised, squared hinge) on raw features, and ask them for the test videos.
+def svm_predictions(train: Features, test: Features, config: SvmConfig) -> Predictions:
+    """Train one-versus-rest SVMs (L2-regularised, squared hinge) on raw features; predict the test videos' classes.
 
     Raises:
-        UserError: training videos of fewer than two classes.
+        UserError: the training videos have fewer than two classes.
     """
-    from sklearn.svm import LinearSVC  # takes as long as PyTorch, and ranks that train import this module
+    from sklearn.svm import LinearSVC  # as slow to import as PyTorch, and training ranks import this module
 
     if len(np.unique(train.labels)) < 2:
-        raise UserError("the training set has videos of fewer than two classes; a probe needs two")
+        raise UserError("the training set has videos of fewer than two classes; use one with at least two")
     svm = LinearSVC(C=config.cost, loss="squared_hinge", penalty="l2", max_iter=MAX_ITERATIONS, random_state=0)
     svm.fit(train.vectors, train.labels)
     scores = svm.decision_function(test.vectors)
-    if scores.ndim == 1:  # scikit-learn gives two classes one column
+    if scores.ndim == 1:  # for two classes scikit-learn returns one column
         scores = np.stack([-scores, scores], axis=1)
-    return answers_from_scores(scores, test.labels, svm.classes_)
+    return predictions_from_scores(scores, test.labels, svm.classes_)

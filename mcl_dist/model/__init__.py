@@ -1,1 +1,1 @@
-"""Networks (METHOD.md, section 3): in go clips, out come features, projections and order logits."""
+"""Networks (METHOD.md, section 3). Input: clips; output: features, projections and order logits."""

@@ -1,4 +1,4 @@
-"""Activation checkpointing that leaves BatchNorm's running statistics as they would be without it."""
+"""Activation checkpointing that updates BatchNorm's running statistics only once."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mcl_dist.model.batch_norm import SynchronizedBatchNorm3d
-from mcl_dist.model.compiler import uncompiled
+from mcl_dist.model.compiler import disable_compile
 
 
-def recomputed(owner: nn.Module, function: Callable[[torch.Tensor], Any], inputs: torch.Tensor) -> Any:
-    """`function(inputs)`, of whose activations only the inputs are kept; the others are computed again on the way back.
+def checkpoint_activations(module: nn.Module, function: Callable[[torch.Tensor], Any], inputs: torch.Tensor) -> Any:
+    """`function(inputs)` that keeps only its inputs for the backward, which computes the other activations again.
 
     Args:
-        owner: the module whose BatchNorms `function` goes through.
-        function: of no randomness.
+        module: contains the BatchNorms that `function` uses.
+        function: deterministic.
         inputs: its only argument.
     """
-    # The compiler moves running statistics once in any case, and takes no contexts; but it cannot see through exchanges
-    # between ranks.
-    if torch.compiler.is_compiling() and not any(isinstance(m, SynchronizedBatchNorm3d) for m in owner.modules()):
+    # Compiled, the statistics are updated once in any case, and contexts are not supported; but the compiler cannot
+    # trace collectives between ranks.
+    if torch.compiler.is_compiling() and not any(isinstance(m, SynchronizedBatchNorm3d) for m in module.modules()):
         return checkpoint(function, inputs, use_reentrant=False)
-    return _statistics_held_meanwhile(owner, function, inputs)
+    return _checkpoint_eagerly(module, function, inputs)
 
 
-@uncompiled
-def _statistics_held_meanwhile(owner: nn.Module, function: Callable[[torch.Tensor], Any], inputs: torch.Tensor) -> Any:
+@disable_compile
+def _checkpoint_eagerly(module: nn.Module, function: Callable[[torch.Tensor], Any], inputs: torch.Tensor) -> Any:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _statistics_held(owner)
+        return nullcontext(), _statistics_restored(module)
 
     return checkpoint(function, inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 @contextmanager
-def _statistics_held(owner: nn.Module) -> Iterator[None]:
-    """Let BatchNorms move copies meanwhile: without statistics to move they would save other tensors than before."""
-    norms = [module for module in owner.modules() if isinstance(module, nn.BatchNorm3d)]
-    held = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers()]
-    for norm, name, buffer in held:
+def _statistics_restored(module: nn.Module) -> Iterator[None]:
+    """Let BatchNorms update copies: without statistics to update, they would save other tensors than in the forward."""
+    norms = [each for each in module.modules() if isinstance(each, nn.BatchNorm3d)]
+    originals = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers()]
+    for norm, name, buffer in originals:
         setattr(norm, name, buffer.clone())
     try:
         yield
     finally:
-        for norm, name, buffer in held:
+        for norm, name, buffer in originals:
             setattr(norm, name, buffer)

@@ -1,4 +1,4 @@
-"""Functions that torch.compile leaves as they are."""
+"""Functions that torch.compile does not compile."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
-def uncompiled(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """As `torch.compiler.disable`, but the compiler is imported when the function is first called, not before.
+def disable_compile(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """`torch.compiler.disable` that imports the compiler at the function's first call.
 
-    To import it takes as long as PyTorch itself, and most commands never call what is marked so.
+    The import takes as long as that of PyTorch itself, and most commands never call such a function.
     """
     disabled: list[Callable[Parameters, Result]] = []
 

@@ -1,6 +1,6 @@
-"""R(2+1)D residual encoder of METHOD.md, section 3: R(2+1)D-50 and narrower, shallower ones of its family.
+"""R(2+1)D residual encoders of METHOD.md, section 3: R(2+1)D-50, and narrower and shallower ones.
 
-Attribute names are those of the 2-D ResNet it is inflated from, so that weights of either load by name.
+Attribute names are those of the 2-D ResNet that it is inflated from, so that weights of both load by name.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from mcl_dist.config import choice, number
-from mcl_dist.model.activation_checkpointing import recomputed
+from mcl_dist.model.activation_checkpointing import checkpoint_activations
 from mcl_dist.model.batch_norm import SynchronizedBatchNorm3d
 
-EXPANSION = 4  # channels out of a bottleneck over channels within, as in ResNet-50
+EXPANSION = 4  # output channels of a bottleneck over inner channels, as in ResNet-50
 STEM_STRIDE = (4, 2, 2)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
@@ -28,12 +28,12 @@ class EncoderConfig:
     """Size of the encoder; the defaults are R(2+1)D-50.
 
     Attributes:
-        width: channels of the stem; a stage's bottlenecks are twice as wide as those of the one before.
+        width: channels of the stem; each stage's bottlenecks are twice as wide as those of the stage before.
         blocks: bottlenecks per stage.
-        batch_norm: which clips BatchNorm normalises together. `shuffled`: a rank's own for the queries; for the keys as
-            many of all ranks, dealt anew every step. `synchronized`: those of all ranks, for both. `local`: a rank's
-            own, for both.
-        checkpointing: keep a bottleneck's input alone, and compute it again on the way back: less memory, more time.
+        batch_norm: which clips BatchNorm normalises together. `shuffled`: for queries those of a rank; for keys equally
+            many from all ranks, shuffled every step. `synchronized`: those of all ranks, for both. `local`: those of a
+            rank, for both.
+        checkpointing: activation checkpointing of every bottleneck: less memory, more time.
     """
 
     width: int = number(64, minimum=1)
@@ -44,13 +44,13 @@ class EncoderConfig:
     def grid(self, frames: int, crop: int) -> tuple[int, int, int]:
         """(T', H', W') of the feature map for clips of `frames` × `crop` × `crop`."""
         side = crop
-        for _ in range(len(self.blocks) + 1):  # stem, pooling, and every stage but the first halve it
+        for _ in range(len(self.blocks) + 1):  # stem, pooling and every stage but the first halve the side
             side = -(-side // 2)
         return frames // STEM_STRIDE[0], side, side
 
 
 class EncoderOutput(NamedTuple):
-    """What the objective and the probes read off a forward pass; C channels on a T'×H'×W' grid.
+    """Activations that the objective and the probes use; C channels on a T'×H'×W' grid.
 
     Attributes:
         pooled: (B, C), mean of the feature map.
@@ -64,7 +64,7 @@ class EncoderOutput(NamedTuple):
 
 
 class Bottleneck(nn.Module):
-    """1×1×1, then 1×3×3 and 3×1×1 with nothing between, then 1×1×1, around a shortcut."""
+    """Convolutions 1×1×1, 1×3×3, 3×1×1 (with nothing between these two) and 1×1×1, with a shortcut."""
 
     def __init__(self, channels_in: int, channels: int, stride: int, norm: type[nn.BatchNorm3d]) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Bottleneck(nn.Module):
         )
 
     def residual_sum(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output of `conv3` before its BatchNorm, residual sum before the last ReLU)."""
+        """Output of `conv3` before its BatchNorm, and residual sum before the last ReLU."""
         inner = torch.relu(self.bn1(self.conv1(features)))
         inner = torch.relu(self.bn2(self.conv2_t(self.conv2(inner))))
         projected = self.conv3(inner)
@@ -100,7 +100,7 @@ class Bottleneck(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Clips to pooled features, with the activations that the alignment loss needs."""
+    """Clips to pooled features and the activations that the alignment loss needs."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -125,8 +125,8 @@ class Encoder(nn.Module):
     @property
     def bottlenecks(self) -> list[Bottleneck]:
         """All bottlenecks, from input to output."""
-        stages = (self.get_submodule(f"layer{stage + 1}") for stage in range(len(self.config.blocks)))
-        return [cast(Bottleneck, block) for stage in stages for block in stage.children()]
+        layers = (self.get_submodule(f"layer{stage + 1}") for stage in range(len(self.config.blocks)))
+        return [cast(Bottleneck, block) for layer in layers for block in layer.children()]
 
     @property
     def last_norm(self) -> nn.BatchNorm3d:
@@ -135,16 +135,17 @@ class Encoder(nn.Module):
 
     def forward(self, clips_bcthw: torch.Tensor) -> EncoderOutput:
         """Encode clips (B, 3, T, H, W), normalised by `normalise`."""
-        features = self._through(self, self._stem, clips_bcthw)
+        features = self._apply_part(self, self._stem, clips_bcthw)
         *earlier, last = self.bottlenecks
         for block in earlier:
-            features = self._through(block, block, features)
-        projected, summed = self._through(last, last.residual_sum, features)
+            features = self._apply_part(block, block, features)
+        projected, summed = self._apply_part(last, last.residual_sum, features)
         return EncoderOutput(torch.relu(summed).mean(dim=(2, 3, 4)), projected, summed)
 
-    def _through(self, part: nn.Module, function: Callable[[torch.Tensor], Any], features: torch.Tensor) -> Any:
+    def _apply_part(self, part: nn.Module, function: Callable[[torch.Tensor], Any], features: torch.Tensor) -> Any:
+        """`function(features)`, with activation checkpointing if configured; `part` holds its modules."""
         if self.config.checkpointing and torch.is_grad_enabled():
-            return recomputed(part, function, features)
+            return checkpoint_activations(part, function, features)
         return function(features)
 
     def _stem(self, clips_bcthw: torch.Tensor) -> torch.Tensor:
@@ -153,14 +154,14 @@ class Encoder(nn.Module):
 
 
 def normalise(views: torch.Tensor) -> torch.Tensor:
-    """Bytes (…, T, H, W, 3) to float32 (…, 3, T, H, W) with ImageNet's mean and deviation removed."""
-    mean, deviation = _colours(views.device, views.shape[-2])
-    # A row of pixels at a time: loops over three colours would be too short to be fast.
+    """Bytes (…, T, H, W, 3) to float32 (…, 3, T, H, W), standardised by ImageNet's mean and standard deviation."""
+    mean, deviation = _row_statistics(views.device, views.shape[-2])
+    # Whole rows of pixels: loops over three channels would be too short to be fast.
     rows = views.flatten(-2).to(torch.float32, copy=True)
     return rows.sub_(mean).div_(deviation).view(views.shape).movedim(-1, -4)
 
 
 @cache
-def _colours(device: torch.device, width: int) -> torch.Tensor:
-    """Mean and deviation in bytes of a row's pixels; kept, because sending them to a GPU waits for it."""
+def _row_statistics(device: torch.device, width: int) -> torch.Tensor:
+    """Mean and deviation in bytes for a row of pixels; cached, because a copy to the GPU waits for it."""
     return 255 * torch.tensor([IMAGENET_MEAN, IMAGENET_DEVIATION], device=device).repeat(1, width)

@@ -1,4 +1,4 @@
-"""What DeepSpeed steps: a network with its losses, in one module that returns one scalar."""
+"""Base of the modules that the engine optimises."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import nn
 
 
 class LossModule(nn.Module):
-    """A network and what is to become small of it.
+    """A network and the loss to minimise; the forward returns the loss as one scalar.
 
     Attributes:
-        network: its parameters are what steps change.
-        report: detached scalars of the last forward by name, of which `loss` is the one that it returned.
+        network: its parameters are optimised.
+        report: detached scalars of the last forward by name, including `loss`, the one that it returned.
     """
 
     def __init__(self, network: nn.Module) -> None:

@@ -21,7 +21,7 @@ class HeadsConfig:
 
 
 class HeadOutput(NamedTuple):
-    """A head's path from hidden layer to unit vector.
+    """Activations of a head.
 
     Attributes:
         hidden: (B, H), before the ReLU.
@@ -35,7 +35,7 @@ class HeadOutput(NamedTuple):
 
 
 class NetworkOutput(NamedTuple):
-    """Features of a batch of clips with the three heads' answers."""
+    """Features of a batch of clips, and the outputs of the three heads."""
 
     features: EncoderOutput
     inter: HeadOutput
@@ -44,7 +44,7 @@ class NetworkOutput(NamedTuple):
 
 
 class Head(nn.Module):
-    """Two linear layers with a ReLU between, then normalisation, in float32 or wider."""
+    """Two linear layers with a ReLU between, then normalisation in at least float32."""
 
     def __init__(self, features: int, dim: int) -> None:
         super().__init__()
@@ -54,12 +54,12 @@ class Head(nn.Module):
     def forward(self, pooled: torch.Tensor) -> HeadOutput:
         """Project pooled features (B, C)."""
         hidden = self.first(pooled)
-        projected = widened(self.second(torch.relu(hidden)))
+        projected = at_least_float32(self.second(torch.relu(hidden)))
         return HeadOutput(hidden, projected, normalize(projected, dim=1))
 
 
 class Network(nn.Module):
-    """Encoder and heads; query and key side have one each."""
+    """Encoder and heads; the query side and the key side each have one."""
 
     def __init__(self, encoder: EncoderConfig, heads: HeadsConfig) -> None:
         super().__init__()
@@ -77,6 +77,6 @@ class Network(nn.Module):
         return NetworkOutput(features, self.inter(pooled), self.intra(pooled), self.order(pooled))
 
 
-def widened(tensor: torch.Tensor) -> torch.Tensor:
-    """At least float32: cosines and cross-entropies are not left to autocast."""
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Convert to float32 if narrower: autocast must not reach cosines and cross-entropies."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

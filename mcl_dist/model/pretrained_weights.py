@@ -1,7 +1,7 @@
-"""Weights from elsewhere: the reference implementation's checkpoints and 2-D ResNets to inflate.
+"""Pretrained weights: checkpoints of the reference implementation, and 2-D ResNets to inflate.
 
-Foreign `.pth` files are opened with torch's restricted loader, which admits tensors and plain containers and runs
-no code; `.safetensors` files need no such care.
+`.pth` files are opened with torch's restricted loader, which admits only tensors and plain containers and runs no
+code; `.safetensors` files cannot hold code.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from mcl_dist.errors import UserError
 from mcl_dist.model.encoder import STEM_STRIDE
 from mcl_dist.model.network import Network
 
-STEM_TIME_INDEX = 1  # where in the stem's four frames the 2-D kernel sits (METHOD.md, section 3)
+STEM_TIME_INDEX = 1  # frame of the stem's four that takes the 2-D kernel (METHOD.md, section 3)
 
-# Prefixes of the reference's names and of ours; its spelling of the order classifier is its own.
+# Prefixes of the reference's names and of ours; `classfier` is the reference's spelling.
 REFERENCE_NAMES = {
     "backbone.": "encoder.",
     "nce_inter_head.head.0.": "inter.first.",
@@ -34,17 +34,17 @@ MLP_HEAD_NAMES = {"fc.0.": "inter.first.", "fc.2.": "inter.second."}
 WRAPPERS = ("module.", "encoder_q.")
 CONTAINERS = ("state_dict", "model")
 
-State = dict[str, torch.Tensor]
+StateDict = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class InitialConfig:
-    """Weights to start from.
+    """Initial weights.
 
     Attributes:
-        weights: a `.safetensors` or `.pth` file: what `mcl export` wrote as `safetensors` or `reference`, a checkpoint
-            of the reference, or a 2-D ResNet (MoCo-v2's) to inflate; none starts from random weights.
-        mlp_head: take the 2-D network's MLP head into the inter head too (Kinetics does, UCF101 does not).
+        weights: a `.safetensors` or `.pth` file: an export by `mcl export` as `safetensors` or `reference`, a
+            checkpoint of the reference, or a 2-D ResNet (MoCo-v2's) to inflate; None for random weights.
+        mlp_head: load the 2-D network's MLP head into the inter head (Kinetics: yes, UCF101: no).
     """
 
     weights: str | None = None
@@ -52,62 +52,62 @@ class InitialConfig:
 
 
 def initialise(network: Network, config: InitialConfig) -> list[str]:
-    """Load the configured weights into the network; returns the names that keep their random start.
+    """Load the configured weights into the network; returns the names of tensors that keep their random values.
 
     Raises:
-        UserError: when the file cannot be read, a tensor of it has no place here or another shape, or it lacks one of
-            the encoder's.
+        UserError: the file cannot be read, has a tensor of unknown name or other shape, or lacks a tensor of the
+            encoder.
     """
     if config.weights is None:
         return list(network.state_dict())
     path = Path(config.weights)
-    renamed = under_our_names(read_state(path), mlp_head=config.mlp_head)
+    loaded = convert_state_dict(read_state_dict(path), mlp_head=config.mlp_head)
     own = network.state_dict()
-    for name, tensor in renamed.items():
+    for name, tensor in loaded.items():
         if name not in own or own[name].shape != tensor.shape:
             expected = tuple(own[name].shape) if name in own else "no such tensor"
             raise UserError(
                 f"{path}: {name} is {tuple(tensor.shape)}, this architecture has {expected}; set encoder.width, "
-                "encoder.blocks and heads.dim to those of the file, or leave a 2-D network's head out "
+                "encoder.blocks and heads.dim to those of the file, or omit the head of a 2-D network "
                 "(initial.mlp_head=false)"
             )
-    network.load_state_dict(renamed, strict=False)
-    left = [name for name in own if name not in renamed and not name.endswith("num_batches_tracked")]
-    if left and left[0].startswith("encoder."):
+    network.load_state_dict(loaded, strict=False)
+    missing = [name for name in own if name not in loaded and not name.endswith("num_batches_tracked")]
+    if missing and missing[0].startswith("encoder."):
         raise UserError(
-            f"{path}: has no {left[0]}, which this architecture needs; set encoder.blocks to those of the file"
+            f"{path}: has no {missing[0]}, which this architecture needs; set encoder.blocks to those of the file"
         )
-    return left
+    return missing
 
 
-def under_our_names(state: State, *, mlp_head: bool) -> State:
-    """Our export's tensors as they are, the reference's renamed, or a 2-D ResNet's inflated."""
-    state = unwrapped(state)
+def convert_state_dict(state: StateDict, *, mlp_head: bool) -> StateDict:
+    """A state dict under our names: ours unchanged, the reference's renamed, a 2-D ResNet's inflated."""
+    state = strip_prefixes(state)
     if any(name.startswith("encoder.") for name in state):
         return state
     if any(name.startswith("backbone.") for name in state):
         return from_reference(state)
-    return inflated(state, mlp_head=mlp_head)
+    return inflate(state, mlp_head=mlp_head)
 
 
-def from_reference(state: State) -> State:
-    """The reference's state dict under our names; tensors that MCL's network does not have are kept as they are."""
+def from_reference(state: StateDict) -> StateDict:
+    """The reference's state dict under our names; names of tensors that MCL's network lacks stay as they are."""
     return {_renamed(name, REFERENCE_NAMES): tensor for name, tensor in state.items()}
 
 
-def to_reference(state: State) -> State:
+def to_reference(state: StateDict) -> StateDict:
     """Our network's state dict under the reference's names."""
     back = {ours: theirs for theirs, ours in REFERENCE_NAMES.items()}
     return {_renamed(name, back): tensor for name, tensor in state.items()}
 
 
-def inflated(state: State, *, mlp_head: bool) -> State:
-    """A 2-D ResNet's state dict as ours (METHOD.md, section 3, "Start").
+def inflate(state: StateDict, *, mlp_head: bool) -> StateDict:
+    """Inflate a 2-D ResNet's state dict to ours (METHOD.md, section 3, "Start").
 
-    Spatial kernels gain a unit time axis, temporal kernels are identities, the stem's weights sit at time index 1 of
-    4. The classifier is left out; the MLP head becomes the inter head if wanted.
+    Spatial kernels gain a time axis of size 1, temporal kernels are identities, and the stem's kernel goes to time
+    index 1 of 4. The classifier is omitted; the MLP head becomes the inter head if `mlp_head`.
     """
-    result: State = {}
+    result: StateDict = {}
     for name, tensor in state.items():
         if name.startswith("fc."):
             if mlp_head:
@@ -126,8 +126,8 @@ def inflated(state: State, *, mlp_head: bool) -> State:
     return result
 
 
-def unwrapped(state: State) -> State:
-    """Without the prefixes that data-parallel and MoCo wrappers add; of MoCo's two encoders, the query's."""
+def strip_prefixes(state: StateDict) -> StateDict:
+    """Remove the prefixes of data-parallel and MoCo wrappers; of MoCo's two encoders, keep the query's."""
     if any("encoder_q." in name for name in state):
         state = {name: tensor for name, tensor in state.items() if "encoder_q." in name}
     for prefix in WRAPPERS:
@@ -149,16 +149,16 @@ def _renamed(name: str, prefixes: dict[str, str]) -> str:
     return name
 
 
-def read_state(path: Path) -> State:
-    """The tensors of a `.safetensors` file or, opened so that it runs no code, a `.pth` file; `UserError` if none."""
+def read_state_dict(path: Path) -> StateDict:
+    """The tensors of a `.safetensors` file, or of a `.pth` file without running its code; `UserError` if unreadable."""
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; name another (initial.weights, where a run starts from it)") from error
+        raise UserError(f"{path}: no such file; name another (in a run: initial.weights)") from error
     except IsADirectoryError as error:
-        raise UserError(f"{path}: is a folder; `mcl export` makes a file of a run's newest checkpoint") from error
+        raise UserError(f"{path}: is a folder; `mcl export` makes a file from a run's newest checkpoint") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: holds more than tensors, which could run code; save it as safetensors") from error
     except Exception as error:
@@ -169,5 +169,5 @@ def read_state(path: Path) -> State:
         if isinstance(content, dict) and isinstance(content.get(container), dict):
             content = content[container]
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise UserError(f"{path}: holds no state dict; expected names with tensors")
+        raise UserError(f"{path}: holds no state dict; save one that maps names to tensors")
     return content

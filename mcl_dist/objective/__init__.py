@@ -1,1 +1,1 @@
-"""MCL itself (METHOD.md, section 4): in go query views, keys and negatives, out comes one scalar loss."""
+"""MCL's objective (METHOD.md, section 4). Input: query clips, keys and negatives; output: one scalar loss."""

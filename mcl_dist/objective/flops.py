@@ -1,4 +1,4 @@
-"""What a step has to compute, counted once and without computing it."""
+"""FLOPs of a training step, counted without executing it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from mcl_dist.objective.negative_queue import NegativeQueue
 from mcl_dist.objective.objective import LossWeights, Objective
 
 
-def operations_per_video(encoder: EncoderConfig, heads: HeadsConfig, frames: int, crop: int) -> int:
-    """Floating-point operations that a step needs for one video: convolutions and matrix products, a multiply-add as 2.
+def flops_per_video(encoder: EncoderConfig, heads: HeadsConfig, frames: int, crop: int) -> int:
+    """Floating-point operations of a step for one video: convolutions and matrix products; a multiply-add counts as 2.
 
-    Three keys forward, the query forward with its losses and the alignment's gradient in closed form, and backward.
-    What is computed twice to save memory counts once; the pass over the negatives, under a thousandth, is left out.
+    A step is three keys forward, the query forward with its losses and the alignment's gradient in closed form, and
+    the backward. Activation checkpointing counts once; the pass over the negatives, under a thousandth, is omitted.
     """
     plain = replace(encoder, checkpointing=False, batch_norm="local")
-    with FakeTensorMode():  # shapes alone: no memory is taken, and nothing computed
+    with FakeTensorMode():  # shapes only: no memory, no computation
         network = Network(plain, heads)
         clips = torch.empty(1, 3, frames, crop, crop)
-        with torch.no_grad(), FlopCounterMode(display=False) as of_key:
+        with torch.no_grad(), FlopCounterMode(display=False) as key_counter:
             network(clips)
         vectors = torch.empty(NUM_KEYS, 1, heads.dim)
-        with FlopCounterMode(display=False) as of_query:
+        with FlopCounterMode(display=False) as query_counter:
             loss = Objective(network, temperature=1.0)(
                 clips,
                 Keys(vectors, vectors, vectors, vectors),
@@ -38,4 +38,4 @@ def operations_per_video(encoder: EncoderConfig, heads: HeadsConfig, frames: int
                 LossWeights(1.0, 1.0, 1.0),
             )
             loss.backward()
-    return int(NUM_KEYS * of_key.get_total_flops() + of_query.get_total_flops())
+    return int(NUM_KEYS * key_counter.get_total_flops() + query_counter.get_total_flops())

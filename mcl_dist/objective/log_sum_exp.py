@@ -1,8 +1,8 @@
-"""Log-sum-exp of similarities to many vectors, and what its gradient needs, in one pass that never holds them all.
+"""Log-sum-exp of similarities to many vectors and its gradient, in one pass that never materialises all similarities.
 
-The gradient of log Σ exp(q·v/τ) by q is the softmax-weighted mean of the vectors, over τ. So the pass is that of
-attention with the vectors as keys and values alike: it is left to PyTorch's fused attention kernels where they run,
-and done in chunks elsewhere.
+The gradient of log Σ exp(q·v/τ) with respect to q is the softmax-weighted mean of the vectors, divided by τ. The pass
+is therefore attention with the vectors as keys and values: PyTorch's fused attention kernels compute it where they
+support the inputs, and a chunked implementation elsewhere.
 """
 
 from __future__ import annotations
@@ -12,51 +12,51 @@ from typing import NamedTuple
 
 import torch
 
-# Logits of a chunk: 4 MB in float32, which a core's cache nearly holds and a GPU is kept busy by.
+# Logits of a chunk: 4 MB in float32, which nearly fits in a core's cache and keeps a GPU busy.
 CHUNK_LOGITS = 2**20
-# A GPU has some hundred multiprocessors, each working on a block of queries; vectors are cut into parts, so that
-# there are enough blocks for all.
+# A GPU has about a hundred multiprocessors, each of which takes a block of queries; splitting the vectors into parts
+# makes enough blocks for all.
 GPU_BLOCKS = 256
-QUERIES_A_BLOCK = 64
+QUERIES_PER_BLOCK = 64
 
 
 class LogSumExp(NamedTuple):
-    """Of queries against vectors.
+    """Log-sum-exp of M queries over a set of vectors.
 
     Attributes:
         value: (M,), log Σ_k exp(q·v_k/τ).
-        mean: (M, d), mean of the vectors, weighted by their softmax; over τ, it is the gradient of `value` by q.
+        mean: (M, d), softmax-weighted mean of the vectors; divided by τ, it is the gradient of `value`.
     """
 
     value: torch.Tensor
     mean: torch.Tensor
 
     @classmethod
-    def merged(cls, values: torch.Tensor, means: torch.Tensor) -> LogSumExp:
-        """From those of S disjoint sets of vectors, (S, M) and (S, M, d), that of their union."""
+    def merge(cls, values: torch.Tensor, means: torch.Tensor) -> LogSumExp:
+        """The log-sum-exp over the union of S disjoint sets, from their values (S, M) and means (S, M, d)."""
         value = torch.logsumexp(values, dim=0)
         return cls(value, ((values - value).exp().unsqueeze(2) * means).sum(dim=0))
 
 
-LogSumExpForm = Callable[[torch.Tensor, torch.Tensor, float], LogSumExp]
+LogSumExpKernel = Callable[[torch.Tensor, torch.Tensor, float], LogSumExp]
 
 
 def log_sum_exp(queries: torch.Tensor, vectors: torch.Tensor, temperature: float) -> LogSumExp:
-    """By the fused kernel where it runs, else in chunks; no gradients are recorded.
+    """Log-sum-exp by the fused kernel where it supports the vectors, else in chunks; records no gradients.
 
     Args:
         queries: (M, d).
         vectors: (N, d), N at least 1, of the same dtype.
         temperature: τ.
     """
-    form = fused if fused_runs(vectors) else chunked
-    return form(queries, vectors, temperature)
+    kernel = fused if has_fused_kernel(vectors) else chunked
+    return kernel(queries, vectors, temperature)
 
 
-def fused_runs(vectors: torch.Tensor) -> bool:
-    """Whether PyTorch has a fused attention kernel for vectors of this kind.
+def has_fused_kernel(vectors: torch.Tensor) -> bool:
+    """Whether PyTorch has a fused attention kernel for the vectors' device, dtype and width.
 
-    The one for GPUs wants rows of whole 16 bytes, and no float64.
+    The GPU kernel requires rows of a multiple of 16 bytes, and does not support float64.
     """
     if vectors.device.type == "cuda":
         return vectors.dtype != torch.float64 and vectors.shape[1] * vectors.element_size() % 16 == 0
@@ -65,22 +65,22 @@ def fused_runs(vectors: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def fused(queries: torch.Tensor, vectors: torch.Tensor, temperature: float) -> LogSumExp:
-    """As `log_sum_exp`, by PyTorch's fused attention kernel for the device."""
+    """`log_sum_exp` by PyTorch's fused attention kernel for the device."""
     if vectors.device.type == "cpu":
         return LogSumExp(*(result[0] for result in _attention(queries, vectors[None], temperature)))
-    num_parts = max(1, min(len(vectors), GPU_BLOCKS * QUERIES_A_BLOCK // len(queries)))
+    num_parts = max(1, min(len(vectors), GPU_BLOCKS * QUERIES_PER_BLOCK // len(queries)))
     size = len(vectors) // num_parts
     parts = vectors[: size * num_parts].view(num_parts, size, -1)
     values, means = _attention(queries, parts, temperature)
     rest = vectors[size * num_parts :]
     if len(rest):
         values, means = map(torch.cat, zip((values, means), _attention(queries, rest[None], temperature), strict=True))
-    return LogSumExp.merged(values, means)
+    return LogSumExp.merge(values, means)
 
 
 @torch.no_grad()
 def chunked(queries: torch.Tensor, vectors: torch.Tensor, temperature: float) -> LogSumExp:
-    """As `log_sum_exp`, from matrix products over a few thousand vectors at a time."""
+    """`log_sum_exp` by matrix products over a few thousand vectors at a time."""
     scaled = queries / temperature
     largest = torch.full_like(scaled[:, 0], -torch.inf)
     total, weighted = torch.zeros_like(largest), torch.zeros_like(scaled)
@@ -106,5 +106,5 @@ def _attention(queries: torch.Tensor, parts: torch.Tensor, temperature: float) -
         means, values, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             repeated, keys, keys, None, compute_log_sumexp=True, scale=1 / temperature
         )
-    # The GPU's kernel pads its sums to whole blocks of queries.
+    # The GPU kernel pads its log-sum-exps to whole blocks of queries.
     return values.reshape(len(parts), -1)[:, : len(queries)].to(queries.dtype), means[:, 0]

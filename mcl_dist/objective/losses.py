@@ -7,28 +7,28 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 
-def own_similarities(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+def key_similarities(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Dot products of queries (B, d) with their own keys (3, B, d): (3, B)."""
     return (queries * keys).sum(dim=2)
 
 
-def inter_loss(own: torch.Tensor, against: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Cross-entropy of 3B rows, one positive each, that share the queue's similarities.
+def inter_loss(similarities: torch.Tensor, negatives: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Cross-entropy of 3B rows, each with one positive and the queue's negatives.
 
-    The negatives' log-sum-exp is one per query; the three rows of a video add their own positive to it.
+    The three rows of a query share the log-sum-exp of its negatives.
 
     Args:
-        own: (3, B), query·key for the three keys.
-        against: (B,), log-sum-exp of query·queue/τ.
+        similarities: (3, B), query·key of the three keys.
+        negatives: (B,), log-sum-exp of query·negative/τ.
         temperature: τ.
     """
-    positives = own / temperature
-    return (torch.logaddexp(positives, against) - positives).mean()
+    positives = similarities / temperature
+    return (torch.logaddexp(positives, negatives) - positives).mean()
 
 
-def intra_loss(own: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Cross-entropy of 2B rows: the first key against the second, then against the third; `own` is (3, B)."""
-    first, *others = own / temperature
+def intra_loss(similarities: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Cross-entropy of 2B rows: the first key against the second, and against the third; `similarities` is (3, B)."""
+    first, *others = similarities / temperature
     return torch.stack([nn.functional.softplus(other - first) for other in others]).mean()
 
 
@@ -39,6 +39,6 @@ def order_loss(
     third: torch.Tensor,
     labels: torch.Tensor,
 ) -> torch.Tensor:
-    """Cross-entropy of telling whether the first clip came first, from unit vectors (B, d) of three clips."""
+    """Cross-entropy of the order classifier on unit vectors (B, d) of three clips: whether the first clip is first."""
     joined = normalize(torch.cat([query, second, third], dim=1), dim=1)
     return cross_entropy(classifier(joined), labels)

@@ -1,4 +1,4 @@
-"""The key side: a moving average of the query network, its clips shuffled over the ranks (METHOD.md, section 3)."""
+"""The momentum encoder of the keys, with clips shuffled over the ranks (METHOD.md, section 3)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mcl_dist.model.encoder import normalise
 from mcl_dist.model.network import Network
 
 NUM_KEYS = NUM_VIEWS - FIRST_KEY
-Mark = Callable[[str], None]  # called with a phase's name when a piece of it ends
+Mark = Callable[[str], None]  # called with the name of a phase when a piece of it ends
 
 
 class Keys(NamedTuple):
-    """Unit vectors of first, second and third key, constants.
+    """Unit vectors of the first, second and third keys; constants.
 
     Attributes:
         inter, intra, order: (3, B, d), this rank's.
-        inter_all: (3, B·W, d), those of all ranks, for the queue.
+        inter_all: (3, B·W, d), all ranks' inter keys, for the queue.
     """
 
     inter: torch.Tensor
@@ -31,13 +31,13 @@ class Keys(NamedTuple):
     order: torch.Tensor
     inter_all: torch.Tensor
 
-    def of(self, videos: slice) -> Keys:
-        """Those of some of this rank's videos; the queue's are all ranks' still."""
+    def select(self, videos: slice) -> Keys:
+        """Keys of some of this rank's videos; `inter_all` stays whole."""
         return Keys(self.inter[:, videos], self.intra[:, videos], self.order[:, videos], self.inter_all)
 
 
 class MomentumEncoder:
-    """Owns the key network; its parameters follow the query's, its BatchNorm statistics are its own."""
+    """The key network: its parameters are a moving average of the query's, its BatchNorm statistics are its own."""
 
     def __init__(self, network: Network, group: ProcessGroup, *, seed: int, autocast: bool) -> None:
         self.network = copy.deepcopy(network).requires_grad_(False).train()
@@ -50,14 +50,13 @@ class MomentumEncoder:
     def encode(self, views: torch.Tensor, step: int, mark: Mark = lambda _: None) -> Keys:
         """Keys of views uint8 (B, 4, T, H, W, 3).
 
-        Each of the three keys is encoded in a forward of its own. With shuffled BatchNorm its clips are spread over the
-        ranks by a permutation that depends on (seed, step, key) alone, so that BatchNorm cannot tell which query a key
-        belongs to.
+        Each of the three keys has its own forward. With shuffled BatchNorm, a permutation of (seed, step, key) spreads
+        its clips over the ranks, so that BatchNorm statistics do not reveal the query of a key.
 
         Args:
-            views: of this rank.
+            views: this rank's.
             step: counted from 0.
-            mark: called where pieces of the phases `keys` and `exchange` end.
+            mark: called at the end of each piece of the phases `keys` and `exchange`.
         """
         encode = self._encode_shuffled if self._shuffled else self._encode
         clips = (views[:, FIRST_KEY + key].contiguous() for key in range(NUM_KEYS))
@@ -69,25 +68,25 @@ class MomentumEncoder:
 
     @torch.no_grad()
     def update(self, parameters: Iterable[torch.Tensor], momentum: float, taken: torch.Tensor | None = None) -> None:
-        """Move every parameter towards the query's: average ← m·average + (1−m)·parameter.
+        """Update every parameter: average ← m·average + (1−m)·parameter.
 
         Args:
-            parameters: the query network's, whole, in the order of `Network.parameters`: where the engine shards them,
-                it has to gather them first.
+            parameters: the query network's, in the order of `Network.parameters`, whole: gathered if the engine shards
+                them.
             momentum: m of this step.
-            taken: a scalar on the device, 0 where the step is skipped: the average then stays.
+            taken: a scalar on the device, 0 for a skipped step: then the average stays.
         """
         averages: list[torch.Tensor] = list(self.network.parameters())
-        steps = list(torch._foreach_sub(list(parameters), averages))
-        torch._foreach_mul_(steps, 1 - momentum if taken is None else (1 - momentum) * taken)
-        torch._foreach_add_(averages, steps)
+        changes = list(torch._foreach_sub(list(parameters), averages))
+        torch._foreach_mul_(changes, 1 - momentum if taken is None else (1 - momentum) * taken)
+        torch._foreach_add_(averages, changes)
 
     def _encode_shuffled(self, clips: torch.Tensor, step: int, key: int, mark: Mark) -> torch.Tensor:
-        """As `_encode`, each clip on the rank that the permutation takes it to.
+        """`_encode` with each clip on the rank that the permutation assigns it to.
 
-        Clips travel as bytes and come back as vectors: a rank sends no more than what it has.
+        Ranks exchange clips as bytes and get vectors back; each sends only its own clips.
         """
-        permutation = self._permutation(len(clips), step, key)
+        permutation = shuffle_permutation(len(clips) * self._group.size, self._seed, step, key)
         clips = self._group.permute(clips, permutation)
         mark("exchange")
         vectors = self._group.permute(self._encode(clips, step, key, mark), torch.argsort(permutation))
@@ -103,6 +102,8 @@ class MomentumEncoder:
         mark("keys")
         return vectors
 
-    def _permutation(self, batch: int, step: int, key: int) -> torch.Tensor:
-        generator = np.random.Generator(np.random.Philox(key=[self._seed, step * NUM_KEYS + key]))
-        return torch.from_numpy(generator.permutation(batch * self._group.size))
+
+def shuffle_permutation(num_clips: int, seed: int, step: int, key: int) -> torch.Tensor:
+    """Permutation of the global batch's clips for BatchNorm; `key` is 0 to 2."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, step * NUM_KEYS + key]))
+    return torch.from_numpy(generator.permutation(num_clips))

@@ -1,4 +1,4 @@
-"""MCL's objective: one module from a query batch and its keys to one scalar (METHOD.md, section 4)."""
+"""MCL's objective: the loss of a query batch and its keys, as one module (METHOD.md, section 4)."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from mcl_dist.errors import ConfigError
 from mcl_dist.model.loss_module import LossModule
 from mcl_dist.model.network import Network
 from mcl_dist.objective.alignment import align, alignment_map, automatic_gradient, similarity_gradient
-from mcl_dist.objective.losses import inter_loss, intra_loss, order_loss, own_similarities
+from mcl_dist.objective.losses import inter_loss, intra_loss, key_similarities, order_loss
 from mcl_dist.objective.momentum_encoder import Keys
 from mcl_dist.objective.negative_queue import NegativeQueue
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Numbers of the losses; the defaults are METHOD.md's.
+    """Parameters of the losses; the defaults are METHOD.md's.
 
     Attributes:
-        temperature: τ of inter and intra.
+        temperature: τ of the inter and intra losses.
         queue: K, number of negatives.
         negatives: `sharded` keeps K/W of them on each of W ranks, `replicated` all on every rank; equal results.
-        fill_queue: start with keys of the starting encoder, so that the loss begins at what guessing costs and falls;
-            else with random directions, which are easy to tell apart until keys replace them.
+        fill_queue: start with keys of the initial encoder: the loss starts at the level of guessing and falls. Else
+            start with random directions, which are easily distinguished from keys until keys replace them.
         momentum: of the key encoder's moving average, at the start.
         momentum_schedule: `constant`, or `cosine` towards 1 at the end of the run.
-        alignment_layer: layer of the encoder whose output the alignment looks at, as `layer4.1.conv3`, by
-            differentiating twice; none is the method's, the last convolution, in closed form.
-        intra, alignment: weights of the two terms; 0 leaves a term out of the total.
-        order: `ramp` weighs the order term by epoch/epochs, from 1/epochs to 1 (UCF101), `none` by 0 (Kinetics).
+        alignment_layer: layer of the encoder whose output the alignment loss uses, such as `layer4.1.conv3`, by
+            differentiating twice; None for the method's layer, the last convolution, in closed form.
+        intra, alignment: weights of the two terms; 0 removes a term from the total.
+        order: weight of the order term: `ramp` is epoch/epochs, from 1/epochs to 1 (UCF101); `none` is 0 (Kinetics).
     """
 
     temperature: float = number(0.1, minimum=1e-3)
@@ -59,10 +59,10 @@ class LossWeights(NamedTuple):
 
 
 class Objective(LossModule):
-    """The query network with its losses; keys and queue come from outside and are constants.
+    """The query network with its losses; keys and queue are inputs and constants.
 
     Attributes:
-        report: without the weights: a loss per term, the mean similarity to positives and to negatives, and the
+        report: the total, each term before weighting, the mean similarity to positives and to negatives, and the
             alignment's spatio-temporal similarity.
     """
 
@@ -74,7 +74,7 @@ class Objective(LossModule):
         """Losses of a network; `alignment_layer` is `ObjectiveConfig.alignment_layer`.
 
         Raises:
-            ConfigError: when the encoder has no such layer, or its BatchNorm cannot be differentiated twice.
+            ConfigError: the encoder has no such layer, or its BatchNorm cannot be differentiated twice.
         """
         super().__init__(network)
         if alignment_layer is not None:
@@ -85,51 +85,51 @@ class Objective(LossModule):
 
     def forward(
         self,
-        clips: torch.Tensor,
+        clips_bcthw: torch.Tensor,
         keys: Keys,
         queue: NegativeQueue,
-        motion: torch.Tensor,
+        motion_bthw: torch.Tensor,
         order: torch.Tensor,
         weights: LossWeights,
     ) -> torch.Tensor:
         """Weighted sum of the losses.
 
         Args:
-            clips: (B, 3, T, H, W), normalised query clips.
+            clips_bcthw: normalised query clips, (B, 3, T, H, W).
             keys: of the same videos.
-            queue: K negatives, not yet holding these keys.
-            motion: (B, T', H', W'), targets of the alignment.
-            order: int64 (B,), order labels.
+            queue: K negatives, without these keys.
+            motion_bthw: motion targets of the alignment, (B, T', H', W').
+            order: order labels, int64 (B,).
             weights: of the terms at this step.
         """
         with (
-            torch.autocast(clips.device.type, torch.bfloat16, enabled=self._autocast),
-            _kept(self.network, self._layer) as activations,
+            torch.autocast(clips_bcthw.device.type, torch.bfloat16, enabled=self._autocast),
+            _captured_outputs(self.network, self._layer) as activations,
         ):
-            output = self.network(clips)
+            output = self.network(clips_bcthw)
         query = output.inter.vector
-        own = own_similarities(query, keys.inter)
-        inter = inter_loss(own, queue.against(query, self._temperature), self._temperature)
-        intra = intra_loss(own_similarities(output.intra.vector, keys.intra), self._temperature)
+        similarities = key_similarities(query, keys.inter)
+        inter = inter_loss(similarities, queue.log_sum_exp(query, self._temperature), self._temperature)
+        intra = intra_loss(key_similarities(output.intra.vector, keys.intra), self._temperature)
         if self._layer is None:
             gradient = similarity_gradient(self.network, output, keys.inter[0])
         else:
             gradient = automatic_gradient(output, keys.inter[0], activations[0])
-        aligned = align(alignment_map(gradient), motion.to(gradient.dtype))
+        alignment = align(alignment_map(gradient), motion_bthw.to(gradient.dtype))
         _, second, third = keys.order
-        ordered = order_loss(self.network.order_classifier, output.order.vector, second, third, order)
-        total = inter + weights.intra * intra + weights.alignment * aligned.loss + weights.order * ordered
+        order_term = order_loss(self.network.order_classifier, output.order.vector, second, third, order)
+        total = inter + weights.intra * intra + weights.alignment * alignment.loss + weights.order * order_term
         self.report = {
             name: value.detach()
             for name, value in {
                 "loss": total,
                 "loss_inter": inter,
                 "loss_intra": intra,
-                "loss_alignment": aligned.loss,
-                "loss_order": ordered,
-                "similarity_positive": own.mean(),
+                "loss_alignment": alignment.loss,
+                "loss_order": order_term,
+                "similarity_positive": similarities.mean(),
                 "similarity_negative": (query.detach() @ queue.mean().to(query.dtype)).mean(),
-                "similarity_alignment": aligned.spatiotemporal.mean(),
+                "similarity_alignment": alignment.spatiotemporal.mean(),
             }.items()
         }
         return total
@@ -139,17 +139,17 @@ def _check_layer(network: Network, layer: str) -> None:
     known = [name for name, _ in network.encoder.named_modules() if name]
     if layer not in known:
         close = ", ".join(get_close_matches(layer, known)) or known[-1]
-        raise ConfigError(f"objective.alignment_layer: the encoder has no `{layer}`; near it are: {close}")
+        raise ConfigError(f"objective.alignment_layer: the encoder has no layer `{layer}`; similar names: {close}")
     if network.encoder.config.batch_norm == "synchronized":
         raise ConfigError(
             "objective.alignment_layer: synchronized BatchNorm cannot be differentiated twice; "
-            "leave the layer out, or choose another encoder.batch_norm"
+            "remove the setting, or choose another encoder.batch_norm"
         )
 
 
 @contextmanager
-def _kept(network: Network, layer: str | None) -> Iterator[list[torch.Tensor]]:
-    """What the encoder's layer puts out meanwhile, if one is named."""
+def _captured_outputs(network: Network, layer: str | None) -> Iterator[list[torch.Tensor]]:
+    """Collect the outputs of one of the encoder's layers; none for None."""
     activations: list[torch.Tensor] = []
     if layer is None:
         yield activations

@@ -1,1 +1,1 @@
-"""Files and console lines of a run: in go events, out come `metrics.jsonl`, `log.jsonl` and goodput."""
+"""The log of a run: turns events into console lines, `metrics.jsonl`, `log.jsonl` and goodput."""

@@ -1,18 +1,16 @@
-"""What became of a run's time, over all its restarts: told from its own files, so there is nothing else to keep.
+"""Goodput of a run over all its restarts, computed from the run's own files; no other state is stored.
 
-Wall time counts from the first start. Productive are the seconds of steps that count; all else is lost to something.
-What a restart costs is the time since the state was reached that it goes on from: steps to repeat, standstill, start.
+Wall time counts from the first start. The seconds of counted steps are productive; all other time is lost to a cause.
+A restart costs the time since the run first reached the step it resumes from: repeated steps, downtime and startup.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mcl_dist.events import (
     Accounts,
@@ -26,26 +24,27 @@ from mcl_dist.events import (
     Started,
     StepDone,
     Stopping,
-    tell,
+    emit,
 )
+from mcl_dist.storage import jsonl
 
-TELL_SECONDS = 20.0  # a rate over a minute, the shortest that dashboards look at, always sees two
-CAUSES = ("killed", "error", "hang", "lost", "stopped", "outage", "finished")
-LAST_WORDS = {"Stopping": "stopped", "Finished": "finished"}
+REPORT_SECONDS = 20.0  # a one-minute rate, the shortest on the dashboards, always covers two reports
+RESTART_CAUSES = ("killed", "error", "hang", "lost", "stopped", "outage", "finished")
+CAUSE_OF_EXIT = {"Stopping": "stopped", "Finished": "finished"}
 
 
 @dataclass(frozen=True)
 class LostTime:
-    """Seconds lost after `step` steps; all that follows a step is lost again, once, when the run goes back to it."""
+    """Seconds lost to `cause` after `step` steps; if the run goes back to a step, the restart's loss replaces it."""
 
     step: int
-    what: str
+    cause: str
     seconds: float
 
 
 @dataclass(frozen=True)
 class StartInfo:
-    """When this start of the run began (Unix seconds), and why a supervisor made it, where one did so again."""
+    """Begin of this start in Unix seconds, and, after a restart by the supervisor, its cause and attempt."""
 
     began: float
     cause: str = ""
@@ -54,121 +53,116 @@ class StartInfo:
 
 
 class GoodputTracker:
-    """Listens, and tells `Restarted` and `Accounts`; to be told of `Started` after the files' writers.
+    """A listener that emits `Restarted` and `Accounts`; it must receive `Started` after the listeners of the files.
 
     Args:
         folder: the run folder, with `log.jsonl` and `metrics.jsonl`.
-        listeners: whom to tell.
-        birth: of this start.
-        clock: gives Unix seconds.
+        listeners: receive the emitted events.
+        start_info: of this start.
+        now: returns Unix seconds.
     """
 
     def __init__(
         self,
         folder: Path,
         listeners: Sequence[Listener],
-        birth: StartInfo,
-        clock: Callable[[], float] = time.time,
+        start_info: StartInfo,
+        now: Callable[[], float] = time.time,
     ) -> None:
         self._folder = folder
         self._listeners = listeners
-        self._birth = birth
-        self._began = birth.began
-        self._clock = clock
+        self._start_info = start_info
+        self._first_start = start_info.began
+        self._now = now
         self._productive = 0.0
         self._losses: list[LostTime] = []
         self._restarts: Counter[str] = Counter()
-        self._told = clock()
+        self._reported_at = now()
 
     def __call__(self, event: Event) -> None:
-        """Take note of an event."""
+        """Account for an event."""
         match event:
             case Started(step):
                 self._start(step)
             case StepDone():
-                self._book_step(event.step, event.seconds, event.phases, taken=event.taken)
-                if self._clock() - self._told >= TELL_SECONDS:
-                    self._tell()
+                self._add_step(event.step, event.seconds, event.phases, taken=event.taken)
+                if self._now() - self._reported_at >= REPORT_SECONDS:
+                    self._report()
             case CheckpointWritten():
                 self._losses.append(LostTime(event.step, "checkpoint", event.stall_seconds))
             case Evaluated():
                 self._losses.append(LostTime(event.step, "evaluation", event.seconds))
             case Stopping() | Finished() | Failed():
-                self._tell()
+                self._report()
 
     def _start(self, step: int) -> None:
-        """Read what there was, and book what it cost to come back to `step`."""
-        now = self._clock()
-        log = list(_lines(self._folder / "log.jsonl"))
-        starts = [line for line in log if line["event"] == "Started"][:-1]  # the last is this one
-        accounts = [line for line in log if line["event"] == "Accounts"]
-        if accounts:
-            self._began = accounts[0]["time"] - accounts[0]["wall_seconds"]
-            self._losses.append(LostTime(-1, "starting", accounts[0]["lost_seconds"]["starting"]))
-        reached = starts[0]["time"] if starts else now
-        for line in _lines(self._folder / "metrics.jsonl"):
-            self._book_step(line["step"], line["seconds"], line.get("phases", {}), taken=line["taken"])
-            if line["step"] == step:
-                reached = line["time"]
-        for line in log:
-            self._replay(line)
-        if starts:
-            cause, reason, attempt = self._cause(log)
+        """Account for all earlier starts, and for the cost of this start from `step`."""
+        now = self._now()
+        log = jsonl.read(self._folder / "log.jsonl")
+        earlier_starts = [record for record in log if record["event"] == "Started"][:-1]  # the last is this start
+        self._restore_first_start(log)
+        reached = self._replay_steps(step, default=earlier_starts[0]["time"] if earlier_starts else now)
+        for record in log:
+            self._replay(record)
+        if earlier_starts:
+            cause, reason, attempt = self._restart_cause(log)
             lost = max(0.0, now - reached)
             self._losses.append(LostTime(step, cause, lost))
             self._restarts[cause] += 1
-            tell(self._listeners, Restarted(cause, attempt, lost, reason, step))
+            emit(self._listeners, Restarted(cause, attempt, lost, reason, step))
         else:
-            self._losses.append(LostTime(-1, "starting", now - self._began))
-        self._tell()
+            self._losses.append(LostTime(-1, "starting", now - self._first_start))
+        self._report()
 
-    def _replay(self, line: dict[str, Any]) -> None:
-        match line["event"]:
+    def _restore_first_start(self, log: Sequence[jsonl.Record]) -> None:
+        accounts = next((record for record in log if record["event"] == "Accounts"), None)
+        if accounts is not None:
+            self._first_start = accounts["time"] - accounts["wall_seconds"]
+            self._losses.append(LostTime(-1, "starting", accounts["lost_seconds"]["starting"]))
+
+    def _replay_steps(self, step: int, default: float) -> float:
+        """Account for the steps that still count; returns the time at which `step` was reached."""
+        reached = default
+        for record in jsonl.read(self._folder / "metrics.jsonl"):
+            self._add_step(record["step"], record["seconds"], record.get("phases", {}), taken=record["taken"])
+            if record["step"] == step:
+                reached = record["time"]
+        return reached
+
+    def _replay(self, record: jsonl.Record) -> None:
+        match record["event"]:
             case "Started":
-                self._losses = [x for x in self._losses if x.step < line["step"] or x.what == "skipped"]
+                self._losses = [x for x in self._losses if x.step < record["step"] or x.cause == "skipped"]
             case "Restarted":
-                self._losses.append(LostTime(line["step"], line["cause"], line["lost_seconds"]))
-                self._restarts[line["cause"]] += 1
+                self._losses.append(LostTime(record["step"], record["cause"], record["lost_seconds"]))
+                self._restarts[record["cause"]] += 1
             case "CheckpointWritten":
-                self._losses.append(LostTime(line["step"], "checkpoint", line.get("stall_seconds", line["seconds"])))
+                seconds: float = record["seconds"]  # of records without a stall
+                self._losses.append(LostTime(record["step"], "checkpoint", record.get("stall_seconds", seconds)))
             case "Evaluated":
-                self._losses.append(LostTime(line["step"], "evaluation", line["seconds"]))
+                self._losses.append(LostTime(record["step"], "evaluation", record["seconds"]))
 
-    def _cause(self, log: list[dict[str, Any]]) -> tuple[str, str, int]:
-        if self._birth.cause:
-            return self._birth.cause, self._birth.reason, self._birth.attempt
-        told = [line for line in log if line["event"] in (*LAST_WORDS, "Started")][:-1]
-        cause = LAST_WORDS.get(told[-1]["event"], "outage") if told else "outage"
-        return cause, "an end without a word" if cause == "outage" else f"the run before had {cause}", 0
+    def _restart_cause(self, log: Sequence[jsonl.Record]) -> tuple[str, str, int]:
+        """Cause, reason and attempt: from the supervisor, or for a manual start from the end of the previous one."""
+        if self._start_info.cause:
+            return self._start_info.cause, self._start_info.reason, self._start_info.attempt
+        previous = [record["event"] for record in log if record["event"] in (*CAUSE_OF_EXIT, "Started")][:-1]
+        cause = CAUSE_OF_EXIT.get(previous[-1], "outage") if previous else "outage"
+        return cause, "an unexpected exit" if cause == "outage" else f"the previous run {cause}", 0
 
-    def _book_step(self, step: int, seconds: float, phases: Mapping[str, float], *, taken: bool) -> None:
-        seconds -= phases.get("checkpoint", 0.0)  # which the checkpoint itself tells as its stall
+    def _add_step(self, step: int, seconds: float, phases: Mapping[str, float], *, taken: bool) -> None:
+        seconds -= phases.get("checkpoint", 0.0)  # `CheckpointWritten` accounts for it as its stall
         if taken:
             self._productive += seconds
         else:
             self._losses.append(LostTime(step, "skipped", seconds))
 
-    def _tell(self) -> None:
-        now = self._told = self._clock()
-        wall = max(now - self._began, 1e-9)
+    def _report(self) -> None:
+        now = self._reported_at = self._now()
+        wall = max(now - self._first_start, 1e-9)
         lost: defaultdict[str, float] = defaultdict(float)
         for loss in self._losses:
-            lost[loss.what] += loss.seconds
+            lost[loss.cause] += loss.seconds
         lost["other"] = max(0.0, wall - self._productive - sum(lost.values()))
         ratio = min(1.0, self._productive / wall)
-        tell(self._listeners, Accounts(ratio, wall, self._productive, dict(lost), dict(self._restarts)))
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """What a file's lines say, but for those that a kill or a full disk has cut off, with what was added to them."""
-    if path.exists():
-        parsed = map(_parsed, path.read_bytes().splitlines())
-        yield from (line for line in parsed if line is not None)
-
-
-def _parsed(text: bytes) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) else None
+        emit(self._listeners, Accounts(ratio, wall, self._productive, dict(lost), dict(self._restarts)))

@@ -1,4 +1,4 @@
-"""What a run's files say of an event: a line of `metrics.jsonl` for a step, one of `log.jsonl` for anything else."""
+"""Records of events in a run's files: of a step in `metrics.jsonl`, of any other event in `log.jsonl`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from mcl_dist.events import Event, StepDone
 
 
-def step_line(done: StepDone) -> dict[str, Any]:
-    """A step as it is written and shown, with the time (Unix seconds) at which it is told."""
+def step_record(done: StepDone) -> dict[str, Any]:
+    """The record of a step, with the current time in Unix seconds."""
     return {
         "time": time.time(),
         "step": done.step,
@@ -27,15 +27,15 @@ def step_line(done: StepDone) -> dict[str, Any]:
         "momentum": done.momentum,
         "queue_fill": done.queue_fill,
         "queue_age": done.queue_age,
-        "flops_per_second": done.operations / done.seconds,
+        "flops_per_second": done.flops / done.seconds,
     }
 
 
-def event_line(event: Event) -> dict[str, Any]:
-    """Any other event, under the name of its class."""
+def event_record(event: Event) -> dict[str, Any]:
+    """The record of any other event, with its class name and the current time in Unix seconds."""
     return {"time": time.time(), "event": type(event).__name__, **asdict(event)}
 
 
 def _finite(value: float) -> float | None:
-    """JSON knows no NaN and no infinity."""
+    """None for NaN and infinity, which JSON lacks."""
     return value if math.isfinite(value) else None

@@ -1,1 +1,1 @@
-"""Folders at any fsspec URL: in go names and bytes, out come whole files or one-line errors that name the URL."""
+"""Folders at any fsspec URL: file names and bytes in; whole files, byte ranges or one-line errors with the URL out."""

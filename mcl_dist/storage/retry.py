@@ -1,4 +1,4 @@
-"""How long a store that fails now and then is asked again."""
+"""Retries of transient failures, with exponential backoff and a deadline."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from mcl_dist.errors import UserError
-from mcl_dist.storage.store_requests import SLOWEST, Failure, failure, waits
+from mcl_dist.storage.store_requests import SLOWEST, Failure, backoff, classify_failure
 
 Result = TypeVar("Result")
-TELL_AT = 3  # failures in a row; one or two are nothing that a person has to know of at once
+WARN_AT = 3  # failures in a row; one or two are common and need no warning
 
 
 class TransientError(UserError):
-    """What came is not right, and may be the next time; `reason` says in which way."""
+    """A response is wrong, and a retry may get the right one; `reason` classifies the fault."""
 
     def __init__(self, reason: Failure, text: str) -> None:
         super().__init__(text)
@@ -27,53 +27,57 @@ class TransientError(UserError):
 
 @dataclass
 class RetryPolicy:
-    """Repeats what failed in passing, with longer and longer waits, and counts it; threads may share it.
+    """Retries transient failures with growing waits and counts them; threads may share it.
 
     Attributes:
-        seconds: how long something is repeated before it is given up.
-        request_seconds: after which a request without an answer is repeated; a second more for each MiB.
-        tell: is told in a line when something fails several times in a row.
-        failures: how many requests had to be made again, by reason.
-        ended: once set, nothing is waited for any more.
+        seconds: from the first failure until the call is given up.
+        request_seconds: time limit of one request; a second more for each MiB.
+        warn: called with one line when a call fails several times in a row.
+        failures: failed requests by reason.
+        ended: once set, calls no longer wait: the next failure is final.
     """
 
     seconds: float = 300.0
     request_seconds: float = 30.0
-    tell: Callable[[str], None] = logging.getLogger(__name__).warning
+    warn: Callable[[str], None] = logging.getLogger(__name__).warning
     failures: Counter[Failure] = field(default_factory=Counter)
     ended: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        self._counting = threading.Lock()
+        self._lock = threading.Lock()
 
-    def limit(self, num_bytes: int = 0) -> float:
-        """Seconds that a request with so many bytes may take."""
+    def timeout(self, num_bytes: int = 0) -> float:
+        """Time limit, in seconds, of a request that transfers `num_bytes`."""
         return self.request_seconds + num_bytes / SLOWEST
 
-    def until_it_works(self, attempt: Callable[[], Result]) -> Result:
-        """The attempt's result.
+    def call(self, attempt: Callable[[], Result]) -> Result:
+        """The result of `attempt`, repeated while it fails transiently.
 
         Raises:
-            UserError: it cannot work, or has not for all our patience.
+            UserError: the failure is permanent, or the deadline has passed.
         """
         first_failure = None
-        for tries, wait in enumerate(waits(), start=1):
+        for tries, wait in enumerate(backoff(), start=1):
             try:
                 return attempt()
             except UserError as error:
-                reason = error.reason if isinstance(error, TransientError) else failure(error.__cause__)
-                if reason is None:
-                    raise
-                with self._counting:
-                    self.failures[reason] += 1
+                self._count(error)
                 now = time.monotonic()
                 first_failure = first_failure or now
                 if self.ended.is_set() or now - first_failure + wait > self.seconds:
                     raise UserError(
-                        f"{error}; given up after {tries} tries in {now - first_failure:.0f} s; see that the store and "
-                        "the network work, then run the same command again"
+                        f"{error}; given up after {tries} tries in {now - first_failure:.0f} s; check the store and "
+                        "the network, then run the same command again"
                     ) from error.__cause__
-                if tries == TELL_AT:
-                    self.tell(f"{error}; trying again, for {self.seconds:.0f} s")
+                if tries == WARN_AT:
+                    self.warn(f"{error}; retrying for up to {self.seconds:.0f} s")
             self.ended.wait(wait)
-        raise AssertionError("waits never end")
+        raise AssertionError("backoff never ends")
+
+    def _count(self, error: UserError) -> None:
+        """Count a transient failure; raise a permanent one."""
+        reason = error.reason if isinstance(error, TransientError) else classify_failure(error.__cause__)
+        if reason is None:
+            raise error
+        with self._lock:
+            self.failures[reason] += 1

@@ -1,4 +1,4 @@
-"""A session of aiobotocore that makes each request once."""
+"""An aiobotocore session that makes each request once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 from aiobotocore.httpsession import AIOHTTPSession
 
 
-class OneTrySession(AIOHTTPSession):  # type: ignore[misc]
-    """Leaves trying again to the caller, who counts."""
+class NoRetrySession(AIOHTTPSession):  # type: ignore[misc]
+    """Leaves retries to the caller, who counts them."""
 
     async def _get_session(self, proxy_url: Any) -> Any:
         session = await super()._get_session(proxy_url)
-        session._retry_connection = False  # it repeats a request whose connection was lost, and tells nobody
+        session._retry_connection = False  # by default aiohttp repeats a request whose connection was lost
         return session

@@ -1,4 +1,4 @@
-"""Requests to stores: each made once and with a time limit, and what their errors mean."""
+"""Single requests to stores: no hidden retries, a time limit each, and a classification of their errors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fsspec.asyn import AsyncFileSystem, sync
 
 Failure = Literal["server_error", "reset", "stall", "short_body", "wrong_digest", "unreachable"]
 
-FIRST_WAIT, LONGEST_WAIT = 0.05, 10.0  # seconds; doubled from one to the other, and drawn from the upper half
-SLOWEST = 2**20  # bytes a second that a request may count on beyond its time limit
-CHANCE = random.Random()  # not the generator that the whole process shares: requests are made whenever they are
-BUSY = (408, 429)  # HTTP's "too slow" and "too many requests", which pass like the 500s
-# Kinds of errors by their names, over all libraries of stores: none has to be installed to be known.
+FIRST_WAIT, LONGEST_WAIT = 0.05, 10.0  # seconds; doubled from one to the other, jittered within the upper half
+SLOWEST = 2**20  # bytes a second: what a transfer may take beyond its time limit
+JITTER = random.Random()  # not the process's shared generator, whose draws must not depend on requests
+BUSY = (408, 429)  # HTTP's "request timeout" and "too many requests", as transient as the 500s
+# Error types by name, over all store libraries: none of them has to be installed.
 STALLS = frozenset(("TimeoutError", "FSTimeoutError", "ReadTimeoutError", "ConnectTimeoutError"))
 RESETS = frozenset(("ConnectionResetError", "BrokenPipeError", "ServerDisconnectedError", "ConnectionClosedError"))
 SHORT_BODIES = frozenset(("ClientPayloadError", "ContentLengthError", "IncompleteRead", "ResponseStreamingError"))
@@ -25,31 +25,31 @@ UNREACHABLE = frozenset(("ClientConnectorError", "EndpointConnectionError", "Con
 CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*@|\?[^\s'\"]*")
 
 
-def connected(url: str) -> tuple[Any, str]:
-    """The filesystem of a URL and its path there; the library of a store makes each request once."""
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec filesystem of a URL, with the library's own retries disabled, and the path in it."""
     filesystem, root = fsspec.core.url_to_fs(url, **_options(fsspec.utils.get_protocol(url)))
     if isinstance(filesystem, AsyncFileSystem):
-        filesystem.retries = 1  # s3fs and gcsfs would try again by themselves
+        filesystem.retries = 1  # s3fs and gcsfs retry by themselves
     return filesystem, root
 
 
-def asked(filesystem: Any, method: str, *arguments: Any, seconds: float, **how: Any) -> Any:
-    """Call a method of a filesystem; where it waits for a network it ends after so many seconds."""
+def request(filesystem: Any, method: str, *arguments: Any, seconds: float, **options: Any) -> Any:
+    """Call a filesystem's method; a call over a network fails after `seconds`."""
     if not isinstance(filesystem, AsyncFileSystem):
-        return getattr(filesystem, method)(*arguments, **how)
-    return sync(filesystem.loop, getattr(filesystem, f"_{method}"), *arguments, timeout=seconds, **how)
+        return getattr(filesystem, method)(*arguments, **options)
+    return sync(filesystem.loop, getattr(filesystem, f"_{method}"), *arguments, timeout=seconds, **options)
 
 
-def waits() -> Iterator[float]:
-    """Seconds to wait before the second try, the third and so on: longer and longer, and not for all alike."""
+def backoff() -> Iterator[float]:
+    """Seconds to wait before each retry: exponential with jitter."""
     for tries in count(1):
-        yield min(FIRST_WAIT * 2**tries, LONGEST_WAIT) * CHANCE.uniform(0.5, 1)
+        yield min(FIRST_WAIT * 2**tries, LONGEST_WAIT) * JITTER.uniform(0.5, 1)
 
 
-def failure(error: BaseException | None) -> Failure | None:
-    """How an error came about; None when asking again will not help."""
-    kinds = {kind.__name__ for one in chain(error) for kind in type(one).__mro__}
-    if any(code >= 500 or code in BUSY for code in map(status, chain(error))):
+def classify_failure(error: BaseException | None) -> Failure | None:
+    """The reason of a transient error; None for an error that a retry does not cure."""
+    kinds = {kind.__name__ for cause in error_chain(error) for kind in type(cause).__mro__}
+    if any(code >= 500 or code in BUSY for code in map(http_status, error_chain(error))):
         return "server_error"
     known: tuple[tuple[frozenset[str], Failure], ...] = (
         (RESETS, "reset"),
@@ -60,8 +60,8 @@ def failure(error: BaseException | None) -> Failure | None:
     return next((reason for names, reason in known if kinds & names), None)
 
 
-def status(error: BaseException) -> int:
-    """HTTP status that an error of aiohttp, botocore or gcsfs carries; 0 for none."""
+def http_status(error: BaseException) -> int:
+    """HTTP status of an error of aiohttp, botocore or gcsfs; 0 for none."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -70,26 +70,26 @@ def status(error: BaseException) -> int:
     return found if isinstance(found, int) else 0
 
 
-def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what it came of, and so on."""
+def error_chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, its cause or context, the cause's cause, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def without_credentials(text: str) -> str:
-    """The text without what stands before an @ or after a ? in its URLs; what names local files alone stays."""
+    """The text without user names, passwords and query strings in its URLs; local paths are left as they are."""
     return CREDENTIALS.sub("", text) if "://" in text else text
 
 
 def _options(protocol: str) -> dict[str, Any]:
-    """What keeps a protocol's library from repeating requests of its own accord."""
+    """Options that disable the retries of a protocol's library."""
     if protocol in ("http", "https"):
         return {"get_client": _http_session, "client_kwargs": {"headers": {"Accept-Encoding": "identity"}}}
     if protocol in ("s3", "s3a"):
-        from mcl_dist.storage.s3_session import OneTrySession
+        from mcl_dist.storage.s3_session import NoRetrySession
 
-        return {"config_kwargs": {"retries": {"total_max_attempts": 1}, "http_session_cls": OneTrySession}}
+        return {"config_kwargs": {"retries": {"total_max_attempts": 1}, "http_session_cls": NoRetrySession}}
     return {}
 
 
@@ -97,5 +97,5 @@ async def _http_session(**options: Any) -> Any:
     import aiohttp
 
     session = aiohttp.ClientSession(**options)
-    session._retry_connection = False  # it repeats a request whose connection was lost, and tells nobody
+    session._retry_connection = False  # by default aiohttp repeats a request whose connection was lost
     return session

@@ -1,1 +1,1 @@
-"""The training loop: in go batches, out come updated parameters, checkpoints and events."""
+"""The training loop. Input: batches; output: updated parameters, checkpoints and events."""

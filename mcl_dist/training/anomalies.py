@@ -1,4 +1,4 @@
-"""What keeps a run from learning nonsense: steps that are not finite, and losses that leap."""
+"""Detection of training anomalies: steps that are not finite, and loss spikes."""
 
 from __future__ import annotations
 
@@ -12,59 +12,59 @@ import torch
 from mcl_dist.batch import Batch
 from mcl_dist.distributed.process_group import ProcessGroup
 
-NOT_FINITE = (
-    "its pixels or its motion target are not finite",
-    "the loss of its rank is not finite",
-    "the gradient is not finite, the fault of any of them",
+REASONS = (
+    "non-finite pixels or motion target",
+    "non-finite loss on the rank of these videos",
+    "non-finite gradient, which any video of the step may cause",
 )
 
 
 @dataclass(frozen=True)
 class NonFiniteSamples:
-    """Samples to which a step that was not finite leads, and how."""
+    """Samples that may have caused a non-finite step, and why these."""
 
     samples: list[int]
     reason: str
 
 
 class NonFiniteAttribution:
-    """One rank's samples of a step, with what speaks against them; on the device until somebody asks.
+    """One rank's evidence for the attribution of a non-finite step to samples; it stays on the device until then.
 
     Args:
-        batch: what the rank trained on.
-        losses: of the rank's forward passes, (parts,).
+        batch: of the step, on this rank.
+        losses: of this rank's forward passes, (parts,).
     """
 
     def __init__(self, batch: Batch, losses: torch.Tensor) -> None:
-        inputs = torch.stack([_broken(tensor) for tensor in vars(batch).values()]).any(dim=0)
+        inputs = torch.stack([_non_finite_rows(tensor) for tensor in vars(batch).values()]).any(dim=0)
         loss = (~torch.isfinite(losses)).any().expand_as(inputs)
         self._rows = torch.stack([batch.samples.to(inputs.device), inputs.long(), loss.long()], dim=1)
 
-    def blame(self, group: ProcessGroup) -> NonFiniteSamples:
-        """The narrowest set that explains the step; all ranks must ask together."""
+    def attribute(self, group: ProcessGroup) -> NonFiniteSamples:
+        """The smallest set of samples that explains the step; all ranks must call it together."""
         rows = group.gather(self._rows).cpu()
-        everyone, *evidence = rows.unbind(dim=1)
-        for against, reason in zip(evidence, NOT_FINITE, strict=False):
-            if against.any():
-                return NonFiniteSamples(everyone[against > 0].tolist(), reason)
-        return NonFiniteSamples(everyone.tolist(), NOT_FINITE[-1])
+        samples, *evidence = rows.unbind(dim=1)
+        for flags, reason in zip(evidence, REASONS, strict=False):
+            if flags.any():
+                return NonFiniteSamples(samples[flags > 0].tolist(), reason)
+        return NonFiniteSamples(samples.tolist(), REASONS[-1])
 
 
-def _broken(values: torch.Tensor) -> torch.Tensor:
-    """Which rows of (B, …) hold NaN or infinity; bytes never do, and are not read."""
+def _non_finite_rows(values: torch.Tensor) -> torch.Tensor:
+    """Which rows of (B, …) hold NaN or infinity; integers never do and are not read."""
     if not values.is_floating_point():
         return torch.zeros(len(values), dtype=torch.bool, device=values.device)
     return ~torch.isfinite(values).flatten(1).all(dim=1)
 
 
 class SpikeDetector:
-    """Tells a loss that lies far above those before it: above their median by a multiple of the usual deviation.
+    """Detects losses above the median of recent ones by more than a multiple of their median absolute deviation (MAD).
 
-    The deviation is the median absolute one (MAD), which a few outliers do not move. Of losses that stay high only the
-    first is told; they become the usual ones when they fill half of the window.
+    The MAD is robust to a few outliers. Of consecutive high losses only the first is a spike; they become the new
+    normal once they fill half of the window.
 
     Args:
-        window: losses that make the usual; there is no verdict before so many were seen.
+        window: number of recent losses; there is no limit before as many were observed.
         factor: multiple of the MAD.
     """
 
@@ -73,25 +73,25 @@ class SpikeDetector:
         self._factor = factor
         self._is_high = False
 
-    def limit_passed(self, loss: float) -> float | None:
-        """Take note of a loss; the limit, where it passed that and the loss before did not."""
+    def observe(self, loss: float) -> float | None:
+        """Add a loss; returns the limit if the loss exceeds it and the previous loss did not."""
         limit = self._limit()
         was_high, self._is_high = self._is_high, limit is not None and loss > limit
         self._recent.append(loss)
         return limit if self._is_high and not was_high else None
 
     @property
-    def memory(self) -> tuple[tuple[float, ...], bool]:
-        """The losses in the window, and whether the last one passed its limit."""
+    def state(self) -> tuple[tuple[float, ...], bool]:
+        """The losses in the window, and whether the last one exceeded its limit."""
         return tuple(self._recent), self._is_high
 
-    def remember(self, recent: Iterable[float], *, is_high: bool) -> None:
-        """Take over the `memory` of another."""
+    def load_state(self, recent: Iterable[float], *, is_high: bool) -> None:
+        """Load the `state` of another detector."""
         self._recent.extend(recent)
         self._is_high = is_high
 
-    def forget(self) -> None:
-        """Start anew."""
+    def reset(self) -> None:
+        """Discard all losses."""
         self._recent.clear()
         self._is_high = False
 

@@ -1,4 +1,4 @@
-"""Numbers on their way from the device to the host."""
+"""Asynchronous copies of scalars from the device to the host."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class AsyncScalars:
-    """Scalars that the device has yet to compute, copied as it gets to them; asking for them later stalls nobody.
+    """Scalars that are copied to the host once the device has computed them; neither waits for the other.
 
     Args:
         values: scalars on one device, of any dtype.
@@ -17,16 +17,16 @@ class AsyncScalars:
     def __init__(self, values: Mapping[str, torch.Tensor]) -> None:
         self._names = list(values)
         stacked = torch.stack([value.detach().float() for value in values.values()])
-        self._arrived: torch.cuda.Event | None = None
+        self._copied: torch.cuda.Event | None = None
         if stacked.is_cuda:
-            self._numbers = torch.empty(stacked.shape, pin_memory=True).copy_(stacked, non_blocking=True)
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
+            self._values = torch.empty(stacked.shape, pin_memory=True).copy_(stacked, non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
         else:
-            self._numbers = stacked
+            self._values = stacked
 
-    def numbers(self) -> dict[str, float]:
-        """The values, once they have arrived."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return dict(zip(self._names, self._numbers.tolist(), strict=True))
+    def wait(self) -> dict[str, float]:
+        """Wait for the copy and return the values."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return dict(zip(self._names, self._values.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""LARS: SGD whose rate follows each parameter's own size (You et al., arXiv 1708.03888)."""
+"""LARS: SGD with a layer-wise learning rate (You et al., arXiv 1708.03888)."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-TRUST = 0.001  # η of the paper: how far a parameter moves for its size
+TRUST = 0.001  # η of the paper, the trust coefficient
 
 
 class LARS(torch.optim.Optimizer):
     """Momentum SGD with a layer-wise rate η·‖w‖ / (‖g‖ + β·‖w‖).
 
-    Biases and BatchNorm's parameters, which have one axis, take plain momentum SGD without decay, as is usual since
-    the paper: their norms tell nothing of the scale that a step should have.
+    One-dimensional parameters (biases, BatchNorm) take plain momentum SGD without weight decay, as is usual since the
+    paper: their norms do not indicate the scale of a step.
 
-    Where `found_inf` is set to a tensor of 1, as the fused optimizers of PyTorch heed it, a step changes nothing.
+    A step changes nothing where `found_inf` is a tensor of 1, as with PyTorch's fused optimizers.
 
     Args:
-        parameters: each whole; a flat shard of several has no norm to follow.
+        parameters: each whole; a flat shard of several has no norm of its own.
         lr: the global rate.
         momentum: m.
         weight_decay: β.
@@ -37,28 +37,28 @@ class LARS(torch.optim.Optimizer):
         """Update every parameter that has a gradient.
 
         Raises:
-            ValueError: for a closure, which only optimizers that evaluate the loss anew can use.
+            ValueError: a closure is given; only optimizers that evaluate the loss again use one.
         """
         if closure is not None:
-            raise ValueError("LARS takes no closure: it evaluates the loss once a step")
+            raise ValueError("LARS takes no closure: it evaluates the loss once per step")
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_one(parameter, parameter.grad, group)
+                    self._update(parameter, parameter.grad, group)
 
-    def _step_one(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
         rate = torch.full((), group["lr"], device=parameter.device)
         if parameter.ndim > 1:
             decay = group["weight_decay"]
-            size, slope = torch.linalg.vector_norm(parameter), torch.linalg.vector_norm(gradient)
-            trust = TRUST * size / (slope + decay * size)
-            rate = rate * torch.where((size > 0) & (slope > 0), trust, torch.ones_like(trust))
+            norm, gradient_norm = torch.linalg.vector_norm(parameter), torch.linalg.vector_norm(gradient)
+            trust = TRUST * norm / (gradient_norm + decay * norm)
+            rate = rate * torch.where((norm > 0) & (gradient_norm > 0), trust, torch.ones_like(trust))
             gradient = gradient + decay * parameter
         change = rate * gradient
         if group["momentum"]:
-            before = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-            change = group["momentum"] * before + change
-            before.copy_(self._unless_found_inf(change, before))
+            velocity = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+            change = group["momentum"] * velocity + change
+            velocity.copy_(self._unless_found_inf(change, velocity))
         parameter.copy_(self._unless_found_inf(parameter - change, parameter))
 
     def _unless_found_inf(self, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""When the phases of a step end, by the device's own clock."""
+"""Time of a step by phase, measured on the device."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ import torch
 
 
 class PhaseTimer:
-    """Where the time of a step goes; marking a phase's end waits for nothing, and no device for it.
+    """Time of a step by phase; starts when it is created. Marking the end of a phase waits for nothing.
 
-    On a GPU the marks are events in its stream: a phase lasts for as long as the device is at it, or waits for it. The
-    clock starts when it is made.
+    On a GPU the marks are events in its stream: a phase lasts while the device executes it or waits for it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._is_gpu = device.type == "cuda"
-        self._marks: list[tuple[str, Any]] = []  # a CUDA event, or seconds
+        self._marks: list[tuple[str, Any]] = []  # phase, and a CUDA event or seconds
         self.mark("")
 
     def mark(self, phase: str) -> None:
-        """A phase, or one more piece of it, ends here; it began at the mark before."""
+        """Mark the end of a phase, or of a further piece of it; it began at the previous mark."""
         self._marks.append((phase, self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """By phase, in the order of their first marks; to be asked when the device is past the last mark."""
+        """Seconds by phase, in the order of first marks; waits until the device has passed the last mark."""
         spent = dict.fromkeys((phase for phase, _ in self._marks[1:]), 0.0)
         for (_, start), (phase, end) in zip(self._marks[:-1], self._marks[1:], strict=True):
             spent[phase] += self._between(start, end)

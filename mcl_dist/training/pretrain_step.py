@@ -1,111 +1,93 @@
-"""The steps of pre-training, and what they are made of."""
+"""The training step of MCL pre-training."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from mcl_dist.batch import QUERY, TubeletBatch
 from mcl_dist.distributed.heartbeat import EVALUATING
-from mcl_dist.events import Evaluated, StepDone, tell
+from mcl_dist.events import Evaluated, StepDone, emit
 from mcl_dist.model.encoder import Encoder, normalise
-from mcl_dist.objective.momentum_encoder import NUM_KEYS, Keys
+from mcl_dist.objective.momentum_encoder import NUM_KEYS
 from mcl_dist.objective.objective import ObjectiveConfig
-from mcl_dist.training.anomalies import NonFiniteAttribution
-from mcl_dist.training.async_scalars import AsyncScalars
+from mcl_dist.training.pending_step import PendingStep
 from mcl_dist.training.phase_timer import PhaseTimer
 from mcl_dist.training.pretrain_state import PretrainState
-from mcl_dist.training.trainer import PendingStep, Trainer
+from mcl_dist.training.trainer import Trainer
 
 Evaluate = Callable[[Encoder, int], dict[str, float] | None]
 
 
 @dataclass(kw_only=True)
 class PretrainTrainer(Trainer[TubeletBatch]):
-    """A run of pre-training: query against keys and queue, as `losses` says.
+    """Pre-training: queries against keys and the queue of negatives.
 
     Attributes:
-        evaluate: scores an encoder after so many steps, all ranks together; the first has the scores, where there are
-            any. It leaves all that training goes by as it is.
-        evaluate_every: steps from one evaluation to the next; None: there is none.
+        losses: configuration of the objective.
+        evaluate: called by all ranks with an encoder and the number of steps done; returns scores on the first rank,
+            if there are any. It must not change the training state.
+        evaluate_every: steps between evaluations; None for no evaluation.
     """
 
-    learner: PretrainState
+    state: PretrainState
     losses: ObjectiveConfig
     evaluate: Evaluate = lambda *_: None
     evaluate_every: int | None = None
 
-    def take(self, step: int, batch: TubeletBatch, clock: PhaseTimer, waited: float) -> PendingStep:
-        """One step, all of it in the device's hands on return; `waited` are the seconds that its batch took to come."""
-        statistics = self.learner.statistics()
-        clock.mark("other")
-        keys = self.learner.momentum.encode(batch.views, step, clock.mark)
-        clock.mark("keys")
-        reports = self._backward(step, batch, keys, clock)
-        report = self._mean(reports, waited)
-        clock.mark("other")
-        self.checkpoints.await_copy()  # of what the update changes
-        clock.mark("checkpoint")
-        update = self.engine.step(report["loss"], self.schedule.learning_rate(step))
-        with self.engine.gathered():
-            parameters = self.learner.network.parameters()
-            self.learner.momentum.update(parameters, self.schedule.momentum(step, self.losses), update.taken)
-        statistics.put_back_unless(update.taken)
-        clock.mark("update")
-        self._settle()  # the step before: whether it was taken says where these keys go
-        clock.mark("other")
-        position = self.learner.queue.position
-        self.learner.queue.enqueue(keys.inter_all, update.taken)
-        clock.mark("update")
-        self._pending = PendingStep(
-            step=step,
-            numbers=AsyncScalars({**report, **update._asdict()}),
-            suspects=NonFiniteAttribution(batch, torch.stack([report["loss"] for report in reports])),
-            videos=len(batch.order) * self.group.size,
-            clock=clock,
-            queue_position=position,
-        )
-        return self._pending
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._new_keys: torch.Tensor  # inter keys of all ranks, until they are enqueued
+        self._queue_position: int  # before the pending step's keys
 
-    def _backward(self, step: int, batch: TubeletBatch, keys: Keys, clock: PhaseTimer) -> list[dict[str, torch.Tensor]]:
-        """Forward and backward of every part of the batch; the objective's report of each."""
+    def objective_inputs(self, step: int, batch: TubeletBatch, timer: PhaseTimer) -> Iterator[tuple[Any, ...]]:
+        """Encode the keys, then yield `Objective.forward`'s inputs part by part."""
+        keys = self.state.momentum.encode(batch.views, step, timer.mark)
+        timer.mark("keys")
+        self._new_keys = keys.inter_all
         weights = self.schedule.loss_weights(step, self.losses)
-        reports = []
-        for own in self._parts(len(batch.order)):
-            clips = normalise(batch.views[own, QUERY])
-            loss = self.engine.forward(
-                clips, keys.of(own), self.learner.queue, batch.motion[own], batch.order[own], weights
-            )
-            clock.mark("forward")
-            self.engine.backward(loss)
-            clock.mark("backward")
-            reports.append(self.engine.objective.report)
-        return reports
+        for part in self.parts(len(batch.order)):
+            clips = normalise(batch.views[part, QUERY])
+            yield clips, keys.select(part), self.state.queue, batch.motion[part], batch.order[part], weights
 
-    def _look(self, step: int, *, is_last: bool) -> None:
-        """Score the query encoder as it is after `step` steps, where that is due, and tell."""
+    def after_update(self, step: int, taken: torch.Tensor) -> None:
+        """Update the momentum encoder."""
+        with self.engine.gathered():
+            parameters = self.state.network.parameters()
+            self.state.momentum.update(parameters, self.schedule.momentum(step, self.losses), taken)
+
+    def commit_step(self, taken: torch.Tensor) -> None:
+        """Enqueue the keys."""
+        self._queue_position = self.state.queue.position
+        self.state.queue.enqueue(self._new_keys, taken)
+
+    def revert_step(self) -> None:
+        """Move the queue back to where it was before the step's keys."""
+        self.state.queue.position = self._queue_position
+
+    def maybe_evaluate(self, step: int, *, is_last: bool) -> None:
+        """Evaluate the query encoder after `step` steps if it is due."""
         if not self.evaluate_every or not (is_last or step % self.evaluate_every == 0):
             return
-        self._settle()
-        self.heartbeat.enters(EVALUATING)
+        self.finish_pending_step()
+        self.heartbeat.enter_phase(EVALUATING)
         since = time.perf_counter()
         with self.engine.gathered():
-            encoder = self.learner.frozen_encoder(self.group)
+            encoder = self.state.frozen_encoder(self.group)
         scores = self.evaluate(encoder, step)
         if scores is not None:
-            tell(self.listeners, Evaluated(step, scores, time.perf_counter() - since))
+            emit(self.listeners, Evaluated(step, scores, time.perf_counter() - since))
 
-    def _take_back(self, pending: PendingStep) -> None:
-        self.learner.queue.position = pending.queue_position
-
-    def _done(self, pending: PendingStep, report: dict[str, float], *, taken: bool) -> StepDone:
-        written, size = self._num_taken * NUM_KEYS * pending.videos, self.learner.queue.size
+    def step_event(self, pending: PendingStep, report: dict[str, float], *, taken: bool) -> StepDone:
+        """The event of a finished step, with the state of momentum and queue."""
+        num_enqueued, size = self.num_taken * NUM_KEYS * pending.num_videos, self.state.queue.size
         return replace(
-            super()._done(pending, report, taken=taken),
+            super().step_event(pending, report, taken=taken),
             momentum=self.schedule.momentum(pending.step, self.losses),
-            queue_fill=1.0 if self.losses.fill_queue else min(1.0, written / size),
-            queue_age=min(written, size) / (NUM_KEYS * pending.videos),
+            queue_fill=1.0 if self.losses.fill_queue else min(1.0, num_enqueued / size),
+            queue_age=min(num_enqueued, size) / (NUM_KEYS * pending.num_videos),
         )

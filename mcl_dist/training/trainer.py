@@ -1,4 +1,4 @@
-"""The training loop, and what a run is made of."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -7,303 +7,223 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from mcl_dist.batch import Batch
-from mcl_dist.checkpoint import CheckpointManager, CheckpointShard, Progress, Snapshot, Tensors
-from mcl_dist.config import choice, number
+from mcl_dist.checkpoint import CheckpointManager, CheckpointShard, Progress
 from mcl_dist.distributed.heartbeat import SAVING, STEPPING, Heartbeat
-from mcl_dist.distributed.process_group import ProcessGroup, sent_to
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.distributed.shutdown import StopRequest
-from mcl_dist.errors import ConfigError, UserError
-from mcl_dist.events import Finished, Listener, LossSpike, Notice, StepDone, StepSkipped, Stopping, tell
+from mcl_dist.errors import UserError
+from mcl_dist.events import Finished, Listener, LossSpike, Notice, StepDone, StepSkipped, Stopping, emit
 from mcl_dist.objective.schedule import Schedule
 from mcl_dist.training.anomalies import NonFiniteAttribution, SpikeDetector
 from mcl_dist.training.async_scalars import AsyncScalars
+from mcl_dist.training.config import TrainConfig
 from mcl_dist.training.deepspeed_engine import Engine
+from mcl_dist.training.pending_step import PendingStep, mean_report
 from mcl_dist.training.phase_timer import PhaseTimer
-from mcl_dist.training.pretrain_state import Statistics
+from mcl_dist.training.training_state import TrainingState
 
-LEAVING_SECONDS = 60.0  # for a checkpoint that is being written when something ends the run
+LAST_WRITE_SECONDS = 60.0  # limit for a checkpoint that is being written when the run ends
 
-Delivered = TypeVar("Delivered", bound=Batch)
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Size and length of a run.
-
-    Attributes:
-        global_batch: videos a step, over all ranks.
-        accumulate: parts that a rank's videos of a step come in, one after another: the memory of one part, the
-            gradient of all. BatchNorm sees a part at a time.
-        epochs: length of the run in passes over the set.
-        steps: length in steps instead; wins over `epochs`.
-        precision: of the encoders' forward and backward; losses and cosines are always float32.
-        compile: the encoders by torch.compile, which takes a minute or two at the start.
-        max_nonfinite_steps: steps without a finite loss and gradient in a row that end the run; single ones are
-            skipped.
-        on_spike: when the loss leaps, `ignore` it, `warn`, or `rollback` to the newest checkpoint and go on from there
-            with the videos that come next: the same ones again would lead to the same place.
-        spike_window: steps that tell what is usual.
-        spike_factor: median absolute deviations above their median that make a leap.
-    """
-
-    global_batch: int = number(32, minimum=1)
-    accumulate: int = number(1, minimum=1)
-    epochs: int = number(400, minimum=1)
-    steps: int | None = number(None, minimum=1)
-    precision: str = choice("float32", "bfloat16")
-    compile: bool = False
-    max_nonfinite_steps: int = number(10, minimum=1)
-    on_spike: str = choice("warn", "ignore", "rollback")
-    spike_window: int = number(100, minimum=4)
-    spike_factor: float = number(20.0, minimum=1)
-
-    def batch_per_rank(self, num_ranks: int) -> int:
-        """Videos a step on one rank.
-
-        Raises:
-            ConfigError: when the ranks, or the parts of their share, do not divide the global batch.
-        """
-        for count, what in ((num_ranks, "ranks"), (num_ranks * self.accumulate, "ranks x train.accumulate")):
-            if self.global_batch % count:
-                raise ConfigError(
-                    f"train.global_batch: {self.global_batch} is not divisible by {count} {what}; "
-                    f"set it to a multiple of {count}"
-                )
-        return self.global_batch // num_ranks
-
-
-class TrainingState(Protocol):
-    """What the steps of a run change, and its way into and out of checkpoints."""
-
-    def share(
-        self, step: int, optimizer: Tensors, config: dict[str, Any], progress: Progress, schedule: dict[str, Any]
-    ) -> CheckpointShard:
-        """This rank's share of a checkpoint, nothing copied; `optimizer` is its share of the optimizer's state."""
-
-    def restore(self, snapshot: Snapshot, where: str) -> None:
-        """Take over a snapshot; `UserError`, with `where` as its name, when it is of another architecture."""
-
-    def misfit(self, snapshot: Snapshot) -> str | None:
-        """The first tensor of a snapshot that is of another architecture, in words; None when all fit."""
-
-    def statistics(self) -> Statistics:
-        """BatchNorm statistics as they are now."""
-
-
-@dataclass
-class PendingStep:
-    """A step that the device may still be at; what became of it is read once the next one is under way.
-
-    Attributes:
-        step: counted from 0.
-        numbers: report, `gradient_norm`, `taken` and the seconds `waited`, means over ranks.
-        suspects: to be asked if it was not taken.
-        videos: in the global batch.
-        clock: of its phases.
-        queue_position: before its keys were written, where there is a queue.
-        seconds: of wall time.
-    """
-
-    step: int
-    numbers: AsyncScalars
-    suspects: NonFiniteAttribution
-    videos: int
-    clock: PhaseTimer
-    queue_position: int = 0
-    seconds: float = 0.0
+BatchT = TypeVar("BatchT", bound=Batch)
 
 
 @dataclass(kw_only=True)
-class Trainer(ABC, Generic[Delivered]):
-    """A run, put together: parts that step, data that feeds them, and who hears of it. What a step does is `take`.
+class Trainer(ABC, Generic[BatchT]):
+    """A training run. Subclasses implement `objective_inputs` and, where they need them, the hooks below it.
 
-    The host never waits for the step that the device is at: it reads what became of a step when the next one is on its
-    way. A step that is not finite is undone on the device itself.
+    The host never waits for the step that the device executes: it reads the result of a step after it has dispatched
+    the next one. The device itself skips a step that is not finite.
 
     Attributes:
-        batches: endless, starting with the batch of step `start`.
-        start: steps done before.
-        progress: what was remembered of them.
-        name_of: what people call a sample of `Batch.samples`.
-        operations: floating-point operations that a video needs, for those who listen; 0 where nobody has counted.
-        stop: whether this rank was asked to stop before the end.
-        heartbeat: told what this rank is at.
+        run_config: configuration of the run, as checkpoints store it.
+        batches: endless; the first is that of step `start`.
+        start: number of steps done before.
+        progress: as the checkpoint at `start` stores it.
+        name_of: name of a sample of `Batch.samples`.
+        flops_per_video: floating-point operations of a step for one video; 0 if unknown.
+        stop: request to stop this rank before the end.
+        heartbeat: of this rank.
+        num_taken: number of steps of the run that were finite.
     """
 
     engine: Engine
-    learner: TrainingState
+    state: TrainingState
     group: ProcessGroup
     schedule: Schedule
     checkpoints: CheckpointManager
     checkpoint_every: int
-    config: dict[str, Any]
-    batches: Iterator[Delivered]
-    settings: TrainConfig = field(default_factory=TrainConfig)
+    run_config: dict[str, Any]
+    batches: Iterator[BatchT]
+    config: TrainConfig = field(default_factory=TrainConfig)
     listeners: Sequence[Listener] = ()
     start: int = 0
     progress: Progress = field(default_factory=Progress)
     name_of: Callable[[int], str] = str
-    operations: int = 0
+    flops_per_video: int = 0
     stop: StopRequest = field(default_factory=StopRequest)
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     def __post_init__(self) -> None:
+        self.num_taken = self.progress.num_taken
         self._pending: PendingStep | None = None
         self._is_stopping = False
-        self._owes_checkpoint = False
+        self._is_checkpoint_overdue = False
         self._skipped_in_a_row = self.progress.skipped_in_a_row
-        self._num_taken = self.progress.num_taken  # steps that were finite
-        self._spikes = SpikeDetector(self.settings.spike_window, self.settings.spike_factor)
-        self._spikes.remember(self.progress.recent_losses, is_high=self.progress.loss_is_high)
+        self._spikes = SpikeDetector(self.config.spike_window, self.config.spike_factor)
+        self._spikes.load_state(self.progress.recent_losses, is_high=self.progress.loss_is_high)
         self._spike: LossSpike | None = None
 
     def fit(self) -> bool:
-        """Take all steps that remain, writing checkpoints on the way and at the end; False if a rank was asked to stop.
+        """Train to the last step, with checkpoints; False if a rank is asked to stop before.
 
         Raises:
-            UserError: when more steps are done than the run has, when too many in a row are not finite, or when too
-                many checkpoints, or the last one, cannot be written.
+            UserError: more steps are done than the run has, too many consecutive steps are not finite, or too many
+                checkpoints, or the last one, cannot be written.
         """
         self._check_length()
         with self.engine.gathered():
-            self.checkpoints.reserve(self._share(self.start))
+            self.checkpoints.reserve(self._shard(self.start))
         try:
             is_done = self._train()
         finally:
-            # Whatever ends the run, what is being written need not be torn.
-            self._conclude(lambda: self.checkpoints.join(LEAVING_SECONDS))
+            # Even a run that fails completes the checkpoint that is being written.
+            self._wait_for_checkpoint(lambda: self.checkpoints.join(LAST_WRITE_SECONDS))
         if is_done:
-            tell(self.listeners, Finished(self.schedule.total_steps, peak_bytes(self.group.device)))
+            emit(self.listeners, Finished(self.schedule.total_steps, peak_bytes(self.group.device)))
         return is_done
 
     def _check_length(self) -> None:
-        """What was learnt in more steps, by another schedule, must not pass for this run's end."""
+        """Reject a checkpoint with more steps than the run has."""
         total = self.schedule.total_steps
         if self.start > total:
             raise UserError(
-                f"{self.checkpoints.step_url(self.start)}: {self.start} steps are done, and train.steps or "
-                f"train.epochs make a run of {total}; set them to no less, or start another run in another run.dir"
+                f"{self.checkpoints.step_url(self.start)}: {self.start} steps are done, but the run has {total}; "
+                f"set train.steps or train.epochs to {self.start} steps or more, or choose another run.dir"
             )
 
     def _train(self) -> bool:
-        """Take all steps; False if a rank was asked to stop."""
+        """Train to the last step; False if a rank is asked to stop before."""
         total = self.schedule.total_steps
         for step in range(self.start, total):
-            started, clock = time.perf_counter(), PhaseTimer(self.group.device)
-            self.heartbeat.begins_step(step)
-            batch = next(self.batches)
-            self.heartbeat.enters(STEPPING)
-            clock.mark("wait")
-            pending = self.take(step, batch, clock, waited=time.perf_counter() - started)
-            clock.mark("other")
-            pending.seconds = time.perf_counter() - started
+            self._run_step(step)
             is_last = step + 1 == total
-            is_due = self._owes_checkpoint or (step + 1) % self.checkpoint_every == 0
+            is_due = self._is_checkpoint_overdue or (step + 1) % self.checkpoint_every == 0
             if is_due or is_last or self._is_stopping:
-                self._settle()
+                self.finish_pending_step()
             if self._spike:
-                is_due |= self._answer(self._spike)
+                is_due |= self._respond_to_spike(self._spike)
             if is_due:
                 self.save_soon(step + 1)
-            self._hear()
+            self._emit_checkpoint_events()
             if not self._is_stopping:
-                self._look(step + 1, is_last=is_last)
+                self.maybe_evaluate(step + 1, is_last=is_last)
             if self._is_stopping and not is_last:
                 self.save_and_wait(step + 1)
-                tell(self.listeners, Stopping(step + 1, self.group.first_word(self.stop.reason or "")))
+                emit(self.listeners, Stopping(step + 1, self.group.first_text(self.stop.reason or "")))
                 return False
         self.save_and_wait(total)
         return True
 
-    @abstractmethod
-    def take(self, step: int, batch: Delivered, clock: PhaseTimer, waited: float) -> PendingStep:
-        """One step, all of it in the device's hands on return; `waited` are the seconds that its batch took to come.
+    def _run_step(self, step: int) -> None:
+        """Wait for the step's batch and dispatch the step."""
+        started, timer = time.perf_counter(), PhaseTimer(self.group.device)
+        self.heartbeat.start_step(step)
+        batch = next(self.batches)
+        self.heartbeat.enter_phase(STEPPING)
+        timer.mark("wait")
+        pending = self.train_step(step, batch, timer, waited=time.perf_counter() - started)
+        timer.mark("other")
+        pending.seconds = time.perf_counter() - started
 
-        Before it returns, it has what became of the step before found out, and remembers this one as pending.
+    def train_step(self, step: int, batch: BatchT, timer: PhaseTimer, waited: float) -> PendingStep:
+        """Dispatch a step to the device, finish the previous step, and return this one as pending.
+
+        `timer` is marked at the end of each phase; `waited` is the seconds that this rank waited for the batch.
         """
+        backup = self.state.back_up_statistics()
+        timer.mark("other")
+        reports = self._forward_backward(step, batch, timer)
+        report = mean_report(reports, self.group, waited=waited, stop=self.stop.is_requested)
+        timer.mark("other")
+        self.checkpoints.wait_for_copy()  # the update changes what is being copied
+        timer.mark("checkpoint")
+        update = self.engine.step(report["loss"], self.schedule.learning_rate(step))
+        self.after_update(step, update.taken)
+        backup.restore_unless(update.taken)
+        timer.mark("update")
+        self.finish_pending_step()
+        timer.mark("other")
+        self.commit_step(update.taken)
+        timer.mark("update")
+        self._pending = PendingStep(
+            step=step,
+            scalars=AsyncScalars({**report, **update._asdict()}),
+            non_finite=NonFiniteAttribution(batch, torch.stack([report["loss"] for report in reports])),
+            num_videos=len(batch.samples) * self.group.size,
+            timer=timer,
+        )
+        return self._pending
 
-    def _look(self, step: int, *, is_last: bool) -> None:
-        """What is done after `step` steps that changes nothing training goes by."""
+    def _forward_backward(self, step: int, batch: BatchT, timer: PhaseTimer) -> list[dict[str, torch.Tensor]]:
+        """Forward and backward of every part of the batch; returns the objective's report of each."""
+        reports = []
+        for inputs in self.objective_inputs(step, batch, timer):
+            loss = self.engine.forward(*inputs)
+            timer.mark("forward")
+            self.engine.backward(loss)
+            timer.mark("backward")
+            reports.append(self.engine.objective.report)
+        return reports
 
-    def _parts(self, num_videos: int) -> Iterator[slice]:
-        """Where the parts that a rank's videos of a step come in begin and end."""
-        for part in torch.arange(num_videos).chunk(self.settings.accumulate):
+    @abstractmethod
+    def objective_inputs(self, step: int, batch: BatchT, timer: PhaseTimer) -> Iterator[tuple[Any, ...]]:
+        """Yield the objective's inputs for each of the batch's `parts`."""
+
+    def after_update(self, step: int, taken: torch.Tensor) -> None:
+        """Update the state that follows the parameters; leave it as it is where `taken`, on the device, is 0."""
+
+    def commit_step(self, taken: torch.Tensor) -> None:
+        """Update the state whose position depends on whether the previous step was taken; that step is finished."""
+
+    def revert_step(self) -> None:
+        """Undo on the host the `commit_step` of the step that is being finished: the device skipped it."""
+
+    def maybe_evaluate(self, step: int, *, is_last: bool) -> None:
+        """Evaluate after `step` steps if it is due; the training state stays as it is."""
+
+    def parts(self, num_videos: int) -> Iterator[slice]:
+        """Split a rank's videos of a step into the parts of gradient accumulation."""
+        for part in torch.arange(num_videos).chunk(self.config.accumulate):
             yield slice(int(part[0]), int(part[-1]) + 1)
 
-    def _mean(self, reports: list[dict[str, torch.Tensor]], waited: float) -> dict[str, torch.Tensor]:
-        """Means over parts and ranks of the objective's report, of the seconds waited, and of who was asked to stop."""
-        values = torch.stack([torch.stack([value.float() for value in report.values()]) for report in reports]).mean(0)
-        own = sent_to(values.device, torch.tensor([waited, self.stop.is_asked]))
-        means = self.group.mean(torch.cat([values, own]))
-        return dict(zip([*reports[0], "waited", "stop"], means.unbind(), strict=True))
-
-    def _settle(self) -> None:
-        """Find out what became of the pending step, and tell.
+    def finish_pending_step(self) -> None:
+        """Read the result of the pending step, if there is one, and emit its events.
 
         Raises:
-            UserError: when it was the last of too many in a row that were skipped.
+            UserError: too many consecutive steps were skipped.
         """
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        report = pending.numbers.numbers()
+        report = pending.scalars.wait()
         taken = report.pop("taken") > 0
-        self._num_taken += taken
-        self._is_stopping |= report.pop("stop") > 0  # the same on all ranks: they learn of it at the same step
-        loss = report["loss"]
-        tell(self.listeners, self._done(pending, report, taken=taken))
-        if not taken:
-            self._take_back(pending)
+        self.num_taken += taken
+        self._is_stopping |= report.pop("stop") > 0  # a mean over ranks: all stop at the same step
+        emit(self.listeners, self.step_event(pending, report, taken=taken))
+        if taken:
+            self._skipped_in_a_row = 0
+            self._check_spike(pending.step, report["loss"])
+        else:
+            self.revert_step()
             self._skip(pending)
-            return
-        self._skipped_in_a_row = 0
-        limit = self._spikes.limit_passed(loss)
-        if limit is not None and self.settings.on_spike != "ignore":
-            self._spike = LossSpike(pending.step + 1, loss, limit, None)
 
-    def _take_back(self, pending: PendingStep) -> None:
-        """Undo what the host has done of a step that the device did not take."""
-
-    def _skip(self, pending: PendingStep) -> None:
-        self._skipped_in_a_row += 1
-        blame = pending.suspects.blame(self.group)
-        names = [self.name_of(sample) for sample in blame.samples]
-        tell(self.listeners, StepSkipped(pending.step + 1, names, blame.reason, self._skipped_in_a_row))
-        if self._skipped_in_a_row >= self.settings.max_nonfinite_steps:
-            raise UserError(
-                f"step {pending.step + 1}: {self._skipped_in_a_row} steps in a row had no finite loss and gradient; "
-                f"of the last one's videos, {', '.join(names)}: {blame.reason}; mend or remove these, or lower "
-                "optimizer.learning_rate, and start again: it resumes from the last checkpoint"
-            )
-
-    def _answer(self, spike: LossSpike) -> bool:
-        """Warn of a leap of the loss, or take back what led there; what came back needs a checkpoint of its own."""
-        newest = None
-        if self.settings.on_spike == "rollback":
-            self.heartbeat.enters(SAVING)  # a slow store takes as long to read
-            newest, _ = self.checkpoints.latest()
-        if newest is not None:
-            self._settle()
-            self._roll_back(newest)
-            self._spikes.forget()
-            spike = replace(spike, rolled_back_to=newest)
-        self._spike = None
-        tell(self.listeners, spike)
-        return newest is not None
-
-    def _roll_back(self, step: int) -> None:
-        """Bring back all that the checkpoint of a step holds; what videos come next stays as it is."""
-        snapshot = self.checkpoints.load(step)
-        with self.engine.gathered(changing=True):
-            self.learner.restore(snapshot, self.checkpoints.step_url(step))
-        self.engine.load_optimizer_state(snapshot.optimizer, step)
-
-    def _done(self, pending: PendingStep, report: dict[str, float], *, taken: bool) -> StepDone:
+    def step_event(self, pending: PendingStep, report: dict[str, float], *, taken: bool) -> StepDone:
+        """The event of a finished step; takes `waited` and `gradient_norm` out of the report."""
         waited, gradient_norm = report.pop("waited"), report.pop("gradient_norm")
         return StepDone(
             step=pending.step + 1,
@@ -311,67 +231,106 @@ class Trainer(ABC, Generic[Delivered]):
             total_steps=self.schedule.total_steps,
             losses=report,
             learning_rate=self.schedule.learning_rate(pending.step),
-            videos=pending.videos,
+            videos=pending.num_videos,
             seconds=pending.seconds,
             data_wait_ratio=min(1.0, waited / pending.seconds),
             gradient_norm=gradient_norm,
             taken=taken,
-            phases=pending.clock.seconds(),
-            operations=float(self.operations * pending.videos),
+            phases=pending.timer.seconds(),
+            flops=float(self.flops_per_video * pending.num_videos),
         )
 
+    def _check_spike(self, step: int, loss: float) -> None:
+        limit = self._spikes.observe(loss)
+        if limit is not None and self.config.on_spike != "ignore":
+            self._spike = LossSpike(step + 1, loss, limit, None)
+
+    def _skip(self, pending: PendingStep) -> None:
+        self._skipped_in_a_row += 1
+        found = pending.non_finite.attribute(self.group)
+        names = [self.name_of(sample) for sample in found.samples]
+        emit(self.listeners, StepSkipped(pending.step + 1, names, found.reason, self._skipped_in_a_row))
+        if self._skipped_in_a_row >= self.config.max_nonfinite_steps:
+            raise UserError(
+                f"step {pending.step + 1}: {self._skipped_in_a_row} consecutive steps had no finite loss and gradient; "
+                f"videos of the last one, {', '.join(names)}: {found.reason}; repair or remove them, or lower "
+                "optimizer.learning_rate, and restart: the run resumes from the last checkpoint"
+            )
+
+    def _respond_to_spike(self, spike: LossSpike) -> bool:
+        """Warn of a loss spike or roll back; True after a rollback, which needs a checkpoint of its own."""
+        newest = None
+        if self.config.on_spike == "rollback":
+            self.heartbeat.enter_phase(SAVING)  # a slow store delays a read like a write
+            newest, _ = self.checkpoints.latest()
+        if newest is not None:
+            self.finish_pending_step()
+            self._roll_back(newest)
+            self._spikes.reset()
+            spike = replace(spike, rolled_back_to=newest)
+        self._spike = None
+        emit(self.listeners, spike)
+        return newest is not None
+
+    def _roll_back(self, step: int) -> None:
+        """Restore the checkpoint of a step; the batches continue where they are."""
+        snapshot = self.checkpoints.load(step)
+        with self.engine.gathered(modify=True):
+            self.state.restore(snapshot, self.checkpoints.step_url(step))
+        self.engine.load_optimizer_state(snapshot.optimizer, step)
+
     def save_and_wait(self, step: int) -> None:
-        """Have a complete checkpoint after `step` steps, which are all that were taken.
+        """Complete a checkpoint after `step` steps, which must be the last steps taken.
 
         Raises:
-            UserError: when it cannot be written.
+            UserError: the checkpoint cannot be written.
         """
-        self.heartbeat.enters(SAVING)
-        self._settle()
-        self._conclude(self.checkpoints.wait)  # for the one being written, which may be this one
+        self.heartbeat.enter_phase(SAVING)
+        self.finish_pending_step()
+        self._wait_for_checkpoint(self.checkpoints.wait)  # this may be the checkpoint of `step`
         if self.checkpoints.newest_step != step:
-            self._save(step, time.perf_counter())
-        self._conclude(self.checkpoints.finish)
+            self._begin_save(step, time.perf_counter())
+        self._wait_for_checkpoint(self.checkpoints.finish)
 
     def save_soon(self, step: int) -> None:
-        """Begin a checkpoint, or owe it while the store holds up the one before: training does not wait for stores."""
-        self.heartbeat.enters(SAVING)
-        self._settle()
+        """Begin a checkpoint; mark it as overdue while the store delays the one before, and continue training."""
+        self.heartbeat.enter_phase(SAVING)
+        self.finish_pending_step()
         since = time.perf_counter()
-        if not self.checkpoints.is_held_up():
-            self._save(step, since)
-        elif not self._owes_checkpoint:
-            self._owes_checkpoint = True
-            line = f"step {step}: the store holds up the checkpoint before; the next one is begun as soon as that ends"
-            tell(self.listeners, Notice(line))
+        if not self.checkpoints.wait_unless_store_fails():
+            self._begin_save(step, since)
+        elif not self._is_checkpoint_overdue:
+            self._is_checkpoint_overdue = True
+            line = f"step {step}: the store delays the previous checkpoint; the next one begins when that one ends"
+            emit(self.listeners, Notice(line))
 
-    def _save(self, step: int, since: float) -> None:
-        """Begin a checkpoint, which a thread goes on to copy and to write; training stands still from `since` on."""
-        self.heartbeat.enters(SAVING)
-        self._conclude(self.checkpoints.wait)
-        self._owes_checkpoint = False
+    def _begin_save(self, step: int, since: float) -> None:
+        """Begin a checkpoint, which a thread copies and writes; training has stood still since `since`."""
+        self.heartbeat.enter_phase(SAVING)
+        self._wait_for_checkpoint(self.checkpoints.wait)
+        self._is_checkpoint_overdue = False
         with self.engine.gathered():
-            self.checkpoints.begin(self._share(step), since, network_lasts=not self.engine.shards_parameters)
+            self.checkpoints.begin_save(self._shard(step), since, defer_network=not self.engine.shards_parameters)
 
-    def _conclude(self, wait: Callable[[], None]) -> None:
-        """Wait for the checkpoint that is being written, and tell what became of it."""
+    def _wait_for_checkpoint(self, wait: Callable[[], None]) -> None:
+        """Wait for the checkpoint that is being written, and emit its events even if it failed."""
         try:
             wait()
         finally:
-            self._hear()
+            self._emit_checkpoint_events()
 
-    def _hear(self) -> None:
-        for event in self.checkpoints.news():
-            tell(self.listeners, event)
+    def _emit_checkpoint_events(self) -> None:
+        for event in self.checkpoints.pop_events():
+            emit(self.listeners, event)
 
-    def _share(self, step: int) -> CheckpointShard:
-        losses, is_high = self._spikes.memory
-        progress = Progress(losses, is_high, self._skipped_in_a_row, self._num_taken)
-        return self.learner.share(step, self.engine.optimizer_share(), self.config, progress, asdict(self.schedule))
+    def _shard(self, step: int) -> CheckpointShard:
+        losses, is_high = self._spikes.state
+        progress = Progress(losses, is_high, self._skipped_in_a_row, self.num_taken)
+        return self.state.shard(step, self.engine.optimizer_shard(), self.run_config, progress, asdict(self.schedule))
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory held so far: on a GPU, or by this process."""
+    """Peak memory in bytes: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""The method against vectors that the reference implementation computed."""
+"""The method equals golden vectors of the reference implementation."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.model.encoder import EncoderConfig
 from mcl_dist.model.network import HeadsConfig, Network
-from mcl_dist.model.pretrained_weights import from_reference, inflated, to_reference
+from mcl_dist.model.pretrained_weights import from_reference, inflate, to_reference
 from mcl_dist.objective.alignment import align, alignment_map, similarity_gradient
-from mcl_dist.objective.losses import inter_loss, intra_loss, own_similarities
+from mcl_dist.objective.losses import inter_loss, intra_loss, key_similarities
 from mcl_dist.objective.momentum_encoder import Keys, MomentumEncoder
 from mcl_dist.objective.negative_queue import NegativeQueue
 from mcl_dist.objective.objective import LossWeights, Objective
@@ -35,7 +35,7 @@ def arrays(path: Path) -> dict[str, torch.Tensor]:
 
 
 def ruled_tensor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """A weight as the golden files' README makes it from its name, shape and a seed."""
+    """A tensor by the rule of the golden files' README: from its name, its shape and a seed."""
     if name.endswith("num_batches_tracked"):
         return torch.zeros(shape, dtype=torch.int64)
     if name.endswith(("running_mean", ".bias")):
@@ -65,24 +65,24 @@ def test_alignment_similarities_and_loss_equal_the_reference(golden: Path) -> No
 
 def test_inter_logits_and_loss_equal_the_reference(golden: Path) -> None:
     vectors = arrays(golden / "contrast.npz")
-    own = own_similarities(vectors["q_inter"], vectors["k_inter"])
+    similarities = key_similarities(vectors["q_inter"], vectors["k_inter"])
     negatives = vectors["q_inter"] @ vectors["memory_before"].T
-    logits = torch.cat([own.reshape(-1, 1), negatives.repeat(3, 1)], dim=1) / TEMPERATURE
+    logits = torch.cat([similarities.reshape(-1, 1), negatives.repeat(3, 1)], dim=1) / TEMPERATURE
     check_close(logits, vectors["logits_inter"], 1e-9)
-    check_close(own[0, :, None], vectors["positive"], 1e-9)
-    against = NegativeQueue(vectors["memory_before"]).against(vectors["q_inter"], TEMPERATURE)
-    check_close(inter_loss(own, against, TEMPERATURE), vectors["loss_inter"], 1e-9)
+    check_close(similarities[0, :, None], vectors["positive"], 1e-9)
+    log_sum_exp = NegativeQueue(vectors["memory_before"]).log_sum_exp(vectors["q_inter"], TEMPERATURE)
+    check_close(inter_loss(similarities, log_sum_exp, TEMPERATURE), vectors["loss_inter"], 1e-9)
 
 
 def test_intra_logits_and_loss_equal_the_reference(golden: Path) -> None:
     vectors = arrays(golden / "contrast.npz")
-    own = own_similarities(vectors["q_intra"], vectors["k_intra"])
-    logits = torch.stack([own[0].repeat(2), own[1:].flatten()], dim=1) / TEMPERATURE
+    similarities = key_similarities(vectors["q_intra"], vectors["k_intra"])
+    logits = torch.stack([similarities[0].repeat(2), similarities[1:].flatten()], dim=1) / TEMPERATURE
     check_close(logits, vectors["logits_intra"], 1e-9)
-    check_close(intra_loss(own, TEMPERATURE), vectors["loss_intra"], 1e-9)
+    check_close(intra_loss(similarities, TEMPERATURE), vectors["loss_intra"], 1e-9)
 
 
-def test_the_queue_takes_all_ranks_keys_and_wraps_as_the_reference_does(golden: Path) -> None:
+def test_the_queue_enqueues_all_ranks_keys_and_wraps_like_the_reference(golden: Path) -> None:
     vectors = arrays(golden / "contrast.npz")
     queue = NegativeQueue(vectors["memory_before"].clone(), int(vectors["index_before"]))
     queue.enqueue(vectors["k_inter_all"])
@@ -100,7 +100,7 @@ def test_the_learning_rate_of_every_step_equals_the_reference(golden: Path) -> N
     check_close(torch.tensor(rates, dtype=torch.float64), vectors["lr"], 1e-12)
 
 
-def test_reference_checkpoints_load_with_nothing_missing(golden: Path) -> None:
+def test_reference_checkpoints_load_strictly(golden: Path) -> None:
     shapes = json.loads((golden / "reference_state_dict.json").read_text())
     network = Network(EncoderConfig(), HeadsConfig())
     network.load_state_dict(from_reference(ruled_state(shapes, seed=0)), strict=True)
@@ -111,7 +111,7 @@ def test_reference_checkpoints_load_with_nothing_missing(golden: Path) -> None:
 def test_inflation_of_a_2d_network_equals_the_reference(golden: Path, variant: str, mlp_head: bool) -> None:
     stored = json.loads((golden / "inflation.json").read_text())
     expected = stored["inflated"][variant]
-    state = to_reference(inflated(ruled_state(stored["source_shapes"], stored["seed"]), mlp_head=mlp_head))
+    state = to_reference(inflate(ruled_state(stored["source_shapes"], stored["seed"]), mlp_head=mlp_head))
     assert {name: list(value.shape) for name, value in state.items()} == {
         name: tensor["shape"] for name, tensor in expected["tensors"].items()
     }
@@ -120,14 +120,14 @@ def test_inflation_of_a_2d_network_equals_the_reference(golden: Path, variant: s
         assert (values.sum().item(), values.abs().sum().item()) == pytest.approx(
             (tensor["sum"], tensor["abs"]), rel=1e-12, abs=1e-10
         )
-    everything = to_reference(Network(EncoderConfig(), HeadsConfig()).state_dict())
-    left = [name for name in everything if name not in state and not name.endswith("num_batches_tracked")]
-    assert sorted(left) == sorted(expected["missing"])
+    all_names = to_reference(Network(EncoderConfig(), HeadsConfig()).state_dict())
+    missing = [name for name in all_names if name not in state and not name.endswith("num_batches_tracked")]
+    assert sorted(missing) == sorted(expected["missing"])
 
 
 @pytest.fixture(scope="module")
 def golden_step(golden: Path) -> dict[str, object]:
-    """One whole step of the full network in float64, as the golden files' README describes it."""
+    """One step of the full network in float64, as described in the golden files' README."""
     vectors = arrays(golden / "train_step.npz")
     seed = int(vectors["seed"])
     shapes = json.loads((golden / "reference_state_dict.json").read_text())

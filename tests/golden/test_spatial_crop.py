@@ -1,4 +1,4 @@
-"""Motion regions and crops against the reference's."""
+"""Motion regions equal the reference's, and crops have the same distribution."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from scipy.stats import ks_2samp
 
 from dataloading.sampling.tubelets import MotionRegion, draw_crop, motion_region
 
-# Several times the reference's, so that the p-values are those of its chance and hardly of ours.
+# Several times the reference's number, so that its sampling error dominates the p-values.
 NUM_DRAWS = 25_000
 
 
-def test_the_motion_region_is_exactly_the_references(golden: Path) -> None:
+def test_motion_regions_equal_the_reference_exactly(golden: Path) -> None:
     with np.load(golden / "spatial_crop.npz", allow_pickle=False) as stored:
         for mean_map, (height, width, *edges, cover) in zip(stored["mean_mag"], stored["region"].tolist(), strict=True):
             region = motion_region(mean_map, int(height), int(width))
 
             assert list(region[:4]) == edges
-            # The reference subtracts steps from 0.9, which leaves 0.7000000000000001.
+            # The reference subtracts steps from 0.9 and gets 0.7000000000000001.
             assert region.cover == pytest.approx(cover, abs=1e-12)
 
 
 @pytest.mark.slow
-def test_crops_are_distributed_as_the_references(golden: Path) -> None:
+def test_crops_have_the_distribution_of_the_reference(golden: Path) -> None:
     with np.load(golden / "spatial_crop.npz", allow_pickle=False) as stored:
         maps, regions = stored["mean_mag"], stored["region"]
-        sampled, theirs = stored["sampled_index"], stored["boxes_ijhw"]
+        sampled, expected = stored["sampled_index"], stored["boxes_ijhw"]
     p_values = []
-    for index, boxes in zip(sampled, theirs, strict=True):
+    for index, boxes in zip(sampled, expected, strict=True):
         height, width = (int(side) for side in regions[index, :2])
         region = motion_region(maps[index], height, width)
         ours = draw_boxes(region, height, width, seed=int(index))
@@ -43,7 +43,7 @@ def test_crops_are_distributed_as_the_references(golden: Path) -> None:
             ]
         )
 
-    # A statistic is looked at for every map: the smallest p counts that often.
+    # Bonferroni correction: every statistic is tested on every map.
     assert (np.min(p_values, axis=0) * len(sampled) > 0.001).all(), p_values
 
 
@@ -57,7 +57,7 @@ def draw_boxes(region: MotionRegion, height: int, width: int, seed: int) -> np.n
 
 
 def statistics(boxes: np.ndarray, region: MotionRegion) -> tuple[np.ndarray, ...]:
-    """Top, left, height, width, area, aspect and covered pixels of the region, of each box."""
+    """Top, left, height, width, area, aspect ratio and number of covered pixels of the region, for each box."""
     top, left, height, width = boxes.T
     rows = np.minimum(top + height, region.bottom) - np.maximum(top, region.top)
     columns = np.minimum(left + width, region.right) - np.maximum(left, region.left)

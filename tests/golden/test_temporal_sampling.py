@@ -1,4 +1,4 @@
-"""Starts of clips against the reference's draws."""
+"""Starts of clips have the distribution of the reference's draws."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NUM_DRAWS = 10_000
 
 
 def draws(golden: Path, kind: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Ours and the reference's starts, (draws, 3), of every case."""
+    """Our starts and the reference's, (draws, 3), for every case."""
     with np.load(golden / "temporal_sampling.npz", allow_pickle=False) as stored:
         for case in range(NUM_CASES):
             rng = np.random.default_rng(case)
@@ -31,16 +31,16 @@ def draws(golden: Path, kind: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.mark.parametrize("kind", ["motion", "uniform"])
-def test_starts_are_distributed_as_the_references(golden: Path, kind: str) -> None:
+def test_starts_have_the_distribution_of_the_reference(golden: Path, kind: str) -> None:
     p_values = np.array(
         [[ks_2samp(ours[:, clip], theirs[:, clip]).pvalue for clip in range(3)] for ours, theirs in draws(golden, kind)]
     )
 
-    # One statistic, the start of a clip, is looked at in every case: the smallest p counts that often.
+    # Bonferroni correction: the start of a clip is tested in every case.
     assert (p_values.min(axis=0) * NUM_CASES > 0.001).all(), p_values
 
 
 @pytest.mark.parametrize("kind", ["motion", "uniform"])
-def test_every_start_that_the_reference_takes_is_one_of_ours(golden: Path, kind: str) -> None:
+def test_every_start_of_the_reference_is_among_ours(golden: Path, kind: str) -> None:
     for ours, theirs in draws(golden, kind):
         assert set(theirs.ravel()) <= set(ours.ravel())

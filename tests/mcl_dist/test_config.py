@@ -23,26 +23,26 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
 
 
-def written(folder: Path, text: str, name: str = "run.yaml") -> Path:
+def write(folder: Path, text: str, name: str = "run.yaml") -> Path:
     path = folder / name
     path.write_text(text)
     return path
 
 
 def test_a_file_overrides_its_base_and_the_command_line_overrides_both(tmp_path: Path) -> None:
-    written(tmp_path, "name: base\ninner: {rate: 0.2, kind: two}\n", "base.yaml")
-    path = written(tmp_path, "base: base.yaml\ninner: {rate: 0.3}\n")
+    write(tmp_path, "name: base\ninner: {rate: 0.2, kind: two}\n", "base.yaml")
+    path = write(tmp_path, "base: base.yaml\ninner: {rate: 0.3}\n")
     config = load_config(Outer, path, ["steps=5", "inner.sizes=[3, 4]"])
     assert config == Outer("base", 5, Inner(0.3, "two", (3, 4)))
 
 
-def test_numbers_in_scientific_notation_are_numbers(tmp_path: Path) -> None:
-    assert load_config(Outer, written(tmp_path, "name: x\ninner: {rate: 1e-4}\n")).inner.rate == 1e-4
+def test_a_number_in_scientific_notation_is_a_number(tmp_path: Path) -> None:
+    assert load_config(Outer, write(tmp_path, "name: x\ninner: {rate: 1e-4}\n")).inner.rate == 1e-4
 
 
 def test_a_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
     config = Outer("x", 3, Inner(sizes=(7,)))
-    assert load_config(Outer, written(tmp_path, dump_config(config))) == config
+    assert load_config(Outer, write(tmp_path, dump_config(config))) == config
 
 
 @pytest.mark.parametrize(
@@ -62,9 +62,7 @@ def test_a_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
         ({}, "name: missing"),
     ],
 )
-def test_a_mistake_is_told_with_its_path_what_was_found_and_what_is_allowed(
-    tree: dict[str, object], message: str
-) -> None:
+def test_an_error_gives_the_key_the_value_found_and_what_is_allowed(tree: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_config(Outer, tree)
 
@@ -79,20 +77,20 @@ def test_a_mistake_is_told_with_its_path_what_was_found_and_what_is_allowed(
         ("name: x\n", ["name.first=y"], "is a value, not a section"),
     ],
 )
-def test_a_file_or_override_of_another_form_is_refused(
+def test_a_malformed_file_or_override_is_rejected(
     tmp_path: Path, text: str, overrides: list[str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_config(Outer, written(tmp_path, text), overrides)
+        load_config(Outer, write(tmp_path, text), overrides)
 
 
-def test_a_missing_file_is_named() -> None:
+def test_a_missing_file_is_an_error_with_its_name() -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
         load_config(Outer, "nowhere.yaml")
 
 
 @dataclass(frozen=True)
-class SharedArrays:
+class Cache:
     limit: int | None = byte_size(None)
 
 
@@ -100,11 +98,11 @@ class SharedArrays:
     ("text", "num_bytes"),
     [("500", 500), ("200GB", 200_000_000_000), ("1.5 TiB", 3 * 2**39), ("64k", 64_000), (7, 7), (None, None)],
 )
-def test_bytes_may_be_written_with_their_unit(text: object, num_bytes: int | None) -> None:
-    assert build_config(SharedArrays, {"limit": text}).limit == num_bytes
+def test_a_number_of_bytes_may_have_a_unit(text: object, num_bytes: int | None) -> None:
+    assert build_config(Cache, {"limit": text}).limit == num_bytes
 
 
 @pytest.mark.parametrize("value", ["many", "-1GB", "3XB", 0, 1.5])
-def test_what_is_no_number_of_bytes_is_refused(value: object) -> None:
+def test_an_invalid_number_of_bytes_is_rejected(value: object) -> None:
     with pytest.raises(ConfigError, match=r"limit: found .*, must be a number of bytes, for example 200GB"):
-        build_config(SharedArrays, {"limit": value})
+        build_config(Cache, {"limit": value})

@@ -1,4 +1,4 @@
-"""An HTTP proxy in front of a store that breaks a share of the answers, in ways that stores and networks have."""
+"""An HTTP proxy in front of a store that injects the faults of real stores and networks into a share of requests."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from urllib.parse import urlsplit
 
 KINDS = frozenset(("503", "reset", "stall", "short", "flip"))
 BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-OF_ONE_HOP = frozenset(("connection", "keep-alive", "transfer-encoding", "expect", "content-length"))
+HOP_HEADERS = frozenset(("connection", "keep-alive", "transfer-encoding", "expect", "content-length"))
 CHUNK_END = b"\r\n"
 
 
 @dataclass
 class FaultProxy:
-    """A running proxy; what is set here holds from the next request on.
+    """A running proxy; changed attributes apply from the next request on.
 
     Attributes:
-        url: what to talk to in place of the store.
-        share: of the requests, that meets a fault.
-        kinds: the faults to choose from: `503` (the store is not asked), `reset` (the connection is, before or after
-            the store was asked), `stall` (no answer for as long as the proxy lives), `short` (the body ends half-way),
-            `flip` (one byte of a GET's body is another).
-        applies: which requests may meet one, by method and path; the others pass.
-        injected: how many faults there were, by kind.
-        requests: how many requests there were, by method.
+        url: of the proxy, used in place of the store's.
+        seed: of the faults.
+        share: fraction of the requests that get a fault.
+        kinds: the faults to choose from: `503` (without a request to the store), `reset` (of the connection, before or
+            after the request to the store), `stall` (no response until the proxy ends), `short` (half of the body),
+            `flip` (one bit of a GET's body).
+        applies: whether a request may get a fault, by method and path.
+        injected: number of faults by kind.
+        requests: number of requests by method.
     """
 
     url: str
@@ -49,18 +50,18 @@ class FaultProxy:
         self._lock = threading.Lock()
 
     def draw(self, method: str, path: str) -> tuple[str, random.Random]:
-        """The fault of the next request, "" for none, and a generator for its details."""
+        """The fault of the next request ("" for none), and a generator for its details."""
         with self._lock:
             self.requests[method] += 1
-            chance = random.Random(f"{self.seed}/{next(self._number)}")
-        # Whatever is not a GET brings no body that could be changed.
+            rng = random.Random(f"{self.seed}/{next(self._number)}")
+        # Only a GET has a response body to change.
         kinds = sorted(self.kinds if method == "GET" else self.kinds - {"flip"})
-        if not kinds or chance.random() >= self.share or not self.applies(method, path):
-            return "", chance
-        kind = chance.choice(kinds)
+        if not kinds or rng.random() >= self.share or not self.applies(method, path):
+            return "", rng
+        kind = rng.choice(kinds)
         with self._lock:
             self.injected[kind] += 1
-        return kind, chance
+        return kind, rng
 
 
 @contextmanager
@@ -71,9 +72,9 @@ def fault_proxy(
     kinds: Iterable[str] = KINDS,
     applies: Callable[[str, str], bool] = lambda _method, _path: True,
 ) -> Iterator[FaultProxy]:
-    """Run a proxy on a free port of the loopback until the block ends; see `FaultProxy`."""
+    """Run a `FaultProxy` on a free loopback port until the block ends."""
     if unknown := set(kinds) - KINDS:
-        raise ValueError(f"no such kinds of fault: {sorted(unknown)}")
+        raise ValueError(f"unknown kinds of fault: {sorted(unknown)}")
     server = _Server(urlsplit(upstream_url).netloc)
     server.proxy = proxy = FaultProxy(f"http://127.0.0.1:{server.server_port}", seed, share, frozenset(kinds), applies)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -105,34 +106,34 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def pass_on(self) -> None:
+    def forward(self) -> None:
         body = _body(self)
-        fault, chance = self.server.proxy.draw(self.command, self.path)
+        fault, rng = self.server.proxy.draw(self.command, self.path)
         if fault == "503":
-            self.answer(503, [("Content-Type", "application/xml")], BUSY)
+            self.respond(503, [("Content-Type", "application/xml")], BUSY)
         elif fault == "stall":
             self.server.closing.wait()
             self.close_connection = True
-        elif fault == "reset" and chance.random() < 0.5:
+        elif fault == "reset" and rng.random() < 0.5:
             _reset(self)
         else:
-            self.answer_with(fault, chance, *_asked(self.server.upstream, self, body))
+            self.respond_with(fault, rng, *_forward(self.server.upstream, self, body))
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = pass_on  # noqa: N815 (the names that the base class calls)
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward  # noqa: N815 (names that the base class calls)
 
-    def answer_with(
-        self, fault: str, chance: random.Random, status: int, headers: list[tuple[str, str]], body: bytes
+    def respond_with(
+        self, fault: str, rng: random.Random, status: int, headers: list[tuple[str, str]], body: bytes
     ) -> None:
         if fault == "reset" or (fault == "short" and not body):
             _reset(self)
         elif fault == "flip" and body:
             changed = bytearray(body)
-            changed[chance.randrange(len(body))] ^= 1 << chance.randrange(8)
-            self.answer(status, headers, bytes(changed))
+            changed[rng.randrange(len(body))] ^= 1 << rng.randrange(8)
+            self.respond(status, headers, bytes(changed))
         else:
-            self.answer(status, headers, body, cut=fault == "short")
+            self.respond(status, headers, body, cut=fault == "short")
 
-    def answer(self, status: int, headers: list[tuple[str, str]], body: bytes, cut: bool = False) -> None:
+    def respond(self, status: int, headers: list[tuple[str, str]], body: bytes, cut: bool = False) -> None:
         self.send_response_only(status)
         for name, value in headers:
             self.send_header(name, value)
@@ -146,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
     def handle(self) -> None:
         try:
             super().handle()
-        except (OSError, http.client.HTTPException):  # the client has left, or the store has
+        except (OSError, http.client.HTTPException):  # the client or the store closed the connection
             self.close_connection = True
 
     def finish(self) -> None:
@@ -154,21 +155,21 @@ class _Handler(BaseHTTPRequestHandler):
             super().finish()
 
 
-def _asked(upstream: str, request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
-    """The store's own answer: status, headers, body."""
+def _forward(upstream: str, request: BaseHTTPRequestHandler, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+    """The store's response: status, headers, body."""
     connection = http.client.HTTPConnection(upstream, timeout=60)
     try:
-        # The host stays the proxy's: it is part of what a client signs.
+        # The client's signature covers the host, so it stays the proxy's.
         connection.putrequest(request.command, request.path, skip_host=True, skip_accept_encoding=True)
         for name, value in request.headers.items():
-            if name.lower() not in OF_ONE_HOP:
+            if name.lower() not in HOP_HEADERS:
                 connection.putheader(name, value)
         connection.putheader("Content-Length", str(len(body)))
         connection.endheaders(body)
         response = connection.getresponse()
-        kept = OF_ONE_HOP - {"content-length"} if request.command == "HEAD" else OF_ONE_HOP
-        told = [(name, value) for name, value in response.getheaders() if name.lower() not in kept]
-        return response.status, told, response.read()
+        dropped = HOP_HEADERS - {"content-length"} if request.command == "HEAD" else HOP_HEADERS
+        headers = [(name, value) for name, value in response.getheaders() if name.lower() not in dropped]
+        return response.status, headers, response.read()
     finally:
         connection.close()
 
@@ -186,7 +187,7 @@ def _body(handler: BaseHTTPRequestHandler) -> bytes:
 
 
 def _reset(handler: BaseHTTPRequestHandler) -> None:
-    """Let the client see "connection reset by peer": the socket is closed with nothing waited for."""
+    """Close the socket without linger, which the client sees as "connection reset by peer"."""
     handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     handler.connection.close()
     handler.close_connection = True

@@ -11,16 +11,16 @@ RANK_SECONDS = 240
 
 
 def run_gloo_ranks(file: str, function: str, count: int, *arguments: object) -> None:
-    """Run `function` of a test file in `count` processes that share a process group; fails with their output.
+    """Run `function` of a test file in `count` processes of one process group; fail with the output of a failed one.
 
-    Run as a program, the file calls the function that its first argument names with the others.
+    As a program, the test file must call the function named by its first argument with the other arguments.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),  # as a program, a test file does not see those beside it
+        "PYTHONPATH": os.pathsep.join(sys.path),  # a test file run as a program cannot import its neighbours otherwise
         "WORLD_SIZE": str(count),
         "LOCAL_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",

@@ -1,7 +1,7 @@
-"""Hosts of their own on this machine: network, process and mount namespaces on one bridge, an sshd in each.
+"""Virtual hosts on this machine: network, process and mount namespaces on one bridge, with an sshd in each.
 
-All of it lives in namespaces that end with their first process, so that nothing of it outlives whoever made it, and
-nothing outside of them changes.
+Everything is inside namespaces that end with their first process, so nothing outlives the test and nothing outside
+changes.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ import shlex
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.supervision.polling import wait_until
+
 PROGRAMS = ("sshd", "ssh", "ssh-keygen", "ip", "unshare", "nsenter", "setpriv", "pdsh")
-SEARCHED = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin:/sbin"
+SEARCH_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin:/sbin"
 NETWORK = "10.77.0"
 SSH_PORT = 2222
-STARTS_WITHIN = 10.0
+START_SECONDS = 10.0
 SHARED_MEMORY = "512m"
-# Run as the first process of a host, which also reaps what loses its parent. It waits for its network.
+# The first process of a host, which also reaps orphaned processes. It waits for its network.
 BOOT = """
 set -e
 mount -t proc proc /proc
@@ -63,14 +64,14 @@ Host node*
 
 
 def missing() -> str | None:
-    """Why there can be no such hosts here; None where there can."""
+    """Why this machine cannot run virtual hosts; None if it can."""
     if os.geteuid():
-        return "hosts made of namespaces need root"
-    absent = [program for program in PROGRAMS if not shutil.which(program, path=SEARCHED)]
+        return "virtual hosts need root"
+    absent = [program for program in PROGRAMS if not shutil.which(program, path=SEARCH_PATH)]
     if absent:
-        return f"hosts made of namespaces need {', '.join(absent)} (openssh-server, iproute2, util-linux, pdsh)"
+        return f"virtual hosts need {', '.join(absent)} (openssh-server, iproute2, util-linux, pdsh)"
     probe = subprocess.run(["unshare", "--net", "--pid", "--mount", "--uts", "--fork", "true"], check=False)
-    return "namespaces cannot be made here" if probe.returncode else None
+    return "this machine cannot create namespaces" if probe.returncode else None
 
 
 @dataclass
@@ -78,9 +79,9 @@ class Host:
     """One host, up or down.
 
     Attributes:
-        name: by which the others know it.
+        name: on the network.
         folder: of its keys and logs.
-        environment: what its sshd sets in every session, from the next `boot` on.
+        environment: that its sshd sets in every session, from the next `boot` on.
     """
 
     rig: Rig
@@ -93,30 +94,30 @@ class Host:
 
     @property
     def address(self) -> str:
-        """In the bridge's network."""
+        """Address in the bridge's network."""
         return f"{NETWORK}.{self.number}"
 
     def boot(self) -> None:
-        """Come up, with the same name, address and keys as ever."""
+        """Start, with the same name, address and keys each time."""
         self._configure()
         script = BOOT.format(
             folder=self.folder,
             own=self.rig.own,
             name=self.name,
             shared_memory=SHARED_MEMORY,
-            sshd=shutil.which("sshd", path=SEARCHED),
+            sshd=shutil.which("sshd", path=SEARCH_PATH),
         )
-        # The kernel ends unshare with the test, and the host with unshare.
-        words = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--pid", "--mount", "--uts", "--fork"]
+        # The kernel kills unshare when the test ends, and the host when unshare ends.
+        unshare = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--pid", "--mount", "--uts", "--fork"]
         with (self.folder / "boot.log").open("ab") as log:
             self._shell = subprocess.Popen(
-                [*words, "--kill-child", "--propagation", "private", "bash", "-c", script],
+                [*unshare, "--kill-child", "--propagation", "private", "bash", "-c", script],
                 stdin=subprocess.PIPE,
                 stderr=log,
-                env={"PATH": SEARCHED, "HOME": os.environ.get("HOME", "/root")},
+                env={"PATH": SEARCH_PATH, "HOME": os.environ.get("HOME", "/root")},
             )
         self.first = _first_child(self._shell.pid)
-        _until(lambda: self._in_own_network(), f"{self.name} has no namespaces")
+        _wait_until(lambda: self._in_own_network(), f"{self.name} has no namespaces")
         link, mac = f"to-{self.name}", f"02:00:00:00:00:{self.number:02x}"
         self.rig.head.run(
             f"ip link add {link} type veth peer name eth0 address {mac} netns {self.first} && "
@@ -126,43 +127,43 @@ class Host:
         assert self._shell.stdin is not None
         self._shell.stdin.write(b"\n")
         self._shell.stdin.close()
-        _until(self.answers, f"the sshd of {self.name} does not answer: {self.folder / 'sshd.log'}")
+        _wait_until(self.answers, f"the sshd of {self.name} does not answer: {self.folder / 'sshd.log'}")
 
     def answers(self) -> bool:
-        """Whether its sshd takes connections from the head."""
+        """Whether its sshd accepts connections from the head."""
         probe = f"exec 3<>/dev/tcp/{self.address}/{SSH_PORT}"
         return self.rig.head.popen(f"timeout 1 bash -c '{probe}' 2>/dev/null").wait() == 0
 
     def link_down(self) -> None:
-        """Cut its cable: nobody is told."""
+        """Cut its link; no connection is closed."""
         self.rig.head.run(f"ip link set to-{self.name} down")
 
     def link_up(self) -> None:
-        """Mend its cable."""
+        """Restore its link."""
         self.rig.head.run(f"ip link set to-{self.name} up")
 
     def kill(self) -> None:
-        """Lose power: every process is gone at once, and no connection is closed."""
+        """Lose power: kill every process at once; no connection is closed."""
         if self._shell is None or self.first is None:
             return
         self.link_down()
         with suppress(ProcessLookupError):
             os.kill(self.first, signal.SIGKILL)
-        self._shell.wait(STARTS_WITHIN)
-        # The kernel takes its end of the cable away only after a while.
+        self._shell.wait(START_SECONDS)
+        # The kernel removes its end of the link only after a while.
         self.rig.head.run(f"ip link delete to-{self.name} 2>/dev/null || true")
         self.first = self._shell = None
 
     def run(self, command: str, namespaces: Iterable[str] = ("net", "pid", "mount", "uts")) -> str:
-        """Output of a shell command on this host, which must succeed."""
+        """Run a shell command on this host; returns its output, raises if it fails."""
         return _run([*self._enter(namespaces), "bash", "-c", command])
 
-    def popen(self, command: str, **how: Any) -> subprocess.Popen[Any]:
+    def popen(self, command: str, **options: Any) -> subprocess.Popen[Any]:
         """Start a shell command on this host."""
-        return subprocess.Popen([*self._enter(("net", "pid", "mount", "uts")), "bash", "-c", command], **how)
+        return subprocess.Popen([*self._enter(("net", "pid", "mount", "uts")), "bash", "-c", command], **options)
 
     def processes(self) -> dict[int, str]:
-        """Command lines of what runs there, by the process ids of this machine; not those of its boot and its sshd."""
+        """Command lines of its processes without its boot script and sshd, by the process ids of this machine."""
         if self.first is None:
             return {}
         own = _namespace(self.first, "pid")
@@ -199,50 +200,50 @@ class Host:
 
 @dataclass
 class Head:
-    """Where commands are given: on the hosts' network, with this machine's processes and files."""
+    """The head node: on the hosts' network, with this machine's processes and files."""
 
     work: Path
     _holder: subprocess.Popen[bytes] | None = None
 
     def boot(self, hosts_file: str) -> None:
-        """Make the bridge."""
+        """Create the bridge."""
         (self.work / "hosts").write_text(hosts_file)
-        words = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--uts", "--propagation", "private"]
-        self._holder = subprocess.Popen([*words, "sleep", "infinity"])
+        unshare = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--uts", "--propagation", "private"]
+        self._holder = subprocess.Popen([*unshare, "sleep", "infinity"])
         pid = self._holder.pid
-        _until(lambda: _namespace(pid, "uts") != _namespace("self", "uts"), "the head has no namespaces")
+        _wait_until(lambda: _namespace(pid, "uts") != _namespace("self", "uts"), "the head has no namespaces")
         self.run(
             f"mount --bind {self.work}/hosts /etc/hosts && hostname head && ip link set lo up && "
             f"ip link add bridge type bridge && ip address add {NETWORK}.254/24 dev bridge && ip link set bridge up"
         )
 
     def stop(self) -> None:
-        """Take the bridge away."""
+        """Remove the bridge."""
         if self._holder:
             self._holder.kill()
-            self._holder.wait(STARTS_WITHIN)
+            self._holder.wait(START_SECONDS)
 
     def run(self, command: str) -> str:
-        """Output of a shell command on the head, which must succeed."""
+        """Run a shell command on the head; returns its output, raises if it fails."""
         return _run([*self.enter(), "bash", "-c", command])
 
-    def popen(self, command: str | list[str], **how: Any) -> subprocess.Popen[Any]:
+    def popen(self, command: str | list[str], **options: Any) -> subprocess.Popen[Any]:
         """Start a command on the head; its process id is that of the command itself."""
-        words = ["bash", "-c", command] if isinstance(command, str) else command
-        return subprocess.Popen([*self.enter(), *words], **how)
+        arguments = ["bash", "-c", command] if isinstance(command, str) else command
+        return subprocess.Popen([*self.enter(), *arguments], **options)
 
     def enter(self) -> list[str]:
-        """What to put before a command so that it runs on the head."""
+        """The prefix of a command that runs it on the head."""
         assert self._holder is not None
         return ["nsenter", "--target", str(self._holder.pid), "--net", "--mount", "--uts"]
 
 
 class Rig:
-    """Hosts `node1`, `node2`, … and the head, from which each is reached by ssh.
+    """Hosts `node1`, `node2`, … and the head, which reaches them over ssh.
 
     Attributes:
-        own: path of a folder that is another one on every host; all others are the same.
-        ssh_config: what ssh needs to reach the hosts.
+        own: path of a folder that differs from host to host; all other folders are shared.
+        ssh_config: for ssh to the hosts.
         hostfile: of all hosts, with one slot each.
     """
 
@@ -257,13 +258,13 @@ class Rig:
         return self.hosts[index]
 
     def hosts_file(self, changes: Mapping[str, str] | None = None) -> str:
-        """What stands in /etc/hosts, with other addresses for some names."""
+        """The content of /etc/hosts, with other addresses for some names."""
         addresses = {"localhost": "127.0.0.1", "head": f"{NETWORK}.254"}
         addresses |= {host.name: host.address for host in self.hosts} | dict(changes or {})
         return "".join(f"{address} {name}\n" for name, address in addresses.items())
 
     def prepare(self) -> None:
-        """Make keys and configurations."""
+        """Create keys and configurations."""
         self.own.mkdir(parents=True)
         _keygen(self.work / "user_key")
         known = []
@@ -278,7 +279,7 @@ class Rig:
 
 @contextmanager
 def running_hosts(work: Path, count: int = 2) -> Iterator[Rig]:
-    """Hosts that are up until the block ends."""
+    """Hosts that run until the block ends."""
     rig = Rig(work, count)
     rig.prepare()
     try:
@@ -302,20 +303,17 @@ def _namespace(pid: int | str | None, kind: str) -> str:
 
 def _first_child(pid: int) -> int:
     children = Path(f"/proc/{pid}/task/{pid}/children")
-    _until(lambda: children.read_text().split(), "unshare starts nothing")
+    _wait_until(lambda: children.read_text().split(), "unshare starts nothing")
     return int(children.read_text().split()[0])
 
 
-def _run(words: list[str]) -> str:
-    result = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+def _run(command: list[str]) -> str:
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise RuntimeError(f"{shlex.join(words)}: {result.returncode}: {result.stderr}{result.stdout}")
+        raise RuntimeError(f"{shlex.join(command)}: {result.returncode}: {result.stderr}{result.stdout}")
     return result.stdout
 
 
-def _until(condition: Any, otherwise: str) -> None:
-    deadline = time.monotonic() + STARTS_WITHIN
-    while not condition():
-        if time.monotonic() > deadline:
-            raise RuntimeError(otherwise)
-        os.sched_yield()
+def _wait_until(condition: Callable[[], object], problem: str) -> None:
+    if not wait_until(condition, START_SECONDS):
+        raise RuntimeError(problem)

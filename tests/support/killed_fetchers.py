@@ -1,7 +1,7 @@
 """`killed_fetchers.py FOLDER N`: kill N processes while they fetch shards into one cache; print kills and leftovers.
 
-Two read the same set at a time through a cache that holds half of it; one of them is killed, and the other must go on,
-and find every sample as it was stored.
+Two processes at a time read the same set through a cache of half its size. One is killed; the other must continue and
+verify every sample.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import fsspec
 import numpy as np
 
 from dataloading.reading.fetcher import FetchConfig
-from dataloading.reading.file_lock import locked
+from dataloading.reading.file_lock import lock_file
 from dataloading.reading.shard_set import ShardSet
 from dataloading.shards.format import Manifest, Sample, ShardEntry, ShardWriter, index_name, sha256
 
 NUM_SHARDS = 8
 URL = "memory://killed/set"
-JPEG = b"\xff\xd8\xff\xc0\x00\x0b\x08\x00\x10\x00\x10"  # a header of 16x16 pixels, all that is looked at
+JPEG = b"\xff\xd8\xff\xc0\x00\x0b\x08\x00\x10\x00\x10"  # a header of 16x16 pixels; nothing else is checked
 
 
 def write_set(folder: Path) -> int:
-    """Shards of some megabytes; the size of one."""
+    """Write shards of some megabytes; returns the size of one."""
     entries, rng = [], np.random.default_rng(0)
     for number in range(NUM_SHARDS):
         path = folder / f"shard-{number:06d}.tar"
@@ -50,18 +50,18 @@ def write_set(folder: Path) -> int:
 
 
 def read_all(cache: Path, limit: int, rounds: int) -> None:
-    """Every byte is checked by what reads it."""
+    """Read all samples in random orders; the reader verifies every byte."""
     shards = ShardSet(URL, str(cache), FetchConfig(cache_limit=limit))
     for _ in range(rounds):
         order = random.sample(range(NUM_SHARDS), NUM_SHARDS)
-        for place, position in enumerate(order):
-            shards.expect(order[place:])
+        for number, position in enumerate(order):
+            shards.expect(order[number:])
             video = shards.read(position)
             if len(video.frames(range(3)) + video.flow(range(3))) != 6:
                 os._exit(3)
 
 
-def started(cache: Path, limit: int, rounds: int) -> int:
+def start(cache: Path, limit: int, rounds: int) -> int:
     child = os.fork()
     if child:
         return child
@@ -73,9 +73,9 @@ def started(cache: Path, limit: int, rounds: int) -> int:
     os._exit(0)
 
 
-def is_left_over(partial: Path) -> bool:
-    """Whether nobody is writing it any more."""
-    file = locked(partial, wait=False)
+def is_abandoned(partial: Path) -> bool:
+    """Whether no process writes the file any more."""
+    file = lock_file(partial, wait=False)
     if file is None:
         return False
     file.close()
@@ -85,19 +85,19 @@ def is_left_over(partial: Path) -> bool:
 def main(folder: Path, num_kills: int) -> None:
     cache, limit = folder / "cache", write_set(folder) * NUM_SHARDS // 2
     half_written = 0
-    chance = random.Random(0)
+    rng = random.Random(0)
     for _ in range(num_kills):
-        killed, survivor = started(cache, limit, 1000), started(cache, limit, 1)
-        time.sleep(chance.uniform(0.01, 0.06))  # the moment to kill at
+        killed, survivor = start(cache, limit, 1000), start(cache, limit, 1)
+        time.sleep(rng.uniform(0.01, 0.06))  # a random moment of a fetch
         os.kill(killed, signal.SIGKILL)
         os.waitpid(killed, 0)
-        half_written += any(map(is_left_over, cache.glob("*.partial")))
+        half_written += any(map(is_abandoned, cache.glob("*.partial")))
         _, status = os.waitpid(survivor, 0)
         if status:
             sys.exit(f"the survivor ended with {status}")
         for path in cache.glob("*.tar"):
             if hashlib.sha256(path.read_bytes()).hexdigest() != path.stem:
-                sys.exit(f"{path} was taken for whole")
+                sys.exit(f"{path} has its final name and is not whole")
     print(num_kills, half_written)
 
 

@@ -1,4 +1,4 @@
-"""A folder at http:// on the loopback, by nginx."""
+"""nginx server of a folder on the loopback."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-STARTS_WITHIN = 10.0
+START_SECONDS = 10.0
 CONFIGURATION = """
 daemon off;
 master_process off;
@@ -37,10 +37,10 @@ http {{
 
 @contextmanager
 def running_nginx(work: Path, root: Path) -> Iterator[str]:
-    """Serve the files below `root` until the block ends; the URL of that folder."""
+    """Serve the files below `root` inside the block; yields the URL."""
     program = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin")
     if program is None:
-        pytest.skip("nginx is not installed; Debian and Ubuntu have it as nginx-light")
+        pytest.skip("nginx is not installed (Debian: apt install nginx-light)")
     work.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -49,17 +49,17 @@ def running_nginx(work: Path, root: Path) -> Iterator[str]:
     command = [program, "-c", work / "nginx.conf", "-e", work / "error.log"]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        _wait_until_it_answers(port, process, work)
+        _wait_for_port(port, process, work)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
         process.wait(10)
 
 
-def _wait_until_it_answers(port: int, process: subprocess.Popen[bytes], work: Path) -> None:
-    deadline = time.monotonic() + STARTS_WITHIN
+def _wait_for_port(port: int, process: subprocess.Popen[bytes], work: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
     with socket.socket() as probe:
         while probe.connect_ex(("127.0.0.1", port)):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"nginx does not start: {(work / 'error.log').read_text()}")
+                raise RuntimeError(f"nginx did not start: {(work / 'error.log').read_text()}")
             os.sched_yield()

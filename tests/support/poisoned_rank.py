@@ -1,6 +1,6 @@
-"""One rank of `mcl pretrain`, in whose batches a pixel is no number while the file is there that `POISON` names.
+"""One rank of `mcl pretrain` whose batches contain a NaN pixel while the file named by `POISON` exists.
 
-It says of every batch what the loader did, since who watches it is in a hurry (`tests/monitoring/real_prometheus.py`).
+It emits a loader report every 0.2 s, because its test waits for the metrics (`tests/support/real_prometheus.py`).
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import torch
 
 from dataloading.loader import loader
 from launch import pretrain
-from launch.pretraining import compose as assembly
+from launch.pretraining import compose
 from mcl_dist.batch import QUERY, TubeletBatch
 from mcl_dist.training.pretrain_step import PretrainTrainer
 
 
 class Poisoned(PretrainTrainer):
-    """Trains as ever, on what it is given."""
+    """A trainer on poisoned batches."""
 
-    def take(self, step: int, batch: TubeletBatch, *more: Any, **named: Any) -> Any:
-        views = batch.views.float()  # always, as those that ranks exchange have one type
+    def train_step(self, step: int, batch: TubeletBatch, *more: Any, **named: Any) -> Any:
+        views = batch.views.float()  # on every rank and step: ranks exchange tensors of one dtype
         if not self.group.is_first and Path(os.environ["POISON"]).exists():
             views[0, QUERY, 1, 2, 3, 0] = torch.nan
-        return super().take(step, replace(batch, views=views), *more, **named)
+        return super().train_step(step, replace(batch, views=views), *more, **named)
 
 
 if __name__ == "__main__":
     loader.REPORT_SECONDS = 0.2
-    assembly.PretrainTrainer = Poisoned  # type: ignore[misc]
+    compose.PretrainTrainer = Poisoned  # type: ignore[misc]
     pretrain.main()

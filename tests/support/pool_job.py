@@ -1,4 +1,4 @@
-"""A light job for worker processes, and a process that has it done: what the tests of crews start and kill."""
+"""A small job for worker processes, and a parent process that runs it: the tests of the worker pool kill both."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from typing import Any
 import numpy as np
 
 from dataloading.loader.shared_memory import SharedArrays
-from dataloading.loader.worker_pool import DoStep, WorkerPool
+from dataloading.loader.worker_pool import StepFunction, WorkerPool
 from mcl_dist.errors import UserError
 
 
-def start() -> DoStep:
-    """Puts the step's number into 1000 places."""
+def start() -> StepFunction:
+    """A function that fills an array of 1000 numbers with the step."""
 
-    def do_step(step: int, room: SharedArrays) -> dict[str, Any]:
-        room.array("numbers", (10, 100), np.int32)[:] = step
+    def fill(step: int, buffer: SharedArrays) -> dict[str, Any]:
+        buffer.allocate("numbers", (10, 100), np.int32)[:] = step
         return {"pid": os.getpid()}
 
-    return do_step
+    return fill
 
 
-def start_refusing() -> DoStep:
-    """Refuses step 2."""
+def start_failing() -> StepFunction:
+    """A function that fails at step 2."""
 
-    def do_step(step: int, room: SharedArrays) -> dict[str, Any]:
+    def fill_or_fail(step: int, buffer: SharedArrays) -> dict[str, Any]:
         if step == 2:
             raise UserError("step 2 is too much")
-        room.array("numbers", (1,), np.int32)[:] = step
+        buffer.allocate("numbers", (1,), np.int32)[:] = step
         return {}
 
-    return do_step
+    return fill_or_fail
 
 
 def train() -> None:
-    """Have endless steps done by two workers; says on standard output when the first is."""
-    for done in WorkerPool(start, 2, itertools.count()):
-        if done.report and done.arrays["numbers"][0, 0] == 0:
+    """Run endless steps in two workers; print a line after the first."""
+    for result in WorkerPool(start, 2, itertools.count()):
+        if result.report and result.arrays["numbers"][0, 0] == 0:
             print("working", flush=True)

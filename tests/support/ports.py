@@ -1,4 +1,4 @@
-"""Ports for several listeners side by side."""
+"""Consecutive ports for several listeners."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import random
 import socket
 from contextlib import ExitStack
 
-LOWEST, HIGHEST = 20000, 32000  # below those that Linux gives to whoever asks for any
+LOWEST, HIGHEST = 20000, 32000  # below Linux's range of ephemeral ports
 
 
 def free_ports(count: int) -> int:
-    """The first of so many ports in a row that nobody listens on just now."""
+    """The first of `count` consecutive ports that no process listens on at the moment."""
     while True:
         first = random.randrange(LOWEST, HIGHEST)
         with ExitStack() as probes:

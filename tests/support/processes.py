@@ -1,4 +1,4 @@
-"""Processes of a run, by what is on their command lines."""
+"""Processes of a run, found by their command lines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from launch.supervision.processes import ProcessEntry
 
 
-def of_run(run: Path) -> list[int]:
+def pids_of_run(run: Path) -> list[int]:
     """Process ids of a run's command, launchers and ranks."""
     pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
     return [pid for pid in pids if f"run.dir={run}\0".encode() in ProcessEntry(pid).command]

@@ -1,4 +1,4 @@
-"""Whether a dashboard is one by Grafana's published schema, as Grafana's Foundation SDK has it in Python."""
+"""Validate a dashboard against Grafana's published schema, through the models of Grafana's Foundation SDK."""
 
 from __future__ import annotations
 
@@ -16,63 +16,63 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 register_default_plugins()
 
 
-def problems(document: dict[str, Any]) -> list[str]:
-    """What the schema does not know, and what is of another type than it says; nothing for a valid dashboard.
+def schema_errors(dashboard: dict[str, Any]) -> list[str]:
+    """Unknown fields and wrong types of a dashboard; empty if it is valid.
 
-    The models of Grafana's kinds and panels are generated from that schema: whatever a model has no field for is
-    lost when it is read and written again, and a field's type is the schema's.
+    The SDK's models are generated from the schema. A field that a model does not know is lost when the dashboard is
+    read and written again, and the type of a model's field is the schema's type.
     """
-    model = Dashboard.from_json(document)
+    model = Dashboard.from_json(dashboard)
     written = json.loads(json.dumps(model, cls=JSONEncoder))
-    return [*_lost(document, written, "dashboard"), *_of_other_type(model, Dashboard, "dashboard")]
+    return [*_unknown_fields(dashboard, written, "dashboard"), *_wrong_types(model, Dashboard, "dashboard")]
 
 
-def _lost(given: Any, written: Any, path: str) -> Iterator[str]:
+def _unknown_fields(given: Any, written: Any, path: str) -> Iterator[str]:
     if isinstance(given, dict) and isinstance(written, dict):
         for key, value in given.items():
             if key not in written and value is not None:
                 yield f"{path}.{key}: unknown"
             elif key in written:
-                yield from _lost(value, written[key], f"{path}.{key}")
+                yield from _unknown_fields(value, written[key], f"{path}.{key}")
     elif isinstance(given, list) and isinstance(written, list) and len(given) == len(written):
         for number, pair in enumerate(zip(given, written, strict=True)):
-            yield from _lost(*pair, f"{path}[{number}]")
+            yield from _unknown_fields(*pair, f"{path}[{number}]")
     elif given != written:
         yield f"{path}: {given!r} is read as {written!r}"
 
 
-def _of_other_type(value: Any, hint: Any, path: str) -> Iterator[str]:
+def _wrong_types(value: Any, hint: Any, path: str) -> Iterator[str]:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint in (Any, object):
-        if hasattr(value, "to_json"):  # what a kind of panel makes of its part
-            yield from _parts_of_other_type(value, (), path)
+        if hasattr(value, "to_json"):  # a part that a panel plugin defines
+            yield from _wrong_part_types(value, (), path)
     elif origin in (typing.Union, types.UnionType):
-        if all(list(_of_other_type(value, each, path)) for each in arguments):
-            yield from _of_other_type(value, arguments[0], path)
+        if all(list(_wrong_types(value, each, path)) for each in arguments):
+            yield from _wrong_types(value, arguments[0], path)
     elif (choices := _choices(hint)) is not None:
         if value not in choices:
-            yield f"{path}: {value!r} is none of {choices}"
+            yield f"{path}: {value!r} is not one of {choices}"
     elif type(value) is int and hint is float:
         return
     elif not isinstance(value, origin or hint) or (isinstance(value, bool) and hint is not bool):
-        yield f"{path}: {value!r} is no {hint}"
+        yield f"{path}: {value!r} is not a {hint}"
     else:
-        yield from _parts_of_other_type(value, arguments, path)
+        yield from _wrong_part_types(value, arguments, path)
 
 
 def _choices(hint: Any) -> list[Any] | None:
-    """The values that a type names one by one."""
+    """The values of a Literal or Enum type; None for other types."""
     if typing.get_origin(hint) is typing.Literal:
         return list(typing.get_args(hint))
     is_enum = isinstance(hint, type) and issubclass(hint, Enum)
     return [each.value for each in hint] if is_enum else None
 
 
-def _parts_of_other_type(value: Any, arguments: tuple[Any, ...], path: str) -> Iterator[str]:
-    """Of an object, a list or a mapping of the right type."""
+def _wrong_part_types(value: Any, arguments: tuple[Any, ...], path: str) -> Iterator[str]:
+    """Wrong types inside an object, list or mapping."""
     if hasattr(value, "to_json"):
         for name, inner in typing.get_type_hints(type(value)).items():
-            yield from _of_other_type(getattr(value, name), inner, f"{path}.{name}")
+            yield from _wrong_types(getattr(value, name), inner, f"{path}.{name}")
     items = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
     for key, item in items:
-        yield from _of_other_type(item, arguments[-1], f"{path}[{key!r}]")
+        yield from _wrong_types(item, arguments[-1], f"{path}[{key!r}]")

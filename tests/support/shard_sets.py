@@ -1,4 +1,4 @@
-"""Changing shard sets as only their builder could have."""
+"""Changes to shard sets that keep their digests consistent."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
-from dataloading.shards.format import MANIFEST, ShardEntry, index_from, index_name, manifest_from, sha256
+from dataloading.shards.format import MANIFEST, ShardEntry, index_name, parse_index, parse_manifest, sha256
 
 
-def reseal(folder: Path) -> None:
-    """Make checksums and digests those of the shards as they are now; nothing may have moved."""
-    manifest = manifest_from((folder / MANIFEST).read_bytes(), MANIFEST)
-    entries = tuple(_resealed(folder, entry) for entry in manifest.shards)
+def update_digests(folder: Path) -> None:
+    """Recompute checksums and digests after a change of shard bytes; offsets must be unchanged."""
+    manifest = parse_manifest((folder / MANIFEST).read_bytes(), MANIFEST)
+    entries = tuple(_update_entry(folder, entry) for entry in manifest.shards)
     (folder / MANIFEST).write_bytes(replace(manifest, shards=entries).to_json())
 
 
-def _resealed(folder: Path, entry: ShardEntry) -> ShardEntry:
+def _update_entry(folder: Path, entry: ShardEntry) -> ShardEntry:
     data = (folder / entry.name).read_bytes()
     path = folder / index_name(entry.name)
-    index = index_from(path.read_bytes(), entry, path.name)
+    index = parse_index(path.read_bytes(), entry, path.name)
     index = replace(
         index,
         member_crcs=_crcs(data, index.members),
@@ -32,6 +32,6 @@ def _resealed(folder: Path, entry: ShardEntry) -> ShardEntry:
     return replace(entry, sha256=sha256(data), index_sha256=sha256(index.to_bytes()), bytes=len(data))
 
 
-def _crcs(data: bytes, places: np.ndarray) -> np.ndarray:
-    crcs = [zlib.crc32(data[offset : offset + size]) for offset, size in places.reshape(-1, 2).tolist()]
-    return np.array(crcs, np.uint32).reshape(places.shape[:-1])
+def _crcs(data: bytes, extents: np.ndarray) -> np.ndarray:
+    crcs = [zlib.crc32(data[offset : offset + size]) for offset, size in extents.reshape(-1, 2).tolist()]
+    return np.array(crcs, np.uint32).reshape(extents.shape[:-1])

@@ -1,4 +1,4 @@
-"""Sets in real stores, behind a proxy that can make requests fail; it does once its `share` is set."""
+"""Shard sets in real stores, behind a proxy that injects faults once its `share` is set."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from dataloading.reading.store import Store
 from mcl_dist.storage.folder import Folder
 from tests.support.faultproxy import FaultProxy, fault_proxy
 from tests.support.nginx import running_nginx
 from tests.support.s3 import S3Store
 
-SEED = 15  # of few stalls, which take long, and all kinds of faults among the first 20 requests
+SEED = 15  # draws few stalls, which take long, and all kinds of faults within the first 20 requests
 
 
 @contextmanager
 def behind_s3(
     folder: Path, store: S3Store, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[str, FaultProxy]]:
-    """The set in the bucket at `url`, to be reached through a proxy."""
+    """Copy the set to the bucket at `url`; yields its URL and the proxy that serves it."""
     from s3fs import S3FileSystem
 
     target = Folder(url)
@@ -30,13 +29,13 @@ def behind_s3(
     with fault_proxy(store.endpoint, SEED, share=0) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         S3FileSystem.clear_instance_cache()
-        Store(url).read("manifest.json", 0, 1, 30)  # the first loads what the library needs to know
+        Folder(url).read_range("manifest.json", 0, 1)  # the first request loads the library's service data
         proxy.requests.clear()
         yield url, proxy
 
 
 @contextmanager
 def behind_http(folder: Path, work: Path) -> Iterator[tuple[str, FaultProxy]]:
-    """The set at http://, to be reached through a proxy."""
+    """Serve the set over HTTP; yields its URL and the proxy that serves it."""
     with running_nginx(work, folder.parent) as url, fault_proxy(url, SEED, share=0) as proxy:
         yield f"{proxy.url}/{folder.name}", proxy

@@ -42,14 +42,14 @@ def get(proxy: FaultProxy, timeout: float = 10) -> tuple[int, bytes]:
         connection.close()
 
 
-def test_without_faults_the_answer_is_the_stores_own(upstream: str) -> None:
+def test_without_faults_the_response_is_the_stores(upstream: str) -> None:
     with fault_proxy(upstream, share=0.0) as proxy:
         assert get(proxy) == (200, DATA)
         assert not proxy.injected
         assert proxy.requests == {"GET": 1}
 
 
-def test_every_kind_of_fault_is_what_it_says(upstream: str) -> None:
+def test_every_kind_of_fault_has_its_effect(upstream: str) -> None:
     with fault_proxy(upstream, share=1.0, kinds={"503"}) as proxy:
         assert get(proxy)[0] == 503
         proxy.kinds = frozenset({"reset"})
@@ -62,28 +62,28 @@ def test_every_kind_of_fault_is_what_it_says(upstream: str) -> None:
         with pytest.raises(http.client.IncompleteRead):
             get(proxy)
         proxy.kinds = frozenset({"flip"})
-        differing = [(a, b) for a, b in zip(get(proxy)[1], DATA, strict=True) if a != b]
+        differing = [(found, sent) for found, sent in zip(get(proxy)[1], DATA, strict=True) if found != sent]
         assert len(differing) == 1
         assert dict(proxy.injected) == dict.fromkeys(KINDS, 1)
 
 
-def test_a_share_of_the_requests_meets_a_fault_and_the_seed_says_which(upstream: str) -> None:
-    seen = []
+def test_the_seed_decides_which_share_of_the_requests_gets_a_fault(upstream: str) -> None:
+    statuses = []
     for _ in range(2):
         with fault_proxy(upstream, seed=3, share=0.3, kinds={"503"}) as proxy:
-            seen.append([get(proxy)[0] for _ in range(40)])
-            assert proxy.injected["503"] == seen[-1].count(503)
-    assert seen[0] == seen[1]
-    assert 5 < seen[0].count(503) < 20
+            statuses.append([get(proxy)[0] for _ in range(40)])
+            assert proxy.injected["503"] == statuses[-1].count(503)
+    assert statuses[0] == statuses[1]
+    assert 5 < statuses[0].count(503) < 20
 
 
-def test_requests_that_are_spared_pass(upstream: str) -> None:
+def test_requests_to_which_no_fault_applies_pass(upstream: str) -> None:
     with fault_proxy(upstream, share=1.0, applies=lambda method, _: method == "PUT") as proxy:
         assert get(proxy) == (200, DATA)
 
 
 @pytest.mark.slow
-def test_an_s3_client_works_through_it(s3_store: S3Store) -> None:
+def test_an_s3_client_works_through_the_proxy(s3_store: S3Store) -> None:
     from s3fs import S3FileSystem
 
     with fault_proxy(s3_store.endpoint, share=0.0) as proxy:

@@ -1,4 +1,4 @@
-"""Checkpoints that mean harm: each is refused with its reason, and the good one before it is resumed."""
+"""Malicious checkpoints: each is rejected with a reason, and the previous good one is used."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save as to_bytes
 
 from mcl_dist.checkpoint import CheckpointConfig, CheckpointManager, CheckpointShard, read_snapshot
-from mcl_dist.checkpoint.retention import leaving
+from mcl_dist.checkpoint.retention import expired
 from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import UserError
 
 
 class Code:
-    """Unpickled, it leaves a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,7 +28,7 @@ class Code:
         return Path.touch, (self.path,)
 
 
-def share(step: int) -> CheckpointShard:
+def shard(step: int) -> CheckpointShard:
     network = {"weight": torch.full((2, 3), float(step))}
     return CheckpointShard(
         step,
@@ -40,20 +40,20 @@ def share(step: int) -> CheckpointShard:
     )
 
 
-def seal(folder: Path, **changes: bytes) -> None:
-    """Seal the folder's files as they are now, as whoever can write it could, after changing some."""
+def commit(folder: Path, **changes: bytes) -> None:
+    """Change some files, then write `COMMITTED` for all, as anyone with write access could."""
     for name, data in changes.items():
         (folder / name.replace("__", "-").replace("_safetensors", ".safetensors")).write_bytes(data)
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "COMMITTED"}
-    seals = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    (folder / "COMMITTED").write_text(json.dumps({"files": seals}))
+    digests = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    (folder / "COMMITTED").write_text(json.dumps({"files": digests}))
 
 
 def with_pickle(folder: Path) -> None:
-    seal(folder, network_safetensors=pickle.dumps(Code(folder.parent / "ran")))
+    commit(folder, network_safetensors=pickle.dumps(Code(folder.parent / "ran")))
 
 
-def with_traversal(folder: Path) -> None:
+def with_path_traversal(folder: Path) -> None:
     (folder.parent / "secret").write_text("x")
     committed = json.loads((folder / "COMMITTED").read_text())
     committed["files"]["../secret"] = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
@@ -67,21 +67,21 @@ def with_wrong_digest(folder: Path) -> None:
 
 
 def with_wrong_shapes(folder: Path) -> None:
-    seal(folder, network_safetensors=to_bytes({"weight": torch.zeros(3, 3)}))
+    commit(folder, network_safetensors=to_bytes({"weight": torch.zeros(3, 3)}))
 
 
 def with_enormous_header(folder: Path) -> None:
-    seal(folder, network_safetensors=(2**62).to_bytes(8, "little") + b"{}")
+    commit(folder, network_safetensors=(2**62).to_bytes(8, "little") + b"{}")
 
 
 def with_offsets_outside(folder: Path) -> None:
     header = json.dumps({"weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 2**40]}}).encode()
-    seal(folder, network_safetensors=len(header).to_bytes(8, "little") + header)
+    commit(folder, network_safetensors=len(header).to_bytes(8, "little") + header)
 
 
 def with_missing_pieces(folder: Path) -> None:
     piece = {"momentum_buffer/weight@3": torch.zeros(3)}
-    seal(folder, optimizer__00000_safetensors=to_bytes(piece))
+    commit(folder, optimizer__00000_safetensors=to_bytes(piece))
 
 
 def with_deep_json(folder: Path) -> None:
@@ -95,25 +95,25 @@ def with_huge_json(folder: Path) -> None:
 def with_many_ranks(folder: Path) -> None:
     state = json.loads((folder / "state.json").read_text()) | {"ranks": 10**9}
     (folder / "state.json").write_text(json.dumps(state))
-    seal(folder)
+    commit(folder)
 
 
-def with_position_outside(folder: Path) -> None:
+def with_queue_position_outside(folder: Path) -> None:
     state = json.loads((folder / "state.json").read_text()) | {"queue_position": 4}
     (folder / "state.json").write_text(json.dumps(state))
-    seal(folder)
+    commit(folder)
 
 
 def of_another_step(folder: Path) -> None:
     state = json.loads((folder / "state.json").read_text()) | {"step": 10**8}
     (folder / "state.json").write_text(json.dumps(state))
-    seal(folder)
+    commit(folder)
 
 
 POISONS = [
     (with_pickle, "network.safetensors"),
-    (with_traversal, "names '../secret'"),
-    (with_wrong_digest, "not what was written"),
+    (with_path_traversal, "names '../secret'"),
+    (with_wrong_digest, "does not match its size and digest"),
     (with_wrong_shapes, "not of one shape"),
     (with_enormous_header, "announces a header of"),
     (with_offsets_outside, "not readable as safetensors"),
@@ -121,63 +121,61 @@ POISONS = [
     (with_deep_json, "not JSON"),
     (with_huge_json, "larger than"),
     (with_many_ranks, "ranks 1000000000"),
-    (with_position_outside, "4 of 4"),
+    (with_queue_position_outside, "4 of 4"),
     (of_another_step, "step 100000000"),
 ]
 
 
 @pytest.mark.parametrize(("poison", "reason"), POISONS)
-def test_a_poisoned_checkpoint_is_refused_and_the_good_one_before_it_resumed(
+def test_a_poisoned_checkpoint_is_rejected_and_the_previous_good_one_used(
     tmp_path: Path, poison: Callable[[Path], None], reason: str
 ) -> None:
-    saver = CheckpointManager(str(tmp_path), ProcessGroup(), CheckpointConfig(keep=1))
-    saver.save(share(1))
-    kept = CheckpointManager(str(tmp_path), ProcessGroup(), CheckpointConfig(keep=9))
-    url = kept.save(share(2))
+    manager = CheckpointManager(str(tmp_path), ProcessGroup(), CheckpointConfig(keep=1))
+    manager.save(shard(1))
+    keeping = CheckpointManager(str(tmp_path), ProcessGroup(), CheckpointConfig(keep=9))
+    url = keeping.save(shard(2))
     poison(Path(url))
-    step, (refused,) = kept.latest()
+    step, (rejected,) = keeping.latest()
     assert step == 1
-    assert refused.url == url
-    assert reason in refused.reason
+    assert rejected.url == url
+    assert reason in rejected.reason
     assert not (tmp_path / "ran").exists()
     with pytest.raises(UserError, match="name another checkpoint"):
         read_snapshot(url)
 
 
-def test_where_no_complete_checkpoint_can_be_used_a_run_does_not_start_over(tmp_path: Path) -> None:
-    saver = CheckpointManager(str(tmp_path), ProcessGroup())
-    with_wrong_digest(Path(saver.save(share(1))))
+def test_a_run_does_not_start_over_if_no_complete_checkpoint_is_usable(tmp_path: Path) -> None:
+    manager = CheckpointManager(str(tmp_path), ProcessGroup())
+    with_wrong_digest(Path(manager.save(shard(1))))
     with pytest.raises(UserError, match="none of 1 checkpoints can be used"):
-        saver.latest()
+        manager.latest()
 
 
-def test_a_refused_checkpoint_neither_goes_nor_counts_for_what_is_kept(tmp_path: Path) -> None:
-    saver = CheckpointManager(str(tmp_path), ProcessGroup(), CheckpointConfig(keep=9))
-    saver.save(share(1))
-    with_wrong_digest(Path(saver.save(share(5))))
+def test_a_rejected_checkpoint_is_not_removed_and_does_not_count_as_kept(tmp_path: Path) -> None:
+    manager = CheckpointManager(str(tmp_path), ProcessGroup(), CheckpointConfig(keep=9))
+    manager.save(shard(1))
+    with_wrong_digest(Path(manager.save(shard(5))))
     resumed = CheckpointManager(str(tmp_path), ProcessGroup(), CheckpointConfig(keep=1))
     assert resumed.latest()[0] == 1
-    resumed.save(share(2))
+    resumed.save(shard(2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000002", "step-000000005"]
 
 
-def test_the_newest_stay_and_those_that_keep_every_divides() -> None:
-    assert leaving(range(1, 11), keep=2, keep_every=None) == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert leaving(range(1, 11), keep=2, keep_every=4) == [1, 2, 3, 5, 6, 7]
+def test_the_newest_steps_and_multiples_of_keep_every_do_not_expire() -> None:
+    assert expired(range(1, 11), keep=2, keep_every=None) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert expired(range(1, 11), keep=2, keep_every=4) == [1, 2, 3, 5, 6, 7]
 
 
-def test_a_run_stops_in_one_line_after_too_many_checkpoints_in_a_row_that_fail(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saver = CheckpointManager(str(tmp_path), ProcessGroup(), CheckpointConfig(max_failures=2))
+def test_too_many_failed_checkpoints_in_a_row_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = CheckpointManager(str(tmp_path), ProcessGroup(), CheckpointConfig(max_failures=2))
 
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
     for step in (1, 2):
-        saver.begin(share(step), since=0.0)
-        saver.join()
+        manager.begin_save(shard(step), since=0.0)
+        manager.join()
     with pytest.raises(UserError, match="2 checkpoints in a row could not be written"):
-        saver.begin(share(3), since=0.0)
-    assert [(event.step, event.in_a_row) for event in saver.news()] == [(1, 1), (2, 2)]
+        manager.begin_save(shard(3), since=0.0)
+    assert [(event.step, event.in_a_row) for event in manager.pop_events()] == [(1, 1), (2, 2)]

@@ -1,4 +1,4 @@
-"""Two ranks that save a checkpoint, and one of them dies or fails at every single operation of it."""
+"""Two ranks save a checkpoint; one of them dies or fails at each single operation."""
 
 from __future__ import annotations
 
@@ -30,67 +30,68 @@ SETTINGS = CheckpointConfig(keep=1, retry_seconds=0)
 SECONDS = 300
 
 
-class Operations:
-    """Counts what the writing thread does to the disk or the store, and strikes at one of them.
+class Faults:
+    """Counts the operations of the writing thread on the disk or the store, and injects a fault at one of them.
 
     Args:
-        strike: what happens at operation `at`, counted from 1.
+        at: number of that operation, counted from 1; 0 injects nothing.
+        inject: kills the process or raises an error.
     """
 
-    def __init__(self, at: int, strike: Callable[[], None]) -> None:
+    def __init__(self, at: int, inject: Callable[[], None]) -> None:
         self.names: list[str] = []
-        self.at, self._strike = at, strike
+        self.at, self._inject = at, inject
 
-    def meet(self, name: str) -> bool:
-        """Take note of an operation about to happen; whether it is the one to strike at."""
+    def count(self, name: str) -> bool:
+        """Count an operation; whether it is the one to fail."""
         if threading.current_thread().name != "checkpoint":
             return False
         self.names.append(name)
         return len(self.names) == self.at
 
-    def plain(self, name: str) -> None:
-        if self.meet(name):
-            self._strike()
+    def before(self, name: str) -> None:
+        if self.count(name):
+            self._inject()
 
-    def on_disk(self) -> None:
-        """Watch every write, sync, rename, removal and new folder."""
+    def watch_disk(self) -> None:
+        """Intercept every write, sync, rename, removal and new folder."""
 
         def audited(event: str, arguments: tuple[Any, ...]) -> None:
             if event in CHANGING:
-                self.plain(f"{event} {Path(os.fsdecode(arguments[0])).name}")
+                self.before(f"{event} {Path(os.fsdecode(arguments[0])).name}")
 
         def write_bytes(path: Path, data: bytes | memoryview) -> int:
-            struck = self.meet(f"write {path.name}")
+            fails = self.count(f"write {path.name}")
             with path.open("wb") as file:
-                file.write(data[: len(data) // 2] if struck else data)
-            if struck:
-                self._strike()
+                file.write(data[: len(data) // 2] if fails else data)
+            if fails:
+                self._inject()
             return len(data)
 
         def fsync(descriptor: int, sync: Callable[[int], None] = os.fsync) -> None:
-            self.plain("fsync")
+            self.before("fsync")
             sync(descriptor)
 
         sys.addaudithook(audited)
         Path.write_bytes = write_bytes  # type: ignore[method-assign, assignment]
         os.fsync = fsync
 
-    def in_store(self) -> None:
-        """Watch every put and removal, before the store has it and after."""
-        ask = storage.asked
+    def watch_store(self) -> None:
+        """Intercept every put and removal, before and after the request."""
+        request = storage.request
 
-        def asked(filesystem: Any, method: str, *arguments: Any, **how: Any) -> Any:
+        def interrupted(filesystem: Any, method: str, *arguments: Any, **options: Any) -> Any:
             if method not in ("pipe_file", "rm"):
-                return ask(filesystem, method, *arguments, **how)
-            self.plain(f"before {method} {arguments[0]}")
-            result = ask(filesystem, method, *arguments, **how)
-            self.plain(f"after {method} {arguments[0]}")
+                return request(filesystem, method, *arguments, **options)
+            self.before(f"before {method} {arguments[0]}")
+            result = request(filesystem, method, *arguments, **options)
+            self.before(f"after {method} {arguments[0]}")
             return result
 
-        storage.asked = asked
+        storage.request = interrupted
 
 
-def share(step: int, rank: int, size: int = 5) -> CheckpointShard:
+def shard(step: int, rank: int, size: int = 5) -> CheckpointShard:
     parameters = {name: torch.full((size,), float(step)) for name in ("a", "b")}
     return CheckpointShard(
         step,
@@ -103,11 +104,11 @@ def share(step: int, rank: int, size: int = 5) -> CheckpointShard:
 
 
 def as_object_store() -> None:
-    """Let local folders be taken for a store whose files appear whole."""
+    """Make `Folder` treat local folders as an object store, whose writes are atomic."""
     from fsspec.implementations.local import LocalFileSystem
 
     storage.Folder.is_local = property(lambda _: False)  # type: ignore[method-assign, assignment]
-    storage.connected = lambda url: (LocalFileSystem(auto_mkdir=True), url)
+    storage.open_filesystem = lambda url: (LocalFileSystem(auto_mkdir=True), url)
 
 
 def kill() -> None:
@@ -115,25 +116,25 @@ def kill() -> None:
 
 
 def fail() -> None:
-    raise OSError(errno.EIO, "planted")
+    raise OSError(errno.EIO, "injected")
 
 
-def ranks_do(work: Callable[[ProcessGroup], None], meeting: Path) -> list[int]:
-    """Fork the ranks; their exit statuses."""
+def run_on_ranks(work: Callable[[ProcessGroup], None], rendezvous: Path) -> list[int]:
+    """Fork the ranks; returns their exit statuses."""
     children = []
     for rank in range(NUM_RANKS):
         child = os.fork()
         if not child:
-            _as_rank(work, rank, meeting)
+            _run_rank(work, rank, rendezvous)
         children.append(child)
     statuses = [os.waitpid(child, 0)[1] for child in children]
-    meeting.unlink(missing_ok=True)
+    rendezvous.unlink(missing_ok=True)
     return statuses
 
 
-def _as_rank(work: Callable[[ProcessGroup], None], rank: int, meeting: Path) -> NoReturn:
+def _run_rank(work: Callable[[ProcessGroup], None], rank: int, rendezvous: Path) -> NoReturn:
     try:
-        distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=NUM_RANKS)
+        distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=NUM_RANKS)
         work(ProcessGroup())
     except BaseException as error:
         print(f"rank {rank}: {error!r}", file=sys.stderr, flush=True)
@@ -142,26 +143,26 @@ def _as_rank(work: Callable[[ProcessGroup], None], rank: int, meeting: Path) -> 
 
 
 def save_one(url: str, group: ProcessGroup) -> None:
-    CheckpointManager(url, group, SETTINGS).save(share(1, group.rank))
+    CheckpointManager(url, group, SETTINGS).save(shard(1, group.rank))
 
 
-def save_struck(url: str, victim: int, at: int, kind: str, watch: str, group: ProcessGroup) -> None:
-    """Save a second checkpoint; the victim is struck. Who lives and was not left alone saves a third."""
+def save_with_fault(url: str, victim: int, at: int, kind: str, watch: str, group: ProcessGroup) -> None:
+    """Save a second checkpoint with a fault on the victim; after an error, save a third without."""
     checkpoints = CheckpointManager(url, group, SETTINGS)
-    operations = Operations(at if group.rank == victim else 0, kill if kind == "kill" else fail)
-    operations.on_disk() if watch == "disk" else operations.in_store()
+    faults = Faults(at if group.rank == victim else 0, kill if kind == "kill" else fail)
+    faults.watch_disk() if watch == "disk" else faults.watch_store()
     outcome = "written"
     try:
-        checkpoints.save(share(2, group.rank))
+        checkpoints.save(shard(2, group.rank))
     except UserError as error:
         outcome = str(error)
-    Path(f"{url}.{group.rank}.json").write_text(json.dumps({"names": operations.names, "outcome": outcome}))
-    operations.at = 0
+    Path(f"{url}.{group.rank}.json").write_text(json.dumps({"names": faults.names, "outcome": outcome}))
+    faults.at = 0
     if kind == "error":
-        checkpoints.save(share(3, group.rank))
+        checkpoints.save(shard(3, group.rank))
 
 
-def told(url: str, rank: int) -> dict[str, Any]:
+def result_of(url: str, rank: int) -> dict[str, Any]:
     result: dict[str, Any] = json.loads(Path(f"{url}.{rank}.json").read_text())
     return result
 
@@ -176,64 +177,66 @@ def check_resumable(url: str, expected: set[int]) -> None:
     assert snapshot.queue.shape == (4, 3)
 
 
-def strike_everywhere(folder: str, watch: str) -> None:
-    """Every operation of either rank, killed and failing; prints how many there were."""
+def fail_everywhere(folder: str, watch: str) -> None:
+    """Kill and fail either rank at every operation; prints the operations."""
     root = Path(folder)
     if watch == "store":
         as_object_store()
     first = root / "first"
-    assert ranks_do(partial(save_one, str(first)), root / "meeting") == [0, 0]
+    assert run_on_ranks(partial(save_one, str(first)), root / "rendezvous") == [0, 0]
     traced = shutil.copytree(first, root / "traced")
-    assert ranks_do(partial(save_struck, str(traced), 0, 0, "none", watch), root / "meeting") == [0, 0]
-    counts = [len(told(str(traced), rank)["names"]) for rank in range(NUM_RANKS)]
-    print(json.dumps({str(rank): told(str(traced), rank)["names"] for rank in range(NUM_RANKS)}))
+    assert run_on_ranks(partial(save_with_fault, str(traced), 0, 0, "none", watch), root / "rendezvous") == [0, 0]
+    counts = [len(result_of(str(traced), rank)["names"]) for rank in range(NUM_RANKS)]
+    print(json.dumps({str(rank): result_of(str(traced), rank)["names"] for rank in range(NUM_RANKS)}))
     for victim in range(NUM_RANKS):
-        for at in range(1, counts[victim] + 2):  # one more: either rank may be the one to make the folder
+        for at in range(1, counts[victim] + 2):  # one more: either rank may create the folder
             for kind in ("kill", "error"):
                 url = shutil.copytree(first, root / f"{victim}-{at}-{kind}")
-                statuses = ranks_do(partial(save_struck, str(url), victim, at, kind, watch), root / "meeting")
-                place = f"rank {victim}, {kind} at {at} of {told(str(traced), victim)['names']}"
+                statuses = run_on_ranks(
+                    partial(save_with_fault, str(url), victim, at, kind, watch), root / "rendezvous"
+                )
+                place = f"rank {victim}, {kind} at {at} of {result_of(str(traced), victim)['names']}"
                 try:
-                    check_struck(str(url), victim, kind, statuses)
+                    check_outcome(str(url), victim, kind, statuses)
                 except AssertionError as error:
                     raise AssertionError(f"{place}: {error}") from error
                 shutil.rmtree(url)
 
 
-def check_struck(url: str, victim: int, kind: str, statuses: list[int]) -> None:
+def check_outcome(url: str, victim: int, kind: str, statuses: list[int]) -> None:
     if kind == "kill":
         assert statuses[1 - victim] == 0
-        assert statuses[victim] == signal.SIGKILL or told(url, victim)["outcome"] == "written"
+        assert statuses[victim] == signal.SIGKILL or result_of(url, victim)["outcome"] == "written"
         check_resumable(url, {1, 2})
         return
     assert statuses == [0, 0]
-    outcomes = {told(url, rank)["outcome"] for rank in range(NUM_RANKS)}
+    outcomes = {result_of(url, rank)["outcome"] for rank in range(NUM_RANKS)}
     assert len(outcomes) == 1, outcomes
     check_resumable(url, {3})
     assert [path.name for path in Path(url).iterdir()] == ["step-000000003"]
 
 
 def fill_the_disk(folder: str) -> None:
-    """The second checkpoint does not fit; the third does once there is room."""
+    """The second checkpoint does not fit; the third fits after space is freed."""
     url, filler = f"{folder}/checkpoints", Path(folder, "filler")
 
     def save(group: ProcessGroup) -> None:
         checkpoints = CheckpointManager(url, group, CheckpointConfig())
-        checkpoints.save(share(1, group.rank))
+        checkpoints.save(shard(1, group.rank))
         group.barrier()
         if group.is_first:
             filler.write_bytes(bytes(600_000))
         group.barrier()
         with pytest.raises(UserError, match=r"step-000000002/.*no space left"):
-            checkpoints.save(share(2, group.rank, size=50_000))
+            checkpoints.save(shard(2, group.rank, size=50_000))
         group.barrier()
         assert CheckpointManager(url, group).latest() == (1, [])
         if group.is_first:
             filler.unlink()
         group.barrier()
-        checkpoints.save(share(3, group.rank))
+        checkpoints.save(shard(3, group.rank))
 
-    assert ranks_do(save, Path(folder, "meeting")) == [0, 0]
+    assert run_on_ranks(save, Path(folder, "rendezvous")) == [0, 0]
     check_resumable(url, {3})
     assert sorted(path.name for path in Path(url).iterdir()) == ["step-000000001", "step-000000003"]
 
@@ -248,10 +251,10 @@ def run(*arguments: object, before: tuple[object, ...] = ()) -> subprocess.Compl
 @pytest.mark.parametrize(
     ("watch", "kinds"), [("disk", {"write", "fsync", "os.rename", "os.remove", "os.mkdir"}), ("store", {"before"})]
 )
-def test_whatever_operation_of_saving_is_the_last_a_complete_checkpoint_is_resumed(
+def test_a_complete_checkpoint_is_usable_after_a_fault_at_any_operation(
     tmp_path: Path, watch: str, kinds: set[str]
 ) -> None:
-    result = run("strike_everywhere", tmp_path, watch)
+    result = run("fail_everywhere", tmp_path, watch)
     assert result.returncode == 0, result.stderr[-3000:]
     names = json.loads(result.stdout)
     for of_rank in names.values():
@@ -260,7 +263,7 @@ def test_whatever_operation_of_saving_is_the_last_a_complete_checkpoint_is_resum
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before_and_room_lets_the_next_one_in(
+def test_a_full_disk_leaves_the_previous_checkpoint_and_the_next_succeeds_once_space_is_freed(
     tmp_path: Path,
 ) -> None:
     mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs -o size=800k none "$0" && exec "$@"']

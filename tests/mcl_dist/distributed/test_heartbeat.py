@@ -13,26 +13,24 @@ def stale(*_: object) -> int:
     raise OSError(errno.ESTALE, "Stale file handle")
 
 
-def test_a_look_that_a_network_disk_fails_once_does_not_end_the_beats(tmp_path: Path) -> None:
-    looks = iter([stale, lambda: None])
-    seen: list[str] = []
+def test_a_callback_that_fails_once_on_a_network_disk_does_not_end_the_heartbeat(tmp_path: Path) -> None:
+    outcomes = iter([stale, lambda: None])
+    calls: list[str] = []
     heartbeat = Heartbeat(tmp_path, rank=3)
-    heartbeat.at_every_beat(lambda: next(looks)())
-    heartbeat.at_every_beat(lambda: seen.append("another look"))
+    heartbeat.on_beat(lambda: next(outcomes)())
+    heartbeat.on_beat(lambda: calls.append("another callback"))
     for _ in range(2):
-        heartbeat._beat()
-    assert len(seen) == 2
+        heartbeat.beat()
+    assert len(calls) == 2
     assert [beat.rank for beat in read_beats(tmp_path)] == [3]
 
 
-def test_a_beat_that_cannot_be_written_is_made_up_for_by_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_next_beat_is_written_after_one_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heartbeat = Heartbeat(tmp_path)
     with monkeypatch.context() as broken:
         broken.setattr(os, "pwrite", stale)
-        heartbeat._beat()
+        heartbeat.beat()
     assert read_beats(tmp_path) == []
-    heartbeat.enters(STEPPING)
-    heartbeat._beat()
+    heartbeat.enter_phase(STEPPING)
+    heartbeat.beat()
     assert [beat.phase for beat in read_beats(tmp_path)] == [STEPPING]

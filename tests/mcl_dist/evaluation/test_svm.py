@@ -6,7 +6,7 @@ from sklearn.svm import LinearSVC
 
 from mcl_dist.errors import UserError
 from mcl_dist.evaluation.features import Features
-from mcl_dist.evaluation.svm import SvmConfig, svm_answers
+from mcl_dist.evaluation.svm import SvmConfig, svm_predictions
 
 
 def _clusters(num_classes: int, seed: int, spread: float = 1.0) -> Features:
@@ -17,21 +17,21 @@ def _clusters(num_classes: int, seed: int, spread: float = 1.0) -> Features:
 
 
 @pytest.mark.parametrize("num_classes", [2, 6])
-def test_separable_classes_are_told_apart(num_classes: int) -> None:
-    answers = svm_answers(_clusters(num_classes, seed=0), _clusters(num_classes, seed=1), SvmConfig())
-    assert answers.hits["top1"].all()
-    assert answers.hits["top5"].all()
+def test_separable_classes_are_classified_without_error(num_classes: int) -> None:
+    predictions = svm_predictions(_clusters(num_classes, seed=0), _clusters(num_classes, seed=1), SvmConfig())
+    assert predictions.hits["top1"].all()
+    assert predictions.hits["top5"].all()
 
 
-def test_its_answers_are_those_of_scikit_learn_itself() -> None:
+def test_predictions_equal_those_of_scikit_learn() -> None:
     train, test = _clusters(6, seed=0, spread=4), _clusters(6, seed=1, spread=4)
-    direct = LinearSVC(C=0.5, random_state=0, max_iter=10_000).fit(train.vectors, train.labels)
-    answers = svm_answers(train, test, SvmConfig(cost=0.5))
-    assert np.array_equal(answers.chosen, direct.predict(test.vectors))
-    assert answers.hits["top1"].mean() == direct.score(test.vectors, test.labels)
-    assert 0.3 < answers.hits["top1"].mean() < 1
+    svm = LinearSVC(C=0.5, random_state=0, max_iter=10_000).fit(train.vectors, train.labels)
+    predictions = svm_predictions(train, test, SvmConfig(cost=0.5))
+    assert np.array_equal(predictions.predicted, svm.predict(test.vectors))
+    assert predictions.hits["top1"].mean() == svm.score(test.vectors, test.labels)
+    assert 0.3 < predictions.hits["top1"].mean() < 1
 
 
-def test_one_class_is_refused() -> None:
+def test_a_training_set_with_one_class_is_rejected() -> None:
     with pytest.raises(UserError, match="fewer than two classes"):
-        svm_answers(_clusters(1, seed=0), _clusters(1, seed=1), SvmConfig())
+        svm_predictions(_clusters(1, seed=0), _clusters(1, seed=1), SvmConfig())

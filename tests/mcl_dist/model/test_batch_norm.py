@@ -1,4 +1,4 @@
-"""BatchNorm over the clips of all ranks against one rank that has them all, on gloo."""
+"""Synchronised BatchNorm on gloo ranks equals BatchNorm over the whole batch on one rank."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mcl_dist.objective.negative_queue import NegativeQueue
 from mcl_dist.objective.objective import LossWeights, Objective
 from mcl_dist.run_log.listeners import MetricsFile
 from mcl_dist.training.deepspeed_engine import OptimizerConfig
-from tests.support.gloo_runs import STEPS, joined, noise, put_together
+from tests.support.gloo_runs import STEPS, build_trainer, join_ranks, noise
 
 GLOBAL_BATCH, DIM = 8, 8
 
@@ -34,7 +34,7 @@ def small_network(batch_norm: str, *, checkpointing: bool = False) -> Network:
 
 
 def backward(network: Network, own: slice) -> torch.Tensor:
-    """Loss of some of the global batch's videos, gradients left in the network."""
+    """Loss of some of the global batch's videos; the network keeps the gradients."""
     draws = torch.Generator().manual_seed(1)
     clips = torch.randn(GLOBAL_BATCH, 3, 8, 32, 32, generator=draws, dtype=torch.float64)
     motion = torch.rand(GLOBAL_BATCH, 2, 4, 4, generator=draws, dtype=torch.float64)
@@ -42,58 +42,58 @@ def backward(network: Network, own: slice) -> torch.Tensor:
     queue = NegativeQueue(normalize(torch.randn(50, DIM, generator=draws, dtype=torch.float64), dim=-1))
     order = torch.arange(GLOBAL_BATCH) % 2
     objective = Objective(network, temperature=0.1)
-    loss = objective(clips[own], Keys(*vectors).of(own), queue, motion[own], order[own], LossWeights(1.0, 2.0, 0.5))
+    loss = objective(clips[own], Keys(*vectors).select(own), queue, motion[own], order[own], LossWeights(1.0, 2.0, 0.5))
     loss.backward()
     return loss.detach()
 
 
-def share(group: ProcessGroup) -> slice:
+def rank_slice(group: ProcessGroup) -> slice:
     size = GLOBAL_BATCH // group.size
     return slice(size * group.rank, size * (group.rank + 1))
 
 
-def gradients_are_those_of_the_whole_batch(*changes: str) -> None:
+def check_gradients_against_the_whole_batch(*changes: str) -> None:
     distributed.init_process_group("gloo")
     group = ProcessGroup()
     whole = small_network("local")
     loss = backward(whole, slice(None))
-    parts = small_network("synchronized", checkpointing="checkpointing" in changes)
+    synchronized = small_network("synchronized", checkpointing="checkpointing" in changes)
     if "compiled" in changes:
-        parts.encoder.compile(backend="aot_eager")
-    torch.testing.assert_close(group.mean(backward(parts, share(group))), loss, rtol=0, atol=1e-10)
-    for (name, one), all_of_it in zip(parts.named_parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(group.mean(one.grad), all_of_it.grad, rtol=0, atol=1e-10, msg=name)
-    for (name, one), all_of_it in zip(parts.named_buffers(), whole.buffers(), strict=True):
-        torch.testing.assert_close(one, all_of_it, rtol=0, atol=1e-10, msg=name)
+        synchronized.encoder.compile(backend="aot_eager")
+    torch.testing.assert_close(group.mean(backward(synchronized, rank_slice(group))), loss, rtol=0, atol=1e-10)
+    for (name, actual), expected in zip(synchronized.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(group.mean(actual.grad), expected.grad, rtol=0, atol=1e-10, msg=name)
+    for (name, actual), expected in zip(synchronized.named_buffers(), whole.buffers(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10, msg=name)
 
 
-def keys_are_those_of_the_whole_batch() -> None:
+def check_keys_against_the_whole_batch() -> None:
     distributed.init_process_group("gloo")
     group = ProcessGroup()
     views = torch.randint(0, 256, (GLOBAL_BATCH, 4, 4, 16, 16, 3), dtype=torch.uint8)
     distributed.broadcast(views, src=0)
-    own = share(group)
+    own = rank_slice(group)
     keys = MomentumEncoder(small_network("synchronized"), group, seed=0, autocast=False).encode(views[own], step=3)
-    alone = ProcessGroup()
-    alone.rank, alone.count = 0, 1
-    expected = MomentumEncoder(small_network("local"), alone, seed=0, autocast=False).encode(views, step=3)
+    single = ProcessGroup()
+    single.rank, single.size = 0, 1
+    expected = MomentumEncoder(small_network("local"), single, seed=0, autocast=False).encode(views, step=3)
     torch.testing.assert_close(keys.inter_all, expected.inter, rtol=0, atol=1e-10)
-    for one, all_of_it in zip(keys[:3], expected[:3], strict=True):
-        torch.testing.assert_close(one, all_of_it[:, own], rtol=0, atol=1e-10)
+    for actual, whole in zip(keys[:3], expected[:3], strict=True):
+        torch.testing.assert_close(actual, whole[:, own], rtol=0, atol=1e-10)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "changes"), [(2, ["checkpointing"]), (2, ["checkpointing", "compiled"]), (4, [])])
-def test_a_synchronised_step_is_that_of_the_whole_batch(
+def test_a_synchronised_step_equals_a_step_on_the_whole_batch(
     run_ranks: Callable[..., None], count: int, changes: list[str]
 ) -> None:
-    run_ranks(__file__, gradients_are_those_of_the_whole_batch.__name__, count, *changes)
+    run_ranks(__file__, check_gradients_against_the_whole_batch.__name__, count, *changes)
 
 
 def train(folder: str) -> None:
-    group = joined()
+    group = join_ranks()
     config = OptimizerConfig(learning_rate=0.01, zero_stage=1)
-    trainer = put_together(folder, group, config, lambda start: noise(group, start), batch_norm="synchronized")
+    trainer = build_trainer(folder, group, config, lambda start: noise(group, start), batch_norm="synchronized")
     if group.is_first:
         trainer.listeners = [MetricsFile(Path(folder) / "metrics.jsonl")]
         trainer.listeners[0](Started(0, STEPS, None))
@@ -101,7 +101,7 @@ def train(folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_synchronised_run_has_the_losses_of_any_number_of_ranks(
+def test_the_losses_of_a_synchronised_run_do_not_depend_on_the_number_of_ranks(
     run_ranks: Callable[..., None], tmp_path: Path
 ) -> None:
     losses = {}
@@ -116,11 +116,11 @@ def test_a_synchronised_run_has_the_losses_of_any_number_of_ranks(
 
 
 @pytest.mark.slow
-def test_synchronised_keys_are_those_of_the_whole_batch(run_ranks: Callable[..., None]) -> None:
-    run_ranks(__file__, keys_are_those_of_the_whole_batch.__name__, 2)
+def test_synchronised_keys_equal_those_of_the_whole_batch(run_ranks: Callable[..., None]) -> None:
+    run_ranks(__file__, check_keys_against_the_whole_batch.__name__, 2)
 
 
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])
     distributed.barrier()
-    os._exit(0)  # tearing gloo down aborts now and then
+    os._exit(0)  # gloo's teardown sometimes aborts

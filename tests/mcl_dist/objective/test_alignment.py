@@ -4,7 +4,7 @@ import torch
 
 from mcl_dist.model.encoder import EncoderConfig
 from mcl_dist.model.network import HeadsConfig, Network, NetworkOutput
-from mcl_dist.objective.alignment import align, alignment_map, similarity_gradient
+from mcl_dist.objective.alignment import align, alignment_map, automatic_gradient, similarity_gradient
 
 
 def small_network() -> Network:
@@ -20,9 +20,7 @@ def forward(network: Network) -> tuple[NetworkOutput, torch.Tensor]:
 
 
 def automatic(network: Network, output: NetworkOutput, key: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
-    similarity = (output.inter.vector * key).sum()
-    (gradient,) = torch.autograd.grad(similarity, output.features.projected, create_graph=True)
-    return gradient
+    return automatic_gradient(output, key, output.features.projected)
 
 
 def test_the_closed_form_equals_automatic_differentiation() -> None:
@@ -33,7 +31,7 @@ def test_the_closed_form_equals_automatic_differentiation() -> None:
     )
 
 
-def test_the_closed_forms_loss_has_the_gradients_of_double_backward() -> None:
+def test_the_closed_form_gives_the_loss_gradients_of_double_backward() -> None:
     targets = torch.rand(3, 2, 2, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     gradients = []
     for method in (similarity_gradient, automatic):
@@ -41,25 +39,25 @@ def test_the_closed_forms_loss_has_the_gradients_of_double_backward() -> None:
         output, key = forward(network)
         align(alignment_map(method(network, output, key)), targets).loss.backward()
         gradients.append({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
-    closed, oracle = gradients
-    assert set(oracle) <= set(closed)
-    for name, gradient in closed.items():
-        expected = oracle.get(name, torch.zeros_like(gradient))
+    closed_form, double_backward = gradients
+    assert set(double_backward) <= set(closed_form)
+    for name, gradient in closed_form.items():
+        expected = double_backward.get(name, torch.zeros_like(gradient))
         torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-12, msg=name)
 
 
-def test_maps_equal_to_their_targets_cost_nothing() -> None:
+def test_the_loss_of_maps_proportional_to_their_targets_is_zero() -> None:
     maps = torch.rand(2, 4, 7, 7, generator=torch.Generator().manual_seed(3)) + 0.1
     assert align(maps, 3 * maps).loss.abs() < 1e-6
 
 
-def test_the_loss_does_not_depend_on_how_small_the_maps_are() -> None:
+def test_the_loss_does_not_depend_on_the_scale_of_the_maps() -> None:
     generator = torch.Generator().manual_seed(4)
     maps, targets = torch.rand(2, 4, 7, 7, generator=generator), torch.rand(2, 4, 7, 7, generator=generator)
     torch.testing.assert_close(align(1e-10 * maps, targets).loss, align(maps, targets).loss)
 
 
-def test_channels_are_weighted_by_their_own_frames_mean() -> None:
+def test_channels_are_weighted_by_their_spatial_mean_per_frame() -> None:
     gradient = torch.zeros(1, 1, 2, 1, 2)
     gradient[0, 0, 0] = torch.tensor([[1.0, 3.0]])
     gradient[0, 0, 1] = torch.tensor([[-1.0, 2.0]])

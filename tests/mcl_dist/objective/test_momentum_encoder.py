@@ -5,7 +5,7 @@ import torch
 from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.model.encoder import EncoderConfig
 from mcl_dist.model.network import HeadsConfig, Network
-from mcl_dist.objective.momentum_encoder import MomentumEncoder
+from mcl_dist.objective.momentum_encoder import MomentumEncoder, shuffle_permutation
 
 
 def network() -> Network:
@@ -13,7 +13,7 @@ def network() -> Network:
     return Network(EncoderConfig(width=4, blocks=(1,)), HeadsConfig(dim=8)).train()
 
 
-def test_every_parameter_moves_by_the_complement_of_the_momentum() -> None:
+def test_an_update_moves_every_parameter_by_one_minus_momentum() -> None:
     query = network()
     momentum = MomentumEncoder(query, ProcessGroup(), seed=0, autocast=False)
     before = [p.clone() for p in momentum.network.parameters()]
@@ -25,7 +25,7 @@ def test_every_parameter_moves_by_the_complement_of_the_momentum() -> None:
         torch.testing.assert_close(new, old + 1.0)
 
 
-def test_a_skipped_step_leaves_the_average_alone() -> None:
+def test_a_skipped_step_does_not_change_the_moving_average() -> None:
     query = network()
     momentum = MomentumEncoder(query, ProcessGroup(), seed=0, autocast=False)
     before = [p.clone() for p in momentum.network.parameters()]
@@ -38,7 +38,7 @@ def test_a_skipped_step_leaves_the_average_alone() -> None:
     torch.testing.assert_close(list(momentum.network.parameters()), [old + 1.0 for old in before])
 
 
-def test_keys_are_unit_vectors_of_the_three_key_views_without_gradient() -> None:
+def test_keys_are_unit_vectors_of_the_three_key_views_without_gradients() -> None:
     momentum = MomentumEncoder(network(), ProcessGroup(), seed=0, autocast=False)
     views = torch.randint(0, 256, (3, 4, 4, 16, 16, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     keys = momentum.encode(views, step=0)
@@ -51,15 +51,14 @@ def test_keys_are_unit_vectors_of_the_three_key_views_without_gradient() -> None
     torch.testing.assert_close(momentum.encode(changed, step=0).inter, keys.inter)
 
 
-def test_what_a_rank_computes_is_told_apart_from_what_ranks_exchange() -> None:
+def test_encoding_and_exchange_are_separate_phases() -> None:
     momentum = MomentumEncoder(network(), ProcessGroup(), seed=0, autocast=False)
     phases: list[str] = []
     momentum.encode(torch.zeros(2, 4, 4, 16, 16, 3, dtype=torch.uint8), 0, phases.append)
     assert phases == ["keys", "keys", "keys", "exchange"]
 
 
-def test_the_shuffle_changes_with_the_step_and_the_key() -> None:
-    momentum = MomentumEncoder(network(), ProcessGroup(), seed=0, autocast=False)
-    shuffles = [momentum._permutation(64, step, key).tolist() for step in range(2) for key in range(3)]
+def test_the_shuffle_differs_by_step_and_key() -> None:
+    shuffles = [shuffle_permutation(64, 0, step, key).tolist() for step in range(2) for key in range(3)]
     assert len({tuple(shuffle) for shuffle in shuffles}) == 6
     assert all(sorted(shuffle) == list(range(64)) for shuffle in shuffles)

@@ -1,4 +1,4 @@
-"""The objective with the alignment in closed form, against automatic differentiation, in float64."""
+"""The objective with the alignment in closed form equals automatic differentiation, in float64."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Step(NamedTuple):
     statistics: dict[str, torch.Tensor]
 
 
-def small_network(**settings: object) -> Network:
+def small_network(**config: object) -> Network:
     torch.manual_seed(0)
-    return Network(EncoderConfig(width=4, blocks=(1, 1), **settings), HeadsConfig(dim=DIM)).double().train()
+    return Network(EncoderConfig(width=4, blocks=(1, 1), **config), HeadsConfig(dim=DIM)).double().train()
 
 
 def unit(*shape: int, seed: int) -> torch.Tensor:
@@ -41,7 +41,7 @@ def backward(
     compiled: Callable[[Objective], Callable[..., torch.Tensor]] = lambda objective: objective,
     layer: str | None = None,
 ) -> Step:
-    """Loss, gradients and statistics of one step over a batch that comes in equal parts."""
+    """Loss, gradients and statistics of one step over a batch in equal parts."""
     draws = torch.Generator().manual_seed(1)
     clips = torch.randn(BATCH, 3, 8, 32, 32, generator=draws, dtype=torch.float64)
     motion = torch.rand(BATCH, 2, 4, 4, generator=draws, dtype=torch.float64)
@@ -52,7 +52,7 @@ def backward(
     total = torch.zeros((), dtype=torch.float64)
     for start in range(0, BATCH, BATCH // parts):
         own = slice(start, start + BATCH // parts)
-        loss = objective(clips[own], keys.of(own), queue, motion[own], order[own], WEIGHTS) / parts
+        loss = objective(clips[own], keys.select(own), queue, motion[own], order[own], WEIGHTS) / parts
         loss.backward()
         total += loss.detach()
     gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
@@ -67,15 +67,15 @@ def check_equal(actual: Step, expected: Step) -> None:
             torch.testing.assert_close(getattr(actual, kind)[name], tensor, rtol=0, atol=1e-10, msg=name)
 
 
-def test_the_closed_form_has_the_loss_and_gradients_of_double_backward() -> None:
+def test_the_closed_form_equals_double_backward_in_loss_and_gradients() -> None:
     check_equal(backward(small_network()), backward(small_network(), layer=LAST))
 
 
-def test_so_it_has_with_activations_computed_again() -> None:
+def test_the_closed_form_equals_double_backward_with_activation_checkpointing() -> None:
     check_equal(backward(small_network(checkpointing=True)), backward(small_network(), layer=LAST))
 
 
-def test_so_it_has_with_the_batch_in_parts() -> None:
+def test_the_closed_form_equals_double_backward_with_gradient_accumulation() -> None:
     check_equal(backward(small_network(), parts=2), backward(small_network(), parts=2, layer=LAST))
 
 
@@ -83,7 +83,7 @@ def test_so_it_has_with_the_batch_in_parts() -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "checkpointing"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)])
-def test_so_it_has_compiled(backend: str, checkpointing: bool) -> None:
+def test_the_closed_form_equals_double_backward_when_compiled(backend: str, checkpointing: bool) -> None:
     torch.compiler.reset()
     network = small_network(checkpointing=checkpointing)
     compiled = backward(network, compiled=lambda objective: torch.compile(objective, backend=backend))
@@ -93,7 +93,7 @@ def test_so_it_has_compiled(backend: str, checkpointing: bool) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.slow
-def test_only_the_queue_interrupts_the_compiled_objective() -> None:
+def test_only_the_queue_breaks_the_graph_of_the_compiled_objective() -> None:
     torch.compiler.reset()
     network = small_network()
     graphs: list[torch.fx.GraphModule] = []
@@ -103,10 +103,10 @@ def test_only_the_queue_interrupts_the_compiled_objective() -> None:
         return graph.forward
 
     backward(network, compiled=lambda objective: torch.compile(objective, backend=counting))
-    assert len(graphs) == 3  # up to the log-sum-exp, up to the mean of the queue, and what is left
+    assert len(graphs) == 3  # before the log-sum-exp, before the mean of the queue, and after it
 
 
-def test_another_layer_of_another_grid_can_be_looked_at() -> None:
+def test_the_alignment_can_use_a_layer_with_another_grid() -> None:
     step = backward(small_network(), layer="layer1.0.conv3")
     other = backward(small_network())
     assert step.loss.isfinite()
@@ -114,22 +114,23 @@ def test_another_layer_of_another_grid_can_be_looked_at() -> None:
     assert all(gradient.isfinite().all() for gradient in step.gradients.values())
 
 
-def test_a_layer_that_is_not_there_is_refused_with_what_is_near() -> None:
-    with pytest.raises(ConfigError, match=r"objective\.alignment_layer: .* no `layer2\.0\.conv9`.*layer2\.0\.conv3"):
+def test_an_unknown_layer_is_rejected_with_similar_names() -> None:
+    message = r"objective\.alignment_layer: .* no layer `layer2\.0\.conv9`.*layer2\.0\.conv3"
+    with pytest.raises(ConfigError, match=message):
         Objective(small_network(), temperature=0.1, alignment_layer="layer2.0.conv9")
 
 
-def test_synchronised_batch_norm_goes_with_the_closed_form_alone() -> None:
+def test_synchronised_batch_norm_supports_only_the_closed_form() -> None:
     with pytest.raises(ConfigError, match="cannot be differentiated twice"):
         Objective(small_network(batch_norm="synchronized"), temperature=0.1, alignment_layer=LAST)
 
 
-def test_autocast_to_bfloat16_stays_near_float32() -> None:
+def test_autocast_to_bfloat16_is_close_to_float32() -> None:
     losses = []
     for autocast in (False, True):
         network = small_network().float()
         draws = torch.Generator().manual_seed(1)
-        # 16 frames: PyTorch's bfloat16 gradients on CPUs are wrong where 8 leave the last maps 2 of them.
+        # 16 frames: with 8, the last maps have 2 frames, for which PyTorch's bfloat16 gradients on CPUs are wrong.
         clips, motion = torch.randn(BATCH, 3, 16, 32, 32, generator=draws), torch.rand(BATCH, 4, 4, 4, generator=draws)
         keys = Keys(*(unit(3, BATCH, DIM, seed=seed).float() for seed in (2, 3, 4, 2)))
         queue = NegativeQueue(unit(50, DIM, seed=5).float())

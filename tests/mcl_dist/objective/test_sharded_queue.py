@@ -1,4 +1,4 @@
-"""The sharded queue against the replicated one, on gloo."""
+"""The sharded queue equals the replicated one, on gloo ranks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import distributed
 from torch.nn.functional import normalize
 
 from mcl_dist.distributed.process_group import ProcessGroup
-from mcl_dist.objective.losses import inter_loss, own_similarities
+from mcl_dist.objective.losses import inter_loss, key_similarities
 from mcl_dist.objective.negative_queue import NegativeQueue
 
-SIZE, DIM, BATCH, STEPS = 101, 8, 5, 4  # no number of ranks divides 101, nor does it hold whole steps' keys
+SIZE, DIM, BATCH, STEPS = 101, 8, 5, 4  # 101 is not divisible by the number of ranks or of keys per step
 
 
 def unit(*shape: int, seed: int) -> torch.Tensor:
@@ -23,7 +23,7 @@ def unit(*shape: int, seed: int) -> torch.Tensor:
 
 
 def sharded_equals_replicated() -> None:
-    """Over several steps, past the end of the ring: losses, gradients, contents, and the way into another queue."""
+    """Compare losses, gradients, contents and loading over several steps, past the end of the ring."""
     distributed.init_process_group("gloo")
     group = ProcessGroup()
     own = slice(BATCH * group.rank, BATCH * (group.rank + 1))
@@ -35,7 +35,7 @@ def sharded_equals_replicated() -> None:
         losses, gradients = [], []
         for queue in queues:
             queries = unit(BATCH * group.size, DIM, seed=20 + step)[own].requires_grad_()
-            loss = inter_loss(own_similarities(queries, keys[:, own]), queue.against(queries, 0.1), 0.1)
+            loss = inter_loss(key_similarities(queries, keys[:, own]), queue.log_sum_exp(queries, 0.1), 0.1)
             loss.backward()
             losses.append(loss.detach())
             gradients.append(queries.grad)
@@ -44,7 +44,7 @@ def sharded_equals_replicated() -> None:
         torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
         torch.testing.assert_close(*(queue.mean() for queue in queues))
     sharded, replicated = queues
-    assert torch.equal(sharded.share(), replicated.share())
+    assert torch.equal(sharded.shard(), replicated.shard())
     assert sharded.position == replicated.position == (90 + STEPS * 3 * BATCH * group.size) % SIZE
     resumed = NegativeQueue(start, group=group, sharded=True)
     resumed.load(replicated.vectors, replicated.position)
@@ -60,4 +60,4 @@ def test_a_sharded_queue_equals_a_replicated_one(run_ranks: Callable[..., None],
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])
     distributed.barrier()
-    os._exit(0)  # tearing gloo down aborts now and then
+    os._exit(0)  # gloo's teardown sometimes aborts

@@ -1,4 +1,4 @@
-"""What a run's time went into, told from its files by a clock that the tests move."""
+"""Goodput of runs and restarts, with simulated time."""
 
 from __future__ import annotations
 
@@ -18,40 +18,41 @@ STEPS, STEP_SECONDS = 6, 2.0
 
 @dataclass
 class Run:
-    """A run that starts again and again in one folder."""
+    """A run that can restart in its folder; `now` is the simulated time."""
 
     folder: Path
     now: float = 100.0
-    told: list[Event] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
 
-    def start(self, step: int, takes: float = 10.0, cause: str = "") -> None:
+    def start(self, step: int, startup_seconds: float = 10.0, cause: str = "") -> None:
         """Start from the checkpoint of a step."""
-        birth = StartInfo(self.now, cause, "rank 1 was ended by SIGKILL", attempt=1) if cause else StartInfo(self.now)
-        self.now += takes
+        restart = {"cause": cause, "reason": "rank 1 was ended by SIGKILL", "attempt": 1} if cause else {}
+        start_info = StartInfo(self.now, **restart)
+        self.now += startup_seconds
         files = [EventLog(self.folder / "log.jsonl"), MetricsFile(self.folder / "metrics.jsonl")]
-        ledger = GoodputTracker(self.folder, [*files, self.told.append], birth, clock=lambda: self.now)
-        self.listeners = [*files, ledger]
-        self.tell(Started(step, STEPS, None))
+        tracker = GoodputTracker(self.folder, [*files, self.events.append], start_info, now=lambda: self.now)
+        self.listeners = [*files, tracker]
+        self.emit(Started(step, STEPS, None))
 
     def train(self, first: int, last: int, *, taken: bool = True) -> None:
-        """Do steps, the first and the last ones included."""
+        """Do the steps `first` to `last`, both included."""
         for step in range(first, last + 1):
             self.now += STEP_SECONDS
-            self.tell(StepDone(step, 0, STEPS, {"loss": 1.0}, 0.1, 4, STEP_SECONDS, 0.0, taken=taken))
+            self.emit(StepDone(step, 0, STEPS, {"loss": 1.0}, 0.1, 4, STEP_SECONDS, 0.0, taken=taken))
 
     def save(self, step: int, stall: float) -> None:
-        """Write a checkpoint, for which training stands still."""
+        """Write a checkpoint that blocks training for `stall` seconds."""
         self.now += stall
-        self.tell(CheckpointWritten(step, "somewhere", stall, stall, 1))
+        self.emit(CheckpointWritten(step, "somewhere", stall, stall, 1))
 
-    def tell(self, event: Event) -> None:
-        """Have all listeners hear of it."""
+    def emit(self, event: Event) -> None:
+        """Pass an event to all listeners."""
         for listener in self.listeners:
             listener(event)
 
     def last(self, kind: type[Event]) -> Event:
-        """What the ledger told last, of a kind."""
-        return [event for event in self.told if isinstance(event, kind)][-1]
+        """The newest event of a kind from the tracker."""
+        return [event for event in self.events if isinstance(event, kind)][-1]
 
 
 @pytest.fixture
@@ -61,28 +62,28 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     return run
 
 
-def test_a_run_that_nothing_hurts_loses_its_start_and_its_checkpoints(run: Run) -> None:
+def test_an_undisturbed_run_loses_startup_checkpoints_and_skipped_steps(run: Run) -> None:
     run.start(0)
     run.train(1, 5)
     run.save(5, stall=3.0)
     run.train(6, 6, taken=False)
-    run.tell(Finished(STEPS, 0))
+    run.emit(Finished(STEPS, 0))
     lost = {"starting": 10.0, "checkpoint": 3.0, "skipped": 2.0, "other": 0.0}
     assert run.last(Accounts) == Accounts(10 / 25, 25.0, 10.0, lost, {})
 
 
-def test_time_for_which_a_step_stands_still_for_a_checkpoint_is_counted_once(run: Run) -> None:
+def test_a_checkpoints_stall_is_counted_once(run: Run) -> None:
     run.start(0)
     run.now += 3.0
-    run.tell(StepDone(1, 0, STEPS, {"loss": 1.0}, 0.1, 4, 3.0, 0.0, phases={"forward": 2.0, "checkpoint": 1.0}))
-    run.tell(CheckpointWritten(1, "somewhere", 2.0, stall_seconds=1.0, bytes=1))
-    run.tell(Finished(STEPS, 0))
+    run.emit(StepDone(1, 0, STEPS, {"loss": 1.0}, 0.1, 4, 3.0, 0.0, phases={"forward": 2.0, "checkpoint": 1.0}))
+    run.emit(CheckpointWritten(1, "somewhere", 2.0, stall_seconds=1.0, bytes=1))
+    run.emit(Finished(STEPS, 0))
     accounts = run.last(Accounts)
     assert isinstance(accounts, Accounts)
     assert (accounts.productive_seconds, accounts.lost_seconds["checkpoint"]) == (2.0, 1.0)
 
 
-def test_steps_that_are_repeated_count_once_and_what_was_lost_has_its_cause(run: Run) -> None:
+def test_repeated_steps_count_once_and_lost_time_has_its_cause(run: Run) -> None:
     run.start(0)
     run.train(1, 2)
     run.save(2, stall=0.5)
@@ -92,14 +93,14 @@ def test_steps_that_are_repeated_count_once_and_what_was_lost_has_its_cause(run:
     restarted = run.last(Restarted)
     assert restarted == Restarted(
         "killed", 1, 26.0, "rank 1 was ended by SIGKILL", 2
-    )  # since step 2, whose save is in it
+    )  # since step 2, including its checkpoint
     run.train(3, 6)
-    run.tell(Finished(STEPS, 0))
+    run.emit(Finished(STEPS, 0))
     lost = {"starting": 10.0, "killed": 26.0, "other": 0.0}
     assert run.last(Accounts) == Accounts(12 / 48, 48.0, 12.0, lost, {"killed": 1})
 
 
-def test_a_run_that_goes_back_twice_to_one_checkpoint_loses_no_second_twice(run: Run) -> None:
+def test_two_restarts_from_one_checkpoint_lose_no_second_twice(run: Run) -> None:
     run.start(0)
     run.train(1, 4)
     for cause in ("killed", "hang"):
@@ -112,27 +113,28 @@ def test_a_run_that_goes_back_twice_to_one_checkpoint_loses_no_second_twice(run:
     assert accounts.lost_seconds == {"starting": 10.0, "hang": accounts.wall_seconds - 14.0, "other": 0.0}
 
 
-def test_a_start_by_hand_is_booked_by_how_the_run_before_it_ended(run: Run) -> None:
+def test_a_manual_restart_has_its_cause_from_the_end_of_the_previous_run(run: Run) -> None:
     run.start(0)
     run.train(1, 2)
-    run.tell(Stopping(2, "SIGTERM at rank 0"))
+    run.emit(Stopping(2, "SIGTERM at rank 0"))
     run.now += 90.0
     run.start(2)
     assert (run.last(Restarted).cause, run.last(Restarted).lost_seconds) == ("stopped", 100.0)
+    assert run.last(Restarted).reason == "the previous run stopped"
     run.train(3, 3)
     run.start(2)
-    assert run.last(Restarted).cause == "outage"
+    assert (run.last(Restarted).cause, run.last(Restarted).reason) == ("outage", "an unexpected exit")
     assert run.last(Accounts).restarts == {"stopped": 1, "outage": 1}
 
 
-def test_half_a_line_that_a_full_disk_has_left_does_not_keep_a_run_from_going_on(run: Run) -> None:
+def test_incomplete_lines_from_a_full_disk_do_not_prevent_a_restart(run: Run) -> None:
     run.start(0)
     run.train(1, 2)
     log = run.folder / "log.jsonl"
     log.write_text(log.read_text() + '{"time": 1.0, "event": "Che{"time": 2.0, "event": "Started", "step": 1}\n{"ti')
     run.start(2, cause="error")
     run.train(3, 6)
-    run.tell(Finished(STEPS, 0))
+    run.emit(Finished(STEPS, 0))
     accounts = run.last(Accounts)
     assert isinstance(accounts, Accounts)
     assert accounts.restarts == {"error": 1}

@@ -15,7 +15,7 @@ def weight_and_bias() -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
     return weight, bias
 
 
-def test_two_steps_are_those_of_the_paper() -> None:
+def test_two_steps_equal_the_formula_of_the_paper() -> None:
     weight, bias = weight_and_bias()
     rate, momentum, decay = 0.5, 0.9, 0.1
     expected, velocity = weight.detach().clone(), torch.zeros(3, 4)
@@ -40,14 +40,14 @@ def test_biases_and_batch_norm_take_plain_momentum_sgd_without_decay() -> None:
     torch.testing.assert_close(bias, plain)
 
 
-def test_a_parameter_of_zeros_moves_at_the_global_rate() -> None:
+def test_a_zero_parameter_moves_at_the_global_rate() -> None:
     weight = torch.nn.Parameter(torch.zeros(2, 2))
     weight.grad = torch.ones(2, 2)
     LARS([weight], lr=0.5, momentum=0.0, weight_decay=0.1).step()
     torch.testing.assert_close(weight.detach(), torch.full((2, 2), -0.5))
 
 
-def test_what_is_not_finite_changes_nothing() -> None:
+def test_a_non_finite_gradient_changes_nothing() -> None:
     weight, bias = weight_and_bias()
     before = weight.detach().clone()
     optimizer = LARS([weight, bias], lr=0.5, momentum=0.9, weight_decay=0.1)
@@ -59,7 +59,7 @@ def test_what_is_not_finite_changes_nothing() -> None:
     assert not optimizer.state[weight]["momentum_buffer"].any()
 
 
-def test_shards_of_several_parameters_are_refused() -> None:
+def test_lars_with_zero_shards_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"optimizer.zero_stage: found 1, must be 0 with optimizer.name=lars"):
         OptimizerConfig(name="lars").check()
     OptimizerConfig(name="lars", zero_stage=0).check()

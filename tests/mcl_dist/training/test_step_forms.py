@@ -1,4 +1,4 @@
-"""One step by other ways: in parts, compiled; on gloo ranks through DeepSpeed."""
+"""Steps with gradient accumulation and with compiled encoders, on gloo ranks through DeepSpeed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mcl_dist.batch import TubeletBatch
 from mcl_dist.checkpoint import read_snapshot
 from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.training.deepspeed_engine import OptimizerConfig
-from tests.support.gloo_runs import GLOBAL_BATCH, QUIET, joined, noise, put_together
+from tests.support.gloo_runs import GLOBAL_BATCH, IGNORE_SPIKES, build_trainer, join_ranks, noise
 
 SGD = OptimizerConfig(learning_rate=0.01)
 
 
-def twins(group: ProcessGroup, start: int) -> Iterator[TubeletBatch]:
-    """Batches whose halves on a rank are alike, so that BatchNorm finds in either what it finds in both."""
+def repeated_halves(group: ProcessGroup, start: int) -> Iterator[TubeletBatch]:
+    """Batches with two equal halves on every rank, so that BatchNorm's statistics of a half are those of both."""
     for batch in noise(group, start):
         half = torch.arange(len(batch.order) // 2).repeat(2)
         yield TubeletBatch(**{name: tensor[half] for name, tensor in vars(batch).items()})
@@ -33,35 +33,35 @@ def parameters(folder: Path, step: int) -> torch.Tensor:
     return torch.cat([network[name].flatten() for name in sorted(network)])
 
 
-def in_parts(folder: str) -> None:
-    """At every ZeRO stage, with every step's share of a rank taken in one part, and in two."""
-    group = joined()
+def train_in_parts(folder: str) -> None:
+    """Train at every ZeRO stage, with a rank's videos of a step in one part and in two."""
+    group = join_ranks()
     for stage in range(4):
         for parts in (1, 2):
-            put_together(
+            build_trainer(
                 f"{folder}/{stage}-{parts}",
                 group,
                 replace(SGD, zero_stage=stage),
-                lambda start: twins(group, start),
-                settings=replace(QUIET, accumulate=parts, global_batch=GLOBAL_BATCH),
+                lambda start: repeated_halves(group, start),
+                config=replace(IGNORE_SPIKES, accumulate=parts, global_batch=GLOBAL_BATCH),
                 steps=3,
             ).fit()
 
 
-def compiled(folder: str) -> None:
-    group = joined()
-    for compiles in (False, True):
-        trainer = put_together(
-            f"{folder}/{compiles}", group, replace(SGD, zero_stage=1), lambda start: noise(group, start), steps=3
+def train_compiled(folder: str) -> None:
+    group = join_ranks()
+    for is_compiled in (False, True):
+        trainer = build_trainer(
+            f"{folder}/{is_compiled}", group, replace(SGD, zero_stage=1), lambda start: noise(group, start), steps=3
         )
-        if compiles:
-            trainer.learner.compile()
+        if is_compiled:
+            trainer.state.compile()
         trainer.fit()
 
 
 @pytest.mark.slow
-def test_a_step_in_parts_is_that_of_the_whole(run_ranks: Callable[..., None], tmp_path: Path) -> None:
-    run_ranks(__file__, "in_parts", 2, tmp_path)
+def test_a_step_in_parts_equals_a_step_in_one_part(run_ranks: Callable[..., None], tmp_path: Path) -> None:
+    run_ranks(__file__, "train_in_parts", 2, tmp_path)
     whole = parameters(tmp_path / "0-1", 3)
     for stage in range(4):
         for parts in (1, 2):
@@ -70,13 +70,13 @@ def test_a_step_in_parts_is_that_of_the_whole(run_ranks: Callable[..., None], tm
 
 
 @pytest.mark.slow
-def test_compiled_encoders_take_the_same_steps(run_ranks: Callable[..., None], tmp_path: Path) -> None:
-    run_ranks(__file__, "compiled", 1, tmp_path)
-    eager, fast = (parameters(tmp_path / str(compiles), 3) for compiles in (False, True))
-    assert (eager - fast).norm() <= 1e-4 * eager.norm()
+def test_compiled_encoders_give_the_same_steps(run_ranks: Callable[..., None], tmp_path: Path) -> None:
+    run_ranks(__file__, "train_compiled", 1, tmp_path)
+    eager, compiled = (parameters(tmp_path / str(is_compiled), 3) for is_compiled in (False, True))
+    assert (eager - compiled).norm() <= 1e-4 * eager.norm()
 
 
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])
     distributed.barrier()
-    os._exit(0)  # tearing gloo down aborts now and then
+    os._exit(0)  # gloo's teardown sometimes aborts

@@ -1,0 +1,46 @@
+"""A step between its dispatch and its report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mcl_dist.distributed.process_group import ProcessGroup, copy_to_device
+from mcl_dist.training.anomalies import NonFiniteAttribution
+from mcl_dist.training.async_scalars import AsyncScalars
+from mcl_dist.training.phase_timer import PhaseTimer
+
+
+@dataclass
+class PendingStep:
+    """A dispatched step that the device may still execute; the host reads its result after the next dispatch.
+
+    Attributes:
+        step: counted from 0.
+        scalars: means over ranks: the objective's report, `gradient_norm`, `taken`, `waited` and `stop`.
+        non_finite: evidence for the attribution of a skipped step to samples.
+        num_videos: in the global batch.
+        timer: of the step's phases.
+        seconds: wall time of the step.
+    """
+
+    step: int
+    scalars: AsyncScalars
+    non_finite: NonFiniteAttribution
+    num_videos: int
+    timer: PhaseTimer
+    seconds: float = 0.0
+
+
+def mean_report(
+    reports: list[dict[str, torch.Tensor]], group: ProcessGroup, *, waited: float, stop: bool
+) -> dict[str, torch.Tensor]:
+    """Means over ranks of the objective's reports of all parts, of the seconds `waited`, and of the request to `stop`.
+
+    The host does not wait for the device.
+    """
+    values = torch.stack([torch.stack([value.float() for value in report.values()]) for report in reports]).mean(0)
+    own = copy_to_device(values.device, torch.tensor([waited, stop]))
+    means = group.mean(torch.cat([values, own]))
+    return dict(zip([*reports[0], "waited", "stop"], means.unbind(), strict=True))
