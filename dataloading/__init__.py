@@ -1,1 +1,1 @@
-"""From raw videos to shards, and from shards to tubelets on the device."""
+"""Data: raw videos in, shard sets between, batches of tubelets on the device out."""

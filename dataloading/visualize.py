@@ -1,4 +1,4 @@
-"""What there is to look at of a shard set's video: moments of it, its motion, and the tubelets of one draw."""
+"""Images of a video in a shard set: sampled frames, their flow and motion, and the tubelets of one draw."""
 
 from __future__ import annotations
 
@@ -20,55 +20,56 @@ from dataloading.sampling.tubelets import CutConfig, MotionRegion, Tubelet, best
 from mcl_dist.errors import UserError
 
 VIEWS = ("query", "first key", "second key", "third key")
-NUM_MOMENTS = 8
+NUM_FRAMES = 8
 NUM_VIEW_FRAMES = 3
-PICTURE_SIDE = 208  # longer side of a picture, pixels
-CUT_OUT_SIDE = 144
+IMAGE_SIDE = 208  # maximum length of the longer side, pixels
+CROP_SIDE = 144
 CLIP_FRAMES = 16
-# A few pixels are always wrong; the wheel's rim is the speed that all but these keep to.
+# The rim of the colour wheel is a speed that all but a few outliers stay below.
 FAST_PERCENTILE = 99.0
-SLOWEST_RIM = 1.0  # pixels a frame: flow's bytes are 0.16 apart, and such noise should look pale
+MIN_MAX_SPEED = 1.0  # pixels per frame: bytes of flow are 0.16 px apart, and their noise should look pale
 
 
 @dataclass(frozen=True)
-class Moment:
-    """A frame of a video: its number, its picture and its flow in colours, uint8 (h, w, 3) RGB, and its
-    frame map, uint8 (7, 7).
-    """
+class FrameImages:
+    """A frame of a video: number, image and flow in colours, both RGB uint8 (h, w, 3), and frame map, uint8 (7, 7)."""
 
     frame: int
-    picture: np.ndarray
-    flow: np.ndarray
-    motion: np.ndarray
+    image: np.ndarray
+    flow_image: np.ndarray
+    frame_map: np.ndarray
 
 
 @dataclass(frozen=True)
-class TubeletView:
-    """A tubelet, where its clip moves most, and some of its frames: whole and cut out, uint8 (h, w, 3) RGB."""
+class TubeletImages:
+    """A view's tubelet, the region of most motion of its clip, and some frames: number, whole image and crop.
+
+    Images are RGB, uint8 (h, w, 3).
+    """
 
     name: str
     tubelet: Tubelet
     region: MotionRegion
-    moments: tuple[tuple[int, np.ndarray, np.ndarray], ...]
+    frame_images: tuple[tuple[int, np.ndarray, np.ndarray], ...]
 
 
 @dataclass(frozen=True)
-class InspectedVideo:
-    """One video of a set, small enough to be shown.
+class VideoInspection:
+    """Facts and small images of one video of a set.
 
     Attributes:
-        position, key: in the set.
-        label, class_name: of the video.
-        info: what its json says.
-        height, width, flow_height, flow_width: in pixels.
+        position, key: position and key in the set.
+        label, class_name: class of the video.
+        info: contents of its json.
+        height, width, flow_height, flow_width: sizes in pixels.
         frame_maps: uint8 (N, 7, 7).
         clip_scores: float32 (N - window + 1,).
         window: frames that a clip spans.
-        candidates: 0-based starts that a motion-focused draw chooses among; empty under two windows.
-        order: the draw's order label.
-        rim: pixels a frame at the rim of the moments' colour wheel.
-        moments: evenly spaced over the video.
-        views: the draw's four.
+        candidates: 0-based starts that a motion-focused draw chooses from; empty for less than two windows.
+        order: order label of the draw.
+        max_speed: pixels per frame at the rim of the colour wheel of `frame_images`.
+        frame_images: frames evenly spaced over the video.
+        views: the four views of the draw.
     """
 
     position: int
@@ -85,22 +86,22 @@ class InspectedVideo:
     window: int
     candidates: np.ndarray
     order: int
-    rim: float
-    moments: tuple[Moment, ...]
-    views: tuple[TubeletView, ...]
+    max_speed: float
+    frame_images: tuple[FrameImages, ...]
+    views: tuple[TubeletImages, ...]
 
 
 def sample_positions(num_videos: int, count: int, seed: int) -> list[int]:
-    """At most `count` positions of a set, drawn without repetition, ascending."""
+    """Draw at most `count` positions of a set without repetition, ascending."""
     drawn = np.random.default_rng(seed).choice(num_videos, size=min(count, num_videos), replace=False)
     return sorted(drawn.tolist())
 
 
-def inspect_video(shard_set: ShardSet, position: int, seed: int) -> InspectedVideo:
-    """Look at one video; its tubelets are a motion-focused draw by this seed.
+def inspect_video(shard_set: ShardSet, position: int, seed: int) -> VideoInspection:
+    """Read one video and draw its tubelets, motion-focused and by this seed.
 
     Raises:
-        UserError: the set cannot be read, or does not hold what it says.
+        UserError: the set is unreadable or damaged.
     """
     video = shard_set.read(position)
     window = video.num_frames - len(video.clip_scores) + 1
@@ -115,8 +116,8 @@ def inspect_video(shard_set: ShardSet, position: int, seed: int) -> InspectedVid
         width=video.width,
     )
     label = int(shard_set.labels[position])
-    rim, moments = _moments(video)
-    return InspectedVideo(
+    max_speed, frame_images = _frame_images(video)
+    return VideoInspection(
         position=position,
         key=str(shard_set.keys[position]),
         label=label,
@@ -131,14 +132,14 @@ def inspect_video(shard_set: ShardSet, position: int, seed: int) -> InspectedVid
         window=window,
         candidates=_candidates(video, window),
         order=order,
-        rim=rim,
-        moments=moments,
-        views=_views(video, tubelets),
+        max_speed=max_speed,
+        frame_images=frame_images,
+        views=_tubelet_images(video, tubelets),
     )
 
 
 def cut_config(window: int) -> CutConfig:
-    """Clips of that window, of 16 frames where it allows, always drawn by motion; crops as pre-training's."""
+    """Clips that span the window, of 16 frames if they divide it, always drawn by motion; crops as in pre-training."""
     stride = 1 if window % CLIP_FRAMES else window // CLIP_FRAMES
     crops = AugmentConfig()
     return CutConfig(
@@ -146,10 +147,10 @@ def cut_config(window: int) -> CutConfig:
     )
 
 
-def decoded(
+def decode_windows(
     stills: Sequence[np.ndarray], windows: np.ndarray, size: tuple[int, int], *, grey: bool = False
 ) -> np.ndarray:
-    """Pixels of windows, (N, 4) top, left, height, width, of stills at a size: uint8 (N, height, width, 3 or 1)."""
+    """Decode one window, (top, left, height, width), of each still, and resize it: uint8 (N, height, width, 3 or 1)."""
     decoder = StillDecoder(size=size, grey=grey, device=torch.device("cpu"), threads=1)
     try:
         return decoder(stills, windows).numpy()
@@ -157,24 +158,24 @@ def decoded(
         decoder.close()
 
 
-def decoded_frames(video: StoredVideo, frames: Sequence[int]) -> np.ndarray:
-    """Whole frames of a video at their size, uint8 (N, H, W, 3)."""
+def decode_frames(video: StoredVideo, frames: Sequence[int]) -> np.ndarray:
+    """Decode whole frames of a video at their own size, uint8 (N, H, W, 3)."""
     size = (video.height, video.width)
-    return decoded(video.frames(frames), np.tile((0, 0, *size), (len(frames), 1)), size)
+    return decode_windows(video.frames(frames), np.tile((0, 0, *size), (len(frames), 1)), size)
 
 
-def decoded_flow(video: StoredVideo, frames: Sequence[int]) -> np.ndarray:
-    """Flow of these frames, float32 (N, h, w, 2), in pixels to the right and down."""
+def decode_flow(video: StoredVideo, frames: Sequence[int]) -> np.ndarray:
+    """Decode the flow of frames, float32 (N, h, w, 2), in pixels to the right and down."""
     size = (2 * video.flow_height, video.flow_width)
-    stills = decoded(video.flow(frames), np.tile((0, 0, *size), (len(frames), 1)), size, grey=True)
+    stills = decode_windows(video.flow(frames), np.tile((0, 0, *size), (len(frames), 1)), size, grey=True)
     halves = stills.reshape(len(frames), 2, video.flow_height, video.flow_width)
     return flow_pixels(np.moveaxis(halves, 1, 3))
 
 
-def pictures(video: StoredVideo, count: int, side: int) -> list[np.ndarray]:
-    """Evenly spaced frames of a video, uint8 (h, w, 3), the longer side no longer than `side`."""
-    frames = _evenly(range(video.num_frames), count)
-    return [_shrunk(picture, side) for picture in decoded_frames(video, frames)]
+def evenly_spaced_frames(video: StoredVideo, count: int, side: int) -> list[np.ndarray]:
+    """Decode `count` frames evenly spaced over a video, uint8 (h, w, 3), the longer side at most `side`."""
+    frames = _evenly_spaced(range(video.num_frames), count)
+    return [_shrink(image, side) for image in decode_frames(video, frames)]
 
 
 def _candidates(video: StoredVideo, window: int) -> np.ndarray:
@@ -184,42 +185,45 @@ def _candidates(video: StoredVideo, window: int) -> np.ndarray:
     return np.sort(np.concatenate(halves)) - 1
 
 
-def _moments(video: StoredVideo) -> tuple[float, tuple[Moment, ...]]:
-    frames = _evenly(range(video.num_frames), NUM_MOMENTS)
-    flow = decoded_flow(video, frames)
-    rim = max(float(np.percentile(np.linalg.norm(flow, axis=3), FAST_PERCENTILE)), SLOWEST_RIM)
-    moments = (
-        Moment(frame, _shrunk(picture, PICTURE_SIDE), _shrunk(flow_colours(flow_hw2, rim), PICTURE_SIDE), motion)
-        for frame, picture, flow_hw2, motion in zip(
-            frames, decoded_frames(video, frames), flow, video.frame_maps[frames], strict=True
+def _frame_images(video: StoredVideo) -> tuple[float, tuple[FrameImages, ...]]:
+    """The speed at the rim of the colour wheel, and the frames."""
+    frames = _evenly_spaced(range(video.num_frames), NUM_FRAMES)
+    flow = decode_flow(video, frames)
+    max_speed = max(float(np.percentile(np.linalg.norm(flow, axis=3), FAST_PERCENTILE)), MIN_MAX_SPEED)
+    frame_images = (
+        FrameImages(
+            frame, _shrink(image, IMAGE_SIDE), _shrink(flow_colours(flow_hw2, max_speed), IMAGE_SIDE), frame_map
+        )
+        for frame, image, flow_hw2, frame_map in zip(
+            frames, decode_frames(video, frames), flow, video.frame_maps[frames], strict=True
         )
     )
-    return rim, tuple(moments)
+    return max_speed, tuple(frame_images)
 
 
-def _views(video: StoredVideo, tubelets: Sequence[Tubelet]) -> tuple[TubeletView, ...]:
+def _tubelet_images(video: StoredVideo, tubelets: Sequence[Tubelet]) -> tuple[TubeletImages, ...]:
     views = []
     for name, tubelet in zip(VIEWS, tubelets, strict=True):
-        frames = _evenly(tubelet.frames.tolist(), NUM_VIEW_FRAMES)
+        frames = _evenly_spaced(tubelet.frames.tolist(), NUM_VIEW_FRAMES)
         boxes = np.tile(tubelet.box, (len(frames), 1))
-        cut_outs = decoded(video.frames(frames), boxes, (CUT_OUT_SIDE, CUT_OUT_SIDE))
-        pictures = [_shrunk(picture, PICTURE_SIDE) for picture in decoded_frames(video, frames)]
+        crops = decode_windows(video.frames(frames), boxes, (CROP_SIDE, CROP_SIDE))
+        images = [_shrink(image, IMAGE_SIDE) for image in decode_frames(video, frames)]
         region = motion_region(video.frame_maps[tubelet.frames].mean(axis=0), video.height, video.width)
-        views.append(TubeletView(name, tubelet, region, tuple(zip(frames, pictures, cut_outs, strict=True))))
+        views.append(TubeletImages(name, tubelet, region, tuple(zip(frames, images, crops, strict=True))))
     return tuple(views)
 
 
-def _evenly(items: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the items, the first and the last among them."""
-    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
-    return [items[place] for place in places.tolist()]
+def _evenly_spaced(items: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the items, with the first and the last."""
+    positions = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[position] for position in positions.tolist()]
 
 
-def _shrunk(picture_hw3: np.ndarray, side: int) -> np.ndarray:
-    """With the longer side no longer than `side`."""
-    height, width = picture_hw3.shape[:2]
+def _shrink(image_hw3: np.ndarray, side: int) -> np.ndarray:
+    """Limit the longer side to `side`."""
+    height, width = image_hw3.shape[:2]
     scale = side / max(height, width)
     if scale >= 1:
-        return picture_hw3
+        return image_hw3
     size = (max(round(width * scale), 1), max(round(height * scale), 1))
-    return np.asarray(cv2.resize(picture_hw3, size, interpolation=cv2.INTER_AREA))
+    return np.asarray(cv2.resize(image_hw3, size, interpolation=cv2.INTER_AREA))

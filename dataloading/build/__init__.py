@@ -1,1 +1,1 @@
-"""Builds of shard sets: in go videos, out come shards and the list of refused videos."""
+"""Builds of shard sets: videos in, shards and the list of refused videos out."""

@@ -1,4 +1,4 @@
-"""From a folder of class folders of videos to a shard set: scan, shuffle, process, write, manifest."""
+"""Builds a shard set from the videos of a source: shuffle, process, write shards, write the manifest."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dataloading.build.build_lock import LEASE, BuildLock, claimed
+from dataloading.build.build_lock import LEASE, BuildLock, hold_build_lock
+from dataloading.build.config import BuildConfig
 from dataloading.build.journal import FinishedShard, check_record, read_finished, remove_journals
 from dataloading.build.local_executor import Executor
 from dataloading.build.near_duplicates import VideoHash, near_duplicates
-from dataloading.build.video_processor import BuildConfig, Processed, VideoOutcome, VideoProcessor
+from dataloading.build.video_processor import ProcessedVideo, VideoProcessor, VideoResult
 from dataloading.shards.format import (
     MANIFEST,
     REPORT,
@@ -26,13 +27,13 @@ from dataloading.shards.format import (
     ShardEntry,
     ShardWriter,
     index_name,
-    read_manifest,
+    read_complete_manifest,
     sha256,
     shard_name,
 )
 from dataloading.videos.sources import Source, SourceFolder
 from mcl_dist.errors import UserError
-from mcl_dist.storage.folder import Folder, naming
+from mcl_dist.storage.folder import Folder, readable_errors
 from mcl_dist.storage.retry import RetryPolicy
 
 MEGABYTE = 1_000_000
@@ -40,60 +41,53 @@ MEGABYTE = 1_000_000
 
 @dataclass(frozen=True)
 class ResumedBuild:
-    """Told first when an earlier run left something: whose lease had run out, and what is kept of its shards."""
+    """First event of a build that found traces of an earlier one.
 
-    taken_from: str | None
-    shards: int
-    videos: int
-    refused: int
+    Attributes:
+        previous_holder: the builder whose expired lease was taken over, None without one.
+        num_shards, num_videos, num_refused: finished shards that are kept, videos in them, and videos refused so far.
+    """
+
+    previous_holder: str | None
+    num_shards: int
+    num_videos: int
+    num_refused: int
 
 
-Listener = Callable[[VideoOutcome | ResumedBuild], None]
+Listener = Callable[[VideoResult | ResumedBuild], None]
 
 
 def build_shards(
     sources: SourceFolder, destination: Folder, config: BuildConfig, executor: Executor, listen: Listener
 ) -> Manifest:
-    """Build the shard set of a folder of class folders of videos, or go on with an unfinished build of it.
+    """Build the shard set of `sources`, or resume an unfinished build of it.
 
-    `listen` is told every video's outcome, in the order of the set, but for those in shards that an earlier
-    run finished. Bytes depend on the sources and `config` alone, not on the executor or interruptions. Nothing
-    counts before the manifest, which is written last. What the stores of videos and set did not do at once is
-    asked for again with the destination's patience, which counts it.
+    Calls `listen` with the result of every video, in the order of the set; skips the shards that an earlier run
+    finished. The bytes depend only on the sources and `config`, not on the executor or interruptions. The manifest
+    is written last and makes the set valid. Requests to both stores follow the destination's retry policy, which
+    counts their failures.
 
     Raises:
-        UserError: none of the videos is usable (nothing is left behind then), storage that fails or is
-            full, a worker that died, another builder at the destination, an unfinished build or a complete
-            set of other videos or another configuration there.
+        UserError: no usable video (then nothing is left behind), a failing or full store or disk, a dead worker,
+            another builder at the destination, an unfinished build or a complete set of other videos or another
+            configuration there.
     """
     start = time.monotonic()
     record = build_record(sources, config)
-    patience = destination.patience
-    processor = VideoProcessor(sources.root, sources.classes, config, patience.seconds, patience.request_seconds)
-    videos = _shuffled(sources, config)
-    with claimed(destination) as claim:
-        manifest = _complete(destination, record)
-        if manifest is not None:  # finished by another builder since the caller looked
+    with hold_build_lock(destination) as lock:
+        manifest = _read_complete_set(destination, record)
+        if manifest is not None:  # another builder finished it after the caller checked
             return manifest
-        shards = read_finished(destination, record)
-        _tell_kept(shards, claim, listen)
-        taken = shards[-1].taken if shards else 0
-        with executor.map(processor.processed, videos[taken:]) as processed:
-            rest = _Rest(destination, claim, config, record, shards, taken)
-            rest.build(_told(processed, patience, listen))
-        if not shards:
-            raise UserError(
-                f"{sources.root}: none of its {len(sources.videos)} videos can be used; nothing was written"
-            )
-        refused = [video for shard in shards for video in shard.refused] + rest.refused
-        alike = near_duplicates([look for shard in shards for look in shard.looks])
-        manifest = Manifest(record, sources.classes, tuple(shard.entry for shard in shards), tuple(refused), alike)
-        _check_whole(destination, manifest)
-        claim.check()
+        build = _Build(destination, lock, config, record)
+        build.resume(listen)
+        num_built = build.run(sources, executor, listen)
+        manifest = build.manifest(sources.classes)
+        _check_files(destination, manifest)
+        lock.check()
         report = {
-            **summary(manifest, time.monotonic() - start, len(videos) - taken),
+            **summarise_set(manifest, time.monotonic() - start, num_built),
             **executor.description,
-            "retries": dict(patience.failures),
+            "retries": dict(destination.retry.failures),
         }
         destination.write(REPORT, json.dumps(report, indent=1).encode() + b"\n")
         destination.write(MANIFEST, manifest.to_json())
@@ -101,17 +95,17 @@ def build_shards(
     return manifest
 
 
-def existing_set(destination: Folder, sources: SourceFolder, config: BuildConfig) -> Manifest | None:
-    """The complete set that is there already, when it is the one that would be built.
+def find_complete_set(destination: Folder, sources: SourceFolder, config: BuildConfig) -> Manifest | None:
+    """The manifest of a complete set at the destination that equals the one to be built, None without a set.
 
     Raises:
-        UserError: a complete set of other videos or another configuration, or a damaged one, is there.
+        UserError: the complete set is damaged, or was built from other videos or with another configuration.
     """
-    return _complete(destination, build_record(sources, config))
+    return _read_complete_set(destination, build_record(sources, config))
 
 
-def summary(manifest: Manifest, seconds: float, num_built: int) -> dict[str, Any]:
-    """What a person wants to know at the end: the set in figures, and what `num_built` of its videos took now."""
+def summarise_set(manifest: Manifest, seconds: float, num_built: int) -> dict[str, Any]:
+    """Figures of the set for `build.json` and the closing table, and the time for `num_built` of its videos."""
     kinds = Counter(video.reason.partition(":")[0] for video in manifest.refused)
     return {
         "videos": manifest.num_videos,
@@ -126,109 +120,126 @@ def summary(manifest: Manifest, seconds: float, num_built: int) -> dict[str, Any
     }
 
 
-def remove_traces(destination: Folder) -> None:
-    """Remove from a complete set what its builder, killed right after the manifest, could not."""
+def remove_leftovers(destination: Folder) -> None:
+    """Remove the journals and the lease of a builder that was killed right after it wrote the manifest."""
     remove_journals(destination)
     destination.remove(LEASE)
 
 
 def build_record(sources: SourceFolder, config: BuildConfig) -> dict[str, Any]:
-    """What the manifest says a set was built from: the configuration and a digest of the list of videos."""
+    """The manifest's record of what a set is built from: the configuration and a digest of the list of videos."""
     return {**config.record(), "sources": sources.digest()}
 
 
-def _shuffled(sources: SourceFolder, config: BuildConfig) -> list[Source]:
-    videos = list(sources.videos)
-    random.Random(config.seed).shuffle(videos)
-    return videos
-
-
-def _complete(destination: Folder, record: dict[str, Any]) -> Manifest | None:
+def _read_complete_set(destination: Folder, record: dict[str, Any]) -> Manifest | None:
     if not destination.exists(MANIFEST):
         return None
-    manifest = read_manifest(destination)
+    manifest = read_complete_manifest(destination)
     check_record(destination, "a shard set built with", manifest.build, record)
     return manifest
 
 
-def _tell_kept(shards: list[FinishedShard], claim: BuildLock, listen: Listener) -> None:
-    if shards or claim.taken_from:
-        num_stored = sum(shard.entry.samples for shard in shards)
-        num_refused = sum(len(shard.refused) for shard in shards)
-        listen(ResumedBuild(claim.taken_from, len(shards), num_stored, num_refused))
+class _Build:
+    """Builds the missing shards of one set.
 
-
-def _told(processed: Iterator[Processed], patience: RetryPolicy, listen: Listener) -> Iterator[VideoOutcome]:
-    for each in processed:
-        patience.failures.update(each.failures)
-        listen(each.outcome)
-        yield each.outcome
-
-
-class _Rest:
-    """Builds the shards that are still missing, and adds them to `shards`.
-
-    A shard ends with the video that fills it: where shards begin and end does not depend on interruptions.
-
-    Attributes:
-        refused: videos refused since the last finished shard.
+    A shard ends with the video that fills it, so shard boundaries do not depend on interruptions.
     """
 
-    def __init__(
-        self,
-        destination: Folder,
-        claim: BuildLock,
-        config: BuildConfig,
-        record: dict[str, Any],
-        shards: list[FinishedShard],
-        taken: int,
-    ) -> None:
+    def __init__(self, destination: Folder, lock: BuildLock, config: BuildConfig, record: dict[str, Any]) -> None:
         self._destination = destination
-        self._claim = claim
-        self._num_bytes = config.shard_megabytes * MEGABYTE
+        self._lock = lock
+        self._config = config
         self._record = record
-        self._shards = shards
-        self._taken = taken
+        self._shards: list[FinishedShard] = []
+        self._num_processed = 0
+        # Of the shard that is being filled:
         self._seconds = 0.0
-        self._looks: list[VideoHash] = []
-        self.refused: list[RefusedVideo] = []
+        self._hashes: list[VideoHash] = []
+        self._refused: list[RefusedVideo] = []
 
-    def build(self, outcomes: Iterator[VideoOutcome]) -> None:
-        """Take all outcomes that are left."""
-        while True:
-            shard = self._claim.work / shard_name(len(self._shards))
-            with ShardWriter(shard) as writer:
-                self._fill(writer, outcomes)
-            if not writer.num_samples:
-                shard.unlink(missing_ok=True)
-                return
-            self._claim.check()
-            entry = replace(_publish(writer, self._destination, shard), seconds=round(self._seconds, 3))
-            finished = FinishedShard(self._record, entry, tuple(self.refused), self._taken, tuple(self._looks))
-            finished.write(self._destination)
-            self._shards.append(finished)
-            self.refused.clear()
-            self._looks.clear()
-            self._seconds = 0.0
+    def resume(self, listen: Listener) -> None:
+        """Keep the shards that an earlier run finished."""
+        self._shards = read_finished(self._destination, self._record)
+        if self._shards:
+            self._num_processed = self._shards[-1].num_processed
+        if self._shards or self._lock.previous_holder:
+            num_videos = sum(shard.entry.samples for shard in self._shards)
+            num_refused = sum(len(shard.refused) for shard in self._shards)
+            listen(ResumedBuild(self._lock.previous_holder, len(self._shards), num_videos, num_refused))
 
-    def _fill(self, writer: ShardWriter, outcomes: Iterator[VideoOutcome]) -> None:
-        for outcome in outcomes:
-            self._taken += 1
-            if isinstance(outcome, RefusedVideo):
-                self.refused.append(outcome)
+    def run(self, sources: SourceFolder, executor: Executor, listen: Listener) -> int:
+        """Process the remaining videos and write their shards; returns the number of these videos."""
+        retry = self._destination.retry
+        processor = VideoProcessor(sources.root, sources.classes, self._config, retry.seconds, retry.request_seconds)
+        remaining = _shuffle(sources, self._config.seed)[self._num_processed :]
+        with executor.map(processor.process, remaining) as processed:
+            results = _report_results(processed, retry, listen)
+            while self._write_shard(results):
+                pass
+        if not self._shards:
+            raise UserError(
+                f"{sources.root}: none of its {len(sources.videos)} videos can be used; nothing was written"
+            )
+        return len(remaining)
+
+    def manifest(self, classes: tuple[str, ...]) -> Manifest:
+        """The manifest of all finished shards."""
+        refused = [video for shard in self._shards for video in shard.refused] + self._refused
+        duplicates = near_duplicates([video for shard in self._shards for video in shard.hashes])
+        entries = tuple(shard.entry for shard in self._shards)
+        return Manifest(self._record, classes, entries, tuple(refused), duplicates)
+
+    def _write_shard(self, results: Iterator[VideoResult]) -> bool:
+        """Write and publish the next shard; False when no sample is left."""
+        path = self._lock.work / shard_name(len(self._shards))
+        with ShardWriter(path) as writer:
+            self._fill(writer, results)
+        if not writer.num_samples:
+            path.unlink(missing_ok=True)
+            return False
+        self._lock.check()
+        entry = replace(_publish(writer, self._destination, path), seconds=round(self._seconds, 3))
+        shard = FinishedShard(self._record, entry, tuple(self._refused), self._num_processed, tuple(self._hashes))
+        shard.write(self._destination)
+        self._shards.append(shard)
+        self._refused.clear()
+        self._hashes.clear()
+        self._seconds = 0.0
+        return True
+
+    def _fill(self, writer: ShardWriter, results: Iterator[VideoResult]) -> None:
+        max_bytes = self._config.shard_megabytes * MEGABYTE
+        for result in results:
+            self._num_processed += 1
+            if isinstance(result, RefusedVideo):
+                self._refused.append(result)
                 continue
-            writer.add(outcome)
-            self._seconds += outcome.seconds
-            self._looks.append(VideoHash(outcome.info["source"], outcome.info["dhash"]))
-            if writer.num_bytes >= self._num_bytes:
+            writer.add(result)
+            self._seconds += result.seconds
+            self._hashes.append(VideoHash(result.info["source"], result.info["dhash"]))
+            if writer.num_bytes >= max_bytes:
                 return
+
+
+def _shuffle(sources: SourceFolder, seed: int) -> list[Source]:
+    videos = list(sources.videos)
+    random.Random(seed).shuffle(videos)
+    return videos
+
+
+def _report_results(processed: Iterator[ProcessedVideo], retry: RetryPolicy, listen: Listener) -> Iterator[VideoResult]:
+    for video in processed:
+        retry.failures.update(video.failures)
+        listen(video.result)
+        yield video.result
 
 
 def _publish(writer: ShardWriter, destination: Folder, shard: Path) -> ShardEntry:
+    """Move the local shard and its index to the destination."""
     index = writer.index()
     index_data = index.to_bytes()
     digest = hashlib.sha256()
-    with naming(str(shard)):
+    with readable_errors(str(shard)):
         with shard.open("rb") as file:
             while block := file.read(MEGABYTE):
                 digest.update(block)
@@ -239,13 +250,13 @@ def _publish(writer: ShardWriter, destination: Folder, shard: Path) -> ShardEntr
     return ShardEntry(shard.name, len(index), int(index.num_frames.sum()), size, digest.hexdigest(), sha256(index_data))
 
 
-def _check_whole(destination: Folder, manifest: Manifest) -> None:
-    """Remove shards that an interrupted build of more videos left, and miss none that the manifest names."""
+def _check_files(destination: Folder, manifest: Manifest) -> None:
+    """Check that every file of the manifest exists, and remove shards that the manifest does not name."""
     named = {shard.name for shard in manifest.shards}
     present = set(destination.names())
     for name in sorted(named | set(map(index_name, named))):
         if name not in present:
-            raise UserError(f"{destination.url}/{name}: gone since it was written; run the same command again")
+            raise UserError(f"{destination.url}/{name}: missing after it was written; run the same command again")
     for name in present:
         if SHARD_NAME.fullmatch(name) and name not in named:
             destination.remove(name)

@@ -1,4 +1,4 @@
-"""Which videos of a source are the same file, byte for byte."""
+"""Find videos of a source that are the same file, byte for byte."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from dataloading.videos.sources import SourceFolder
 from mcl_dist.errors import UserError
 from mcl_dist.storage.folder import Folder
 
-HEAD_BYTES = 65536  # files of one size that differ do so in their beginning, nearly always
-READERS = 16  # what takes time is waiting for the disk or the store
+HEAD_BYTES = 65536  # different files of one size nearly always differ here
+NUM_READERS = 16  # threads; they mostly wait for the disk or the store
 
 
 def find_duplicates(sources: SourceFolder) -> dict[str, str]:
-    """The path of each video whose bytes an earlier one has too, to the path of the first that has them.
+    """Map each path whose bytes an earlier video has too to the first path with these bytes.
 
-    Only files of the same size are read, whole only where their beginnings agree.
+    Reads only files of equal size, and in full only those with equal heads.
 
     Raises:
-        UserError: the store of the source failed. A file that is gone or may not be read is nobody's duplicate.
+        UserError: the store of the source failed. A missing or unreadable file counts as no duplicate.
     """
     folder = Folder(sources.root)
     by_size: dict[int, list[str]] = {}
@@ -29,14 +29,14 @@ def find_duplicates(sources: SourceFolder) -> dict[str, str]:
         if video.size and not video.refusal:
             by_size.setdefault(video.size, []).append(video.path)
     groups = [paths for paths in by_size.values() if len(paths) > 1]
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(NUM_READERS) as pool:
         for digest in (lambda path: sha256(folder.head(path, HEAD_BYTES)), folder.sha256):
-            groups = _split(groups, digest, pool)
+            groups = _split_by_digest(groups, digest, pool)
     return {path: first for first, *others in groups for path in others}
 
 
-def without(sources: SourceFolder, duplicates: Mapping[str, str]) -> SourceFolder:
-    """The sources with their duplicates refused, each naming the video that is kept in its place."""
+def refuse_duplicates(sources: SourceFolder, duplicates: Mapping[str, str]) -> SourceFolder:
+    """The sources with every duplicate refused; the reason names the video that is kept."""
     videos = (
         replace(video, refusal=f"duplicate: the same bytes as {duplicates[video.path]}, which is kept")
         if video.path in duplicates and not video.refusal
@@ -46,21 +46,23 @@ def without(sources: SourceFolder, duplicates: Mapping[str, str]) -> SourceFolde
     return replace(sources, videos=tuple(videos))
 
 
-def _split(groups: list[list[str]], digest: Callable[[str], str], pool: ThreadPoolExecutor) -> list[list[str]]:
-    """Groups of two or more that agree in the digest too, in their old order."""
-    together: dict[tuple[int, str], list[str]] = {}
+def _split_by_digest(
+    groups: list[list[str]], digest: Callable[[str], str], pool: ThreadPoolExecutor
+) -> list[list[str]]:
+    """Split the groups by digest, in their old order, and keep those with two or more paths."""
+    by_digest: dict[tuple[int, str], list[str]] = {}
     members = [(number, path) for number, paths in enumerate(groups) for path in paths]
-    digests = pool.map(lambda member: _readable(digest, member[1]), members)
+    digests = pool.map(lambda member: _digest_if_readable(digest, member[1]), members)
     for (number, path), found in zip(members, digests, strict=True):
         if found is not None:
-            together.setdefault((number, found), []).append(path)
-    return [paths for paths in together.values() if len(paths) > 1]
+            by_digest.setdefault((number, found), []).append(path)
+    return [paths for paths in by_digest.values() if len(paths) > 1]
 
 
-def _readable(digest: Callable[[str], str], path: str) -> str | None:
+def _digest_if_readable(digest: Callable[[str], str], path: str) -> str | None:
     try:
         return digest(path)
     except UserError as error:
         if isinstance(error.__cause__, FileNotFoundError | PermissionError):
-            return None  # the build refuses it, and says why
+            return None  # the build refuses it with the reason
         raise

@@ -1,4 +1,4 @@
-"""What an unfinished build has finished: a small file a shard, written after it and gone with the manifest's coming."""
+"""Journal of an unfinished build: one small file per finished shard, removed once the manifest is written."""
 
 from __future__ import annotations
 
@@ -17,56 +17,58 @@ JOURNAL_NAME = re.compile(r"shard-\d{6,}\.done\.json")
 
 @dataclass(frozen=True)
 class FinishedShard:
-    """One shard that needs no building any more.
+    """One finished shard of an unfinished build.
 
     Attributes:
-        build: the build record of the set it belongs to.
-        entry: what the manifest will say of it.
+        build: build record of the set.
+        entry: the manifest's entry of the shard.
         refused: videos refused since the shard before.
-        taken: how many of the build's videos, in its order, are in this shard and those before, or were refused.
-        looks: of the videos in this shard.
+        num_processed: videos, in the order of the build, that were stored or refused up to this shard's end.
+        hashes: perceptual hashes of the videos in this shard.
     """
 
     build: dict[str, Any]
     entry: ShardEntry
     refused: tuple[RefusedVideo, ...]
-    taken: int
-    looks: tuple[VideoHash, ...]
+    num_processed: int
+    hashes: tuple[VideoHash, ...]
 
     def write(self, destination: Folder) -> None:
-        """Note it beside its shard; from then on a build that starts again keeps the shard."""
-        destination.write(_journal_name(self.entry.name), json.dumps(asdict(self), indent=1).encode() + b"\n")
+        """Write the journal beside the shard; from then on a resumed build keeps the shard."""
+        tree = asdict(self)  # with the keys of earlier versions, whose builds can be resumed
+        tree |= {"taken": tree.pop("num_processed"), "looks": tree.pop("hashes")}
+        destination.write(_journal_name(self.entry.name), json.dumps(tree, indent=1).encode() + b"\n")
 
 
 def read_finished(destination: Folder, build: dict[str, Any]) -> list[FinishedShard]:
-    """The finished shards of an earlier run of this build, from the first up to the first that is missing.
+    """Read the finished shards of an earlier run of this build, up to the first missing or damaged one.
 
     Raises:
-        UserError: they are of a build of other videos or of another configuration.
+        UserError: they belong to a build of other videos or with another configuration.
     """
     names = set(destination.names())
-    noted = {name: _read(destination, name) for name in sorted(names) if JOURNAL_NAME.fullmatch(name)}
-    for shard in noted.values():
+    journals = {name: _read(destination, name) for name in sorted(names) if JOURNAL_NAME.fullmatch(name)}
+    for shard in journals.values():
         if shard is not None:
             check_record(destination, "an unfinished build with", shard.build, build)
     finished: list[FinishedShard] = []
     while True:
         name = shard_name(len(finished))
-        shard = noted.get(_journal_name(name))
-        if shard is None or shard.entry.name != name or not _is_whole(destination, shard.entry, names):
+        shard = journals.get(_journal_name(name))
+        if shard is None or shard.entry.name != name or not _is_intact(destination, shard.entry, names):
             return finished
         finished.append(shard)
 
 
 def remove_journals(destination: Folder) -> None:
-    """Remove every journal: the manifest says it all now."""
+    """Remove every journal; the manifest replaces them."""
     for name in destination.names():
         if JOURNAL_NAME.fullmatch(name):
             destination.remove(name)
 
 
 def check_record(destination: Folder, what: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Compare build records; `UserError` names what differs."""
+    """Compare two build records; raises `UserError` with the names of the keys that differ."""
     differing = [name for name in sorted(found | wanted) if found.get(name) != wanted.get(name)]
     if differing:
         raise UserError(
@@ -79,16 +81,21 @@ def _journal_name(shard: str) -> str:
 
 
 def _read(destination: Folder, name: str) -> FinishedShard | None:
+    """The journal, or None for one that a store without atomic writes cut off; its shard is built again."""
     try:
         tree = json.loads(destination.read(name))
-        refused = tuple(RefusedVideo(**video) for video in tree["refused"])
-        looks = tuple(VideoHash(**look) for look in tree["looks"])
-        return FinishedShard(dict(tree["build"]), ShardEntry(**tree["entry"]), refused, int(tree["taken"]), looks)
+        return FinishedShard(
+            build=dict(tree["build"]),
+            entry=ShardEntry(**tree["entry"]),
+            refused=tuple(RefusedVideo(**video) for video in tree["refused"]),
+            num_processed=int(tree["taken"]),
+            hashes=tuple(VideoHash(**video) for video in tree["looks"]),
+        )
     except (ValueError, KeyError, TypeError):
-        return None  # torn by a store that does not write as a whole: its shard is built anew
+        return None
 
 
-def _is_whole(destination: Folder, entry: ShardEntry, names: set[str]) -> bool:
+def _is_intact(destination: Folder, entry: ShardEntry, names: set[str]) -> bool:
     index = index_name(entry.name)
     return (
         {entry.name, index} <= names

@@ -1,4 +1,4 @@
-"""Worker processes whose results come in the order of their tasks, and that never outlive their parent."""
+"""Worker processes that return results in the order of their tasks and end with their parent."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ from mcl_dist.errors import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_stop: Event | None = None  # of this worker process; each is handed its parent's when it starts
+_cancelled: Event | None = None  # in a worker process: its parent's event, set when the worker starts
 
 
-class StoppedError(Exception):
-    """The parent no longer wants the result."""
+class TaskCancelledError(Exception):
+    """The parent no longer needs the result."""
 
 
 def num_cores() -> int:
-    """Processor cores that this process may use."""
+    """Number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Executor(Protocol):
-    """What runs tasks somewhere, and hands their results out in the order of the tasks."""
+    """Runs tasks and returns their results in the order of the tasks."""
 
     @property
     def description(self) -> dict[str, Any]:
-        """What `build.json` says of it."""
+        """The executor's fields in `build.json`."""
 
     def map(
         self, function: Callable[[Item], Result], items: Sequence[Item]
     ) -> AbstractContextManager[Iterator[Result]]:
-        """Results of `function` in the order of `items`, few of them waiting to be taken."""
+        """Yield results of `function` in the order of `items`; only a few are computed ahead."""
 
 
 @dataclass(frozen=True)
 class LocalExecutor:
-    """Runs tasks in that many processes of this machine; see `ordered_map`."""
+    """Runs tasks in `workers` processes of this machine; see `ordered_map`."""
 
     workers: int
 
     @property
     def description(self) -> dict[str, Any]:
-        """What `build.json` says of it."""
+        """The executor's fields in `build.json`."""
         return {"executor": "local", "workers": self.workers}
 
     def map(
@@ -66,9 +66,9 @@ class LocalExecutor:
 
 @contextmanager
 def ordered_map(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Iterator[Result]]:
-    """Results of `function` in the order of `items`, from `workers` processes (one: this process itself).
+    """Yield results of `function` in the order of `items`, computed by `workers` processes (1: this process).
 
-    At most two results a worker wait to be taken. Whatever ends the block, no worker is left behind.
+    At most two results per worker are computed ahead. No worker outlives the block, however it ends.
 
     Raises:
         UserError: while iterating, when a worker died.
@@ -77,19 +77,19 @@ def ordered_map(function: Callable[[Item], Result], items: Sequence[Item], worke
         yield map(function, items)
         return
     context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(stop,))
+    cancelled = context.Event()
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(cancelled,))
     try:
         yield _in_order(pool, function, items, 2 * workers)
     finally:
-        stop.set()
+        cancelled.set()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def leave_if_stopped() -> None:
-    """To be called now and then in long tasks: raises `StoppedError` once the parent has given up."""
-    if _stop is not None and _stop.is_set():
-        raise StoppedError
+def raise_if_cancelled() -> None:
+    """Raise `TaskCancelledError` once the parent has left its block; long tasks call it from time to time."""
+    if _cancelled is not None and _cancelled.is_set():
+        raise TaskCancelledError
 
 
 def _in_order(
@@ -103,23 +103,23 @@ def _in_order(
             pending.extend(pool.submit(function, item) for item in islice(waiting, 1))
             yield result
     except BrokenProcessPool as error:
-        raise UserError("a worker process died, perhaps for lack of memory; give fewer --workers") from error
+        raise UserError("a worker process died, perhaps out of memory; give fewer --workers") from error
 
 
-def _start_worker(stop: Event) -> None:
-    global _stop
-    _stop = stop
-    follow_parent()
+def _start_worker(cancelled: Event) -> None:
+    global _cancelled
+    _cancelled = cancelled
+    exit_with_parent()
 
 
-def follow_parent() -> None:
-    """Let this process end with its parent, and at no other sign: to be called once by a process that was spawned."""
-    # Ctrl-C reaches the whole process group; the parent alone decides what it means.
+def exit_with_parent() -> None:
+    """End this spawned process when its parent ends, and ignore Ctrl-C; call it once."""
+    # Ctrl-C reaches the whole process group; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_wait_for_parent_exit, daemon=True).start()
 
 
-def _leave_with_parent() -> None:
+def _wait_for_parent_exit() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

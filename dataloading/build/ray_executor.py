@@ -1,4 +1,4 @@
-"""Tasks on a Ray cluster, in the order of their items; one whose node dies is done again elsewhere."""
+"""Run tasks on a Ray cluster, in the order of their items; a task whose node dies runs again on another node."""
 
 from __future__ import annotations
 
@@ -19,35 +19,34 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
-from dataloading.build.local_executor import Item, Result, follow_parent
+from dataloading.build.local_executor import Item, Result, exit_with_parent
 from mcl_dist.errors import ConfigError, UserError
 
-MAX_RETRIES = 10  # of one task: nodes of a cluster may be taken away many times in a night
-CHECK_SECONDS = 2.0  # between looks at the cluster while a result is waited for
-PATIENCE_SECONDS = 60.0  # for a cluster without room for a task: another node may join
-ANSWER_SECONDS = 10.0  # for the cluster's head to take a connection, and for the driver to leave it
+MAX_RETRIES = 10  # of one task: a cluster may lose nodes many times in a night
+CHECK_SECONDS = 2.0  # between checks of the cluster while a result is pending
+CAPACITY_TIMEOUT = 60.0  # seconds of a cluster that cannot run a single task: another node may join
+ANSWER_SECONDS = 10.0  # for the head node to accept a connection, and for the driver to disconnect
 
-Message = tuple[Literal["result", "told", "failed", "broken", "done"], Any]
+Message = tuple[Literal["result", "warning", "failed", "broken", "done"], Any]
 
 
 @dataclass(frozen=True)
 class RayExecutor:
-    """Runs tasks on a Ray cluster, each on a processor of any node; at most two results a processor wait.
+    """Runs each task on a processor of any node of a Ray cluster; computes at most two results per processor ahead.
 
-    What tasks import and read must be there on every node: this package, and the videos at the same URL.
+    Every node needs this package, and the videos at the same URL.
 
     Attributes:
-        address: of the cluster's head, `host:port`; empty for the one that `RAY_ADDRESS` or this machine has,
-            or for one on this machine alone.
-        gpus: share of a GPU that each task takes.
-        max_retries: how often a task is done again whose node or process died.
-        tell: is told in a line when nodes are gone.
+        address: `host:port` of the head node; empty: `RAY_ADDRESS`, the cluster of this machine, or a new local one.
+        gpus: GPUs per task, may be a fraction.
+        max_retries: how often a task runs again after its node or process died.
+        warn: takes a line for each lost node.
     """
 
     address: str = ""
     gpus: float = 0.0
     max_retries: int = MAX_RETRIES
-    tell: Callable[[str], None] = logging.getLogger(__name__).warning
+    warn: Callable[[str], None] = logging.getLogger(__name__).warning
 
     def __post_init__(self) -> None:
         if find_spec("ray") is None:
@@ -55,18 +54,18 @@ class RayExecutor:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What `build.json` says of it."""
+        """The executor's fields in `build.json`."""
         return {"executor": "ray"}
 
     @contextmanager
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Iterator[Result]]:
-        """Results of `function` in the order of `items`; whatever ends the block, no task is left behind.
+        """Yield results of `function` in the order of `items`; no task outlives the block, however it ends.
 
         Raises:
-            UserError: while iterating, when the cluster cannot be reached, has no node left, or a task of its
-                cannot be finished.
+            UserError: while iterating, when the cluster cannot be reached, has no node left, or a task fails on
+                every retry.
         """
-        # Ray prints where it likes and ends its driver when the cluster's head is gone: it has a process of its own.
+        # Ray prints to any stream and kills its driver when the head node is gone, so the driver is its own process.
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
         with tempfile.NamedTemporaryFile(prefix="mcl-ray-") as log, receiver:
@@ -92,26 +91,28 @@ class RayExecutor:
 
     def _results(self, receiver: Connection, log: Path) -> Iterator[Any]:
         while True:
-            kind, value = _received(receiver, log)
+            kind, value = _receive(receiver, log)
             if kind == "done":
                 return
             if kind == "failed":
                 raise value
             if kind == "broken":
                 raise RuntimeError(value)
-            if kind == "told":
-                self.tell(value)
+            if kind == "warning":
+                self.warn(value)
             else:
                 yield value
 
 
-def _received(receiver: Connection, log: Path) -> Message:
+def _receive(receiver: Connection, log: Path) -> Message:
     try:
         message: Message = receiver.recv()
     except EOFError as error:
         lines = log.read_text(errors="replace").split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-        raise UserError(f"Ray: its driver ended ({last.strip()}); see that the cluster runs, then try again") from error
+        last = next((line for line in reversed(lines) if line.strip()), "it printed nothing")
+        raise UserError(
+            f"Ray: the driver ended ({last.strip()}); check that the cluster runs, then try again"
+        ) from error
     return message
 
 
@@ -123,8 +124,8 @@ def _drive(
     function: Callable[[Any], Any],
     items: Sequence[Any],
 ) -> None:
-    """The process that talks to Ray: sends the results, and waits where nobody takes them."""
-    follow_parent()
+    """Body of the driver process: run the tasks on Ray and send the results; blocks while the pipe is full."""
+    exit_with_parent()
     with Path(log).open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -132,7 +133,7 @@ def _drive(
 
     try:
         _connect(address)
-        for message in _messages(task_options, function, items):
+        for message in _run_tasks(task_options, function, items):
             sender.send(message)
         sender.send(("done", None))
     except UserError as error:
@@ -148,7 +149,7 @@ def _connect(address: str) -> None:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        if address:  # Ray itself would try for minutes
+        if address:  # Ray would retry for minutes
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
         ray.init(address or None, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
@@ -159,47 +160,47 @@ def _connect(address: str) -> None:
         ) from error
 
 
-def _messages(task_options: dict[str, Any], function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Message]:
+def _run_tasks(task_options: dict[str, Any], function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Message]:
     import ray
 
-    task = ray.remote(_guarded).options(**task_options)
+    task = ray.remote(_run_task).options(**task_options)
     shared = ray.put(function)
     cluster = _Cluster(task_options["num_gpus"])
     waiting = iter(items)
     pending: deque[tuple[Any, Any]] = deque()
     while True:
-        # A cluster may grow and shrink: how many results may wait is asked anew each time.
-        wanted = max(0, 2 * max(1, cluster.num_places()) - len(pending))
+        # A cluster may grow and shrink, so its capacity is read each time.
+        wanted = max(0, 2 * max(1, cluster.capacity()) - len(pending))
         pending.extend((item, task.remote(shared, item)) for item in islice(waiting, wanted))
         if not pending:
             break
         item, reference = pending.popleft()
         while not ray.wait([reference], timeout=CHECK_SECONDS)[0]:
-            yield from cluster.losses()
+            yield from cluster.lost_nodes()
             cluster.check()
-        result = _got(item, reference)
+        result = _get(item, reference)
         yield ("failed", result) if isinstance(result, UserError) else ("result", result)
-    yield from cluster.losses()
+    yield from cluster.lost_nodes()
 
 
-def _guarded(function: Callable[[Any], Any], item: Any) -> Any:
-    """Runs on a node: what a person can mend comes back as a result, without Ray's wrapping."""
+def _run_task(function: Callable[[Any], Any], item: Any) -> Any:
+    """Run the task on a node; returns a `UserError` as a result, so that Ray does not wrap it."""
     try:
         return function(item)
     except UserError as error:
         return error
 
 
-def _got(item: Any, reference: Any) -> Any:
+def _get(item: Any, reference: Any) -> Any:
     import ray
 
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError:
-        raise  # a mistake of ours, with its traceback
+        raise  # a bug of this program, with its traceback
     except ray.exceptions.RayError as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{item}: its node or process died time and again, given up; Ray says: {reason}") from error
+        raise UserError(f"{item}: its node or process died on every try; given up ({reason})") from error
 
 
 class _Cluster:
@@ -207,37 +208,38 @@ class _Cluster:
 
     def __init__(self, gpus: float) -> None:
         self._gpus = gpus
-        self._alive = self._names()
-        self._without_since: float | None = None
+        self._alive = self._living_nodes()
+        self._no_capacity_since: float | None = None
 
-    def num_places(self) -> int:
-        """How many tasks all nodes that are alive have room for."""
+    def capacity(self) -> int:
+        """Number of tasks that all living nodes can run at once."""
         import ray
 
-        there = ray.cluster_resources()
-        room = there.get("CPU", 0)
-        return int(min(room, there.get("GPU", 0) / self._gpus) if self._gpus else room)
+        resources = ray.cluster_resources()
+        cpus = resources.get("CPU", 0)
+        return int(min(cpus, resources.get("GPU", 0) / self._gpus) if self._gpus else cpus)
 
-    def losses(self) -> Iterator[Message]:
-        """A line for each node that is gone since the last call."""
-        before, self._alive = self._alive, self._names()
+    def lost_nodes(self) -> Iterator[Message]:
+        """Yield a warning for each node lost since the last call."""
+        before, self._alive = self._alive, self._living_nodes()
         for node in before.keys() - self._alive.keys():
-            yield "told", f"node {before[node]} of the Ray cluster is gone; its videos are built elsewhere"
+            yield "warning", f"node {before[node]} of the Ray cluster is gone; other nodes build its videos"
 
     def check(self) -> None:
-        """Raises `UserError` when there has been no room for a task for a while."""
+        """Raise `UserError` once the cluster has been without capacity for `CAPACITY_TIMEOUT`."""
         now = time.monotonic()
-        if self.num_places():
-            self._without_since = None
+        if self.capacity():
+            self._no_capacity_since = None
             return
-        self._without_since = self._without_since or now
-        if now - self._without_since > PATIENCE_SECONDS:
+        self._no_capacity_since = self._no_capacity_since or now
+        if now - self._no_capacity_since > CAPACITY_TIMEOUT:
             raise UserError(
-                f"Ray: no node has had a processor{' and a GPU' if self._gpus else ''} for {PATIENCE_SECONDS:.0f} s; "
+                f"Ray: no node has had a processor{' and a GPU' if self._gpus else ''} for {CAPACITY_TIMEOUT:.0f} s; "
                 "start nodes by `ray start --address`, then run the same command again"
             )
 
-    def _names(self) -> dict[str, str]:
+    def _living_nodes(self) -> dict[str, str]:
+        """Addresses by node id."""
         import ray
 
         return {

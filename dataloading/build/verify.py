@@ -1,4 +1,4 @@
-"""Check every byte of a shard set against its manifest, its indices and its own digests."""
+"""Checks every byte of a shard set against its manifest, its indices and its digests."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ from dataloading.shards.format import (
     Manifest,
     ShardEntry,
     index_name,
-    parse_manifest,
     read_index,
+    read_manifest,
     sha256,
 )
+from dataloading.shards.headers import JPEG_END, JPEG_START, from_npy, jpeg_size
 from dataloading.shards.index import MEMBERS, ShardIndex, StillKind
-from dataloading.shards.jpeg import JPEG_END, JPEG_START, jpeg_size
-from dataloading.shards.npy import from_npy
 from mcl_dist.errors import UserError
 from mcl_dist.storage.folder import Folder
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found: totals of the manifest, and a line a problem."""
+    """Totals of the manifest, and one line for each problem."""
 
     videos: int
     shards: int
@@ -42,12 +41,12 @@ class Verification:
 
 
 def verify_shards(folder: Folder, workers: int = 1) -> Verification:
-    """Read the whole set, in as many processes, and collect its problems; each holds one shard in memory.
+    """Read the whole set in `workers` processes and collect its problems; each process holds one shard in memory.
 
     Raises:
-        UserError: there is no manifest, or none that this program reads.
+        UserError: the manifest is missing or unreadable.
     """
-    manifest = parse_manifest(folder)
+    manifest = read_manifest(folder)
     check = _ShardCheck(folder.url, len(manifest.classes))
     with ordered_map(check, manifest.shards, max(1, min(workers, len(manifest.shards)))) as found:
         problems = [problem for of_shard in found for problem in of_shard]
@@ -57,7 +56,7 @@ def verify_shards(folder: Folder, workers: int = 1) -> Verification:
 
 @dataclass(frozen=True)
 class _ShardCheck:
-    """Collects one shard's problems; runs in a worker process."""
+    """Collects the problems of one shard; runs in a worker process."""
 
     url: str
     num_classes: int
@@ -84,9 +83,9 @@ def _shard_problems(folder: Folder, entry: ShardEntry, num_classes: int) -> Iter
         yield str(error)
         return
     if len(data) != entry.bytes:
-        yield f"{where}: {len(data)} bytes, the manifest says {entry.bytes}; rebuild the set"
+        yield f"{where}: {len(data)} bytes, {entry.bytes} in the manifest; rebuild the set"
     elif sha256(data) != entry.sha256:
-        yield f"{where}: its sha256 is not the manifest's; rebuild the set"
+        yield f"{where}: its sha256 is not that of the manifest; rebuild the set"
     yield from (f"{where}: {problem}" for problem in _tar_problems(data, index))
     for sample, key in enumerate(index.keys):
         problems = _sample_problems(data, index, sample, num_classes)
@@ -94,7 +93,7 @@ def _shard_problems(folder: Folder, entry: ShardEntry, num_classes: int) -> Iter
 
 
 def _tar_problems(data: bytes, index: ShardIndex) -> Iterator[str]:
-    """The tar's own headers against the index."""
+    """Compare the headers of the tar with the index."""
     expected = {
         f"{key}.{member}": tuple(place)
         for key, places in zip(index.keys.tolist(), index.members.tolist(), strict=True)
@@ -112,7 +111,7 @@ def _tar_problems(data: bytes, index: ShardIndex) -> Iterator[str]:
         elif name not in expected:
             yield f"{name} is in the tar, not in the index"
         elif found[name] != expected[name]:
-            yield f"{name} lies at {found[name]} (offset, size), the index says {expected[name]}"
+            yield f"{name} is at {found[name]} (offset, size), at {expected[name]} in the index"
 
 
 def _sample_problems(data: bytes, index: ShardIndex, sample: int, num_classes: int) -> Iterator[str]:
@@ -122,29 +121,29 @@ def _sample_problems(data: bytes, index: ShardIndex, sample: int, num_classes: i
     }
     for name, crc in zip(MEMBERS, index.member_crcs[sample].tolist(), strict=True):
         if zlib.crc32(members[name]) != crc:
-            yield f"the checksum of {name} is not the index's"
+            yield f"the checksum of {name} is not that of the index"
     try:
         yield from _info_problems(members, index, sample, num_classes)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         yield f"its members are damaged ({type(error).__name__}: {error})"
     frame_size = (int(index.heights[sample]), int(index.widths[sample]))
     flow_size = (2 * int(index.flow_heights[sample]), int(index.flow_widths[sample]))
-    yield from _still_problems(data, index, sample, "frames", frame_size)
-    yield from _still_problems(data, index, sample, "flow", flow_size)
+    yield from _jpeg_problems(data, index, sample, "frames", frame_size)
+    yield from _jpeg_problems(data, index, sample, "flow", flow_size)
 
 
 def _info_problems(members: dict[str, bytes], index: ShardIndex, sample: int, num_classes: int) -> Iterator[str]:
-    """`KEY.json` against the members and the index."""
+    """Compare `KEY.json` with the members and the index."""
     info: dict[str, Any] = json.loads(members["json"])
     for name in MEMBERS[1:]:
         if sha256(members[name]) != info["sha256"][name]:
             yield f"the sha256 of {name} is not the one in its json"
-    said = {"key": str(index.keys[sample]), "label": index.labels[sample], "frames": index.num_frames[sample]}
-    said |= {"height": index.heights[sample], "width": index.widths[sample]}
-    said |= {"flow_height": index.flow_heights[sample], "flow_width": index.flow_widths[sample]}
-    for name, value in said.items():
+    expected = {"key": str(index.keys[sample]), "label": index.labels[sample], "frames": index.num_frames[sample]}
+    expected |= {"height": index.heights[sample], "width": index.widths[sample]}
+    expected |= {"flow_height": index.flow_heights[sample], "flow_width": index.flow_widths[sample]}
+    for name, value in expected.items():
         if info[name] != value:
-            yield f"its json says {name} {info[name]}, the index {value}"
+            yield f"{name} is {info[name]} in its json, {value} in the index"
     if not 0 <= info["label"] < num_classes:
         yield f"label {info['label']} of {num_classes} classes"
     yield from _array_problems(members, int(index.num_frames[sample]))
@@ -158,7 +157,7 @@ def _array_problems(members: dict[str, bytes], num_frames: int) -> Iterator[str]
         yield f"scores.npy is {scores.dtype} {scores.shape}, not a float32 for each start"
 
 
-def _still_problems(
+def _jpeg_problems(
     data: bytes, index: ShardIndex, sample: int, kind: StillKind, size: tuple[int, int]
 ) -> Iterator[str]:
     offset, num_bytes = index.members[sample][MEMBERS.index(f"{kind}.mjpg")].tolist()
@@ -167,12 +166,12 @@ def _still_problems(
     for number, (start, length) in enumerate(index.stills(sample, kind).tolist()):
         still = data[start : start + length]
         if start != offset or not (still.startswith(JPEG_START) and still.endswith(JPEG_END)):
-            yield f"{kind} still {number} is not where the index says"
+            yield f"{kind} still {number} is not at its place in the index"
             return
         if jpeg_size(still) != size:
-            yield f"{kind} still {number} is {jpeg_size(still)} (height, width), the index says {size}"
+            yield f"{kind} still {number} is {jpeg_size(still)} (height, width), {size} in the index"
         if zlib.crc32(still) != crcs[number]:
-            yield f"the checksum of {kind} still {number} is not the index's"
+            yield f"the checksum of {kind} still {number} is not that of the index"
         offset += length
     if offset != end:
         yield f"the {kind} stills do not fill their member"

@@ -10,16 +10,11 @@ import cv2
 import numpy as np
 import torch
 
+from dataloading.flow.constants import BOUND, DIS, SCALES, TVL1
 from dataloading.flow.tvl1 import pair_flows, tvl1_flow
 
-TVL1 = "tvl1"
-OPENCV_TVL1 = "opencv-tvl1"
-DIS = "dis"
-ESTIMATORS = (TVL1, OPENCV_TVL1, DIS)
-BOUND = 20.0  # pixels of the stored frame that a component is clipped to, either way
-SCALES = {TVL1: 1.0, OPENCV_TVL1: 0.5, DIS: 1.0}  # shares of the frame's size
 JPEG_BLOCK = 8  # rows
-PAIRS_AHEAD = 32  # estimated together, so that memory is bounded however long the video
+PAIRS_AT_ONCE = 32  # pairs estimated together: bounds the memory for a video of any length
 
 Estimate = Callable[[Sequence[np.ndarray]], Iterable[np.ndarray]]  # N grey frames to N - 1 flows, float32 (h, w, 2)
 
@@ -27,14 +22,14 @@ Estimate = Callable[[Sequence[np.ndarray]], Iterable[np.ndarray]]  # N grey fram
 class FlowEstimator:
     """Flow between consecutive frames, in pixels of the frames given to it.
 
-    `tvl1` is ours; `opencv-tvl1` is OpenCV's at half size with 2 warps and 1 outer iteration; `dis` points at the
-    moving region less reliably. docs/benchmarks.md has what each costs and how well it agrees with full TV-L1.
+    `tvl1` is ours; `opencv-tvl1` is OpenCV's at half size with 2 warps and 1 outer iteration; `dis` finds the moving
+    region less reliably. docs/reference/benchmarks.md has the cost of each and its agreement with full TV-L1.
 
     Args:
         name: `tvl1`, `opencv-tvl1` or `dis`.
-        scale: share of the frames' size that the flow is estimated at, and has; by default the estimator's own, full
-            size but for `opencv-tvl1`.
-        device: that `tvl1` computes on, in PyTorch's words; a GPU's flow is near the CPU's, not the same to the bit.
+        scale: size of the flow relative to the frames; defaults to the estimator's own, which is full size except for
+            `opencv-tvl1`.
+        device: PyTorch device that computes `tvl1`; a GPU's flow is close to the CPU's, but not the same to the bit.
     """
 
     def __init__(self, name: str, scale: float | None = None, device: str = "cpu") -> None:
@@ -42,19 +37,19 @@ class FlowEstimator:
         self._estimate = _estimate(name, device)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the flow of frames of that size; no JPEG block of a still holds both components."""
+        """Height and width of the flow for a frame size; no JPEG block of a flow still holds both components."""
         return JPEG_BLOCK * round(height * self._scale / JPEG_BLOCK), round(width * self._scale)
 
     def flows(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Flow from every frame to the next, N - 1 for N frames, while they stream past.
+        """Stream the flow from every frame to the next, N - 1 for N frames.
 
-        A pair's flow depends on its own two frames alone.
+        A pair's flow depends only on its own two frames.
 
         Args:
             frames: RGB, uint8 (H, W, 3), all of one size.
 
         Yields:
-            bytes, uint8 (h, w, 2), across then down.
+            flow as bytes, uint8 (h, w, 2), across then down.
         """
         waiting: list[np.ndarray] = []
         factor = np.ones(2, dtype=np.float32)
@@ -63,19 +58,19 @@ class FlowEstimator:
             flow_height, flow_width = self.size(height, width)
             factor = np.array([width / flow_width, height / flow_height], dtype=np.float32)
             waiting.append(_grey(frame, flow_height, flow_width))
-            if len(waiting) > PAIRS_AHEAD:
-                yield from self._coded(waiting, factor)
+            if len(waiting) > PAIRS_AT_ONCE:
+                yield from self._encode(waiting, factor)
                 del waiting[:-1]
         if len(waiting) > 1:
-            yield from self._coded(waiting, factor)
+            yield from self._encode(waiting, factor)
 
-    def _coded(self, grey: Sequence[np.ndarray], factor: np.ndarray) -> Iterator[np.ndarray]:
-        own_size = (factor == 1).all()
-        return (flow_bytes(flow if own_size else flow * factor) for flow in self._estimate(grey))
+    def _encode(self, grey: Sequence[np.ndarray], factor: np.ndarray) -> Iterator[np.ndarray]:
+        is_full_size = (factor == 1).all()
+        return (flow_bytes(flow if is_full_size else flow * factor) for flow in self._estimate(grey))
 
 
 def flow_bytes(flow: np.ndarray) -> np.ndarray:
-    """Pixels to bytes: clipped to 20 either way, round((f + 20)·255/40)."""
+    """Pixels to bytes: clipped to ±20, then round((f + 20)·255/40)."""
     coded = flow.clip(-BOUND, BOUND)
     coded += BOUND
     coded *= 255 / (2 * BOUND)
@@ -83,12 +78,12 @@ def flow_bytes(flow: np.ndarray) -> np.ndarray:
 
 
 def flow_pixels(coded: np.ndarray) -> np.ndarray:
-    """Bytes to pixels, float32 of the same shape: what `flow_bytes` took, to half a step (0.08 px)."""
+    """Bytes to pixels, float32 of the same shape; the inverse of `flow_bytes`, up to half a step (0.08 px)."""
     return coded.astype(np.float32) * np.float32(2 * BOUND / 255) - np.float32(BOUND)
 
 
-def stacked(flow_hw2: np.ndarray) -> np.ndarray:
-    """The grey picture (2H, W) that flow is stored as: across above down, so that neither bleeds into the other."""
+def stack_components(flow_hw2: np.ndarray) -> np.ndarray:
+    """The grey image (2H, W) in which a flow is stored: across above down, so that neither bleeds into the other."""
     return np.concatenate([flow_hw2[..., 0], flow_hw2[..., 1]])
 
 
@@ -99,29 +94,29 @@ def _grey(frame_hw3: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def _estimate(name: str, device: str) -> Estimate:
     if name == TVL1:
-        return _own_tvl1 if device == "cpu" else partial(_batched_tvl1, device)
+        return _cpu_tvl1 if device == "cpu" else partial(_gpu_tvl1, device)
     algorithm = _dis() if name == DIS else dual_tvl1(warps=2, outer_iterations=1)
     return lambda frames: opencv_flows(algorithm, frames)
 
 
-def _own_tvl1(frames: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+def _cpu_tvl1(frames: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
     return (flow.transpose(1, 2, 0) for flow in pair_flows(pairwise(frames)))
 
 
-def _batched_tvl1(device: str, frames: Sequence[np.ndarray]) -> np.ndarray:
+def _gpu_tvl1(device: str, frames: Sequence[np.ndarray]) -> np.ndarray:
     stack = torch.from_numpy(np.stack(frames)).to(device)
     return tvl1_flow(stack[:-1], stack[1:]).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def opencv_flows(algorithm: cv2.DenseOpticalFlow, frames: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-    """Flow from every grey frame to the next by one of OpenCV's estimators, float32 (H, W, 2) each."""
+    """Flow from every grey frame to the next by an OpenCV estimator, float32 (H, W, 2) each."""
     for earlier, later in pairwise(frames):
-        # Zeros in and out: an estimator's start is the flow it is handed, never a neighbour's.
+        # An estimator starts at the flow that it is given: zeros, not the previous pair's.
         yield np.asarray(algorithm.calc(earlier, later, np.zeros((*earlier.shape, 2), np.float32)))
 
 
 def dual_tvl1(warps: int | None = None, outer_iterations: int | None = None) -> cv2.DenseOpticalFlow:
-    """OpenCV's TV-L1, by default with its own settings."""
+    """OpenCV's TV-L1, by default with OpenCV's settings."""
     algorithm = cv2.optflow.createOptFlow_DualTVL1()
     if warps is not None:
         algorithm.setWarpingsNumber(warps)

@@ -1,4 +1,4 @@
-"""The median of the 5×5 pixels around each, one plane at a time on one core; memory layout as in `padded_images`."""
+"""Median filter of 5×5 pixels, for one image on one core; memory layout as in `padded_images`."""
 
 from __future__ import annotations
 
@@ -6,50 +6,50 @@ from typing import Any
 
 import numpy as np
 
-from dataloading.flow.padded_images import stride
-from dataloading.flow.simd import LANES, inlined, kernel, larger, load, smaller, store
+from dataloading.flow.padded_images import row_stride
+from dataloading.flow.simd import SIMD_WIDTH, inlined, kernel, load, maximum, minimum, store
 
 
 def median_scratch_size(width: int) -> int:
-    """Floats of the scratch space."""
-    return int(5 * (stride(width) + LANES))
+    """Floats of the scratch buffer."""
+    return int(5 * (row_stride(width) + SIMD_WIDTH))
 
 
 @kernel
-def median(plane: np.ndarray, out: np.ndarray, scratch: np.ndarray, height: int, width: int) -> None:
-    """Median of the 5×5 pixels around each; the border's are repeated outside.
+def median(image: np.ndarray, out: np.ndarray, scratch: np.ndarray, height: int, width: int) -> None:
+    """Median of the 5×5 pixels around each; border pixels are repeated outside.
 
-    Columns are sorted first, once for the five medians that they are part of, then the five ranks across them. In a
-    square sorted both ways the median of all is one of three: the largest before the long diagonal, the median on
-    it, the smallest after it.
+    Each column is sorted once, for all five medians that use it; then each rank is sorted across five columns. In a
+    square sorted in both directions the median is one of three values: the largest before the long diagonal, the
+    median on it, the smallest after it.
     """
-    stride_ = stride(width)
-    rank = stride_ + LANES  # from one rank's row in the scratch space to the next
+    stride = row_stride(width)
+    rank = stride + SIMD_WIDTH  # floats from one rank's row in the scratch buffer to the next
     for y in range(height):
         rows = (max(y - 2, 0), max(y - 1, 0), y, min(y + 1, height - 1), min(y + 2, height - 1))
-        a, b, c, d, e = [(row + 1) * stride_ + LANES for row in rows]
-        for x in range(0, width, LANES):
+        a, b, c, d, e = [(row + 1) * stride + SIMD_WIDTH for row in rows]
+        for x in range(0, width, SIMD_WIDTH):
             column = _sorted(
-                load(plane, a + x), load(plane, b + x), load(plane, c + x), load(plane, d + x), load(plane, e + x)
+                load(image, a + x), load(image, b + x), load(image, c + x), load(image, d + x), load(image, e + x)
             )
-            at = LANES + x
+            at = SIMD_WIDTH + x
             store(scratch, at, column[0])
             store(scratch, at + rank, column[1])
             store(scratch, at + 2 * rank, column[2])
             store(scratch, at + 3 * rank, column[3])
             store(scratch, at + 4 * rank, column[4])
-        for start in range(LANES, LANES + 5 * rank, rank):
+        for start in range(SIMD_WIDTH, SIMD_WIDTH + 5 * rank, rank):
             scratch[start - 2 : start] = scratch[start]
             scratch[start + width : start + width + 2] = scratch[start + width - 1]
-        for x in range(0, width, LANES):
-            at = LANES + x - 2
+        for x in range(0, width, SIMD_WIDTH):
+            at = SIMD_WIDTH + x - 2
             lowest, low = _sorted_across(scratch, at), _sorted_across(scratch, at + rank)
             middle = _sorted_across(scratch, at + 2 * rank)
             high, highest = _sorted_across(scratch, at + 3 * rank), _sorted_across(scratch, at + 4 * rank)
-            before = larger(larger(lowest[3], low[2]), larger(middle[1], high[0]))
-            after = smaller(smaller(low[4], middle[3]), smaller(high[2], highest[1]))
+            before = maximum(maximum(lowest[3], low[2]), maximum(middle[1], high[0]))
+            after = minimum(minimum(low[4], middle[3]), minimum(high[2], highest[1]))
             diagonal = _sorted(lowest[4], low[3], middle[2], high[1], highest[0])[2]
-            store(out, c + x, larger(smaller(before, diagonal), smaller(larger(before, diagonal), after)))
+            store(out, c + x, maximum(minimum(before, diagonal), minimum(maximum(before, diagonal), after)))
 
 
 @inlined
@@ -61,13 +61,13 @@ def _sorted_across(scratch: np.ndarray, at: int) -> Any:
 
 @inlined
 def _sorted(a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
-    a, b = smaller(a, b), larger(a, b)
-    d, e = smaller(d, e), larger(d, e)
-    c, e = smaller(c, e), larger(c, e)
-    c, d = smaller(c, d), larger(c, d)
-    b, e = smaller(b, e), larger(b, e)
-    a, d = smaller(a, d), larger(a, d)
-    a, c = smaller(a, c), larger(a, c)
-    b, d = smaller(b, d), larger(b, d)
-    b, c = smaller(b, c), larger(b, c)
+    a, b = minimum(a, b), maximum(a, b)
+    d, e = minimum(d, e), maximum(d, e)
+    c, e = minimum(c, e), maximum(c, e)
+    c, d = minimum(c, d), maximum(c, d)
+    b, e = minimum(b, e), maximum(b, e)
+    a, d = minimum(a, d), maximum(a, d)
+    a, c = minimum(a, c), maximum(a, c)
+    b, d = minimum(b, d), maximum(b, d)
+    b, c = minimum(b, c), maximum(b, c)
     return a, b, c, d, e

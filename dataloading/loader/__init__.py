@@ -1,1 +1,1 @@
-"""The loader: in goes a shard set, out come batches on the training device."""
+"""Batches for training: seed, epoch and step in, batches on the device out."""

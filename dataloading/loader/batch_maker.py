@@ -1,4 +1,4 @@
-"""From read and drawn videos to a batch: decode, cut, augment, target."""
+"""From encoded videos to a batch: decode, augment, compute motion targets."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from mcl_dist.batch import NUM_VIEWS, QUERY, Batch, LabelledBatch, TubeletBatch
 from mcl_dist.errors import UserError
 
 Replacement = Callable[[EncodedVideo, BadSampleError], tuple[EncodedVideo, list[BadSampleError]]]
-# Stills worked on at a time: on a CPU so few that their pixels are still in the cache when they are resized.
+# Stills decoded together: on a CPU so few that their pixels are still in the cache when they are resized.
 STILLS_ON_CPU, STILLS_ON_GPU = 64, 256
 
 
 class BatchMaker:
-    """Decodes and cuts batches on one device, where they stay.
+    """Makes batches on one device.
 
     Args:
         config: of tubelets, or of labelled clips.
-        grid: of the tubelets' motion targets; None where there are none.
-        device: which.
+        grid: of the tubelets' motion targets; None without targets.
+        device: of the decoding and of the batches.
 
     Attributes:
-        stages: CPU seconds of each stage so far.
+        timer: CPU seconds of each stage so far.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class BatchMaker:
         self._config = config
         self._grid = grid
         self._device = device
-        self.stages = StageTimer()
+        self.timer = StageTimer()
         self._pixels, self._flow = (
             StillDecoder(
                 size=(config.crop, config.crop),
@@ -53,35 +53,34 @@ class BatchMaker:
             )
             for grey in (False, True)
         )
-        # Not on a GPU: other threads' kernels would leave the stream of this one, and join that of training.
-        several = config.threads > 1 and device.type == "cpu"
-        self._threads = ThreadPoolExecutor(config.threads, "augment") if several else None
+        # Not on a GPU: kernels of other threads would run in the stream of training, not in this thread's.
+        use_threads = config.threads > 1 and device.type == "cpu"
+        self._threads = ThreadPoolExecutor(config.threads, "augment") if use_threads else None
 
     def views_shape(self, num_videos: int) -> tuple[int, ...]:
-        """(B, V, T, crop, crop, 3)"""
+        """Shape of the views of B videos: (B, V, T, crop, crop, 3)."""
         num_views = 1 if self._grid is None else NUM_VIEWS
         return (num_videos, num_views, self._config.frames, self._config.crop, self._config.crop, 3)
 
     def batch(
-        self, videos: list[EncodedVideo], stand_in: Replacement, views: torch.Tensor | None = None
+        self, videos: list[EncodedVideo], replacement: Replacement, views: torch.Tensor | None = None
     ) -> tuple[Batch, list[EncodedVideo], list[BadSampleError]]:
-        """The batch of these videos, into `views` where given, uint8 of `views_shape`.
+        """Make the batch of these videos, in the memory `views`, uint8 of `views_shape`, if it is given.
 
-        A video with a still that the decoder refuses, though it passed all checks, is replaced by what
-        `stand_in` gives for it.
+        A video with a still that passed all checks but that the decoder refuses is replaced by `replacement`.
 
         Returns:
-            The batch, the videos that it holds, and the bad samples that were met on the way.
+            The batch, the videos in it, and the bad samples that were replaced.
         """
         bad: list[BadSampleError] = []
         if views is None:
             views = torch.empty(self.views_shape(len(videos)), dtype=torch.uint8, device=self._device)
         while isinstance(flow := self._try(views, videos), UserError):
-            videos = [self._good(video, stand_in, bad) for video in videos]
-        with self.stages("augment"):
-            looks = [look for video in videos for look in video.looks]
-            each = map if self._threads is None else self._threads.map
-            list(each(augment, views.flatten(0, 1), looks))
+            videos = [self._decodable(video, replacement, bad) for video in videos]
+        with self.timer("augment"):
+            augmentations = [drawn for video in videos for drawn in video.augmentations]
+            map_ = map if self._threads is None else self._threads.map
+            list(map_(augment, views.flatten(0, 1), augmentations))
         labels = torch.tensor([video.label for video in videos], device=self._device)
         samples = torch.tensor([video.sample for video in videos], device=self._device)
         boxes = torch.from_numpy(np.stack([video.boxes for video in videos])).to(self._device)
@@ -90,7 +89,7 @@ class BatchMaker:
         return TubeletBatch(views, samples, boxes, self._targets(flow, videos, self._grid), labels), videos, bad
 
     def close(self) -> None:
-        """End the threads and the decoders."""
+        """Stop the threads and the decoders."""
         if self._threads is not None:
             self._threads.shutdown()
         self._pixels.close()
@@ -103,39 +102,39 @@ class BatchMaker:
             return error
 
     def _decode(self, views: torch.Tensor, videos: list[EncodedVideo]) -> torch.Tensor:
-        """Fill the views before their augmentation; returns the query's flow, uint8 (B, T, 2, crop, crop), if any."""
-        with self.stages("decode"):
-            firsts = np.cumsum([0] + [len(video.frames) for video in videos])
-            still_of = [first + video.frame_of for first, video in zip(firsts, videos, strict=False)]
+        """Decode into the views; returns the query's flow, uint8 (B, T, 2, crop, crop); without targets empty."""
+        with self.timer("decode"):
+            first_stills = np.cumsum([0] + [len(video.frames) for video in videos])
+            still_index = [first + video.frame_index for first, video in zip(first_stills, videos, strict=False)]
             self._pixels.into(
                 views.flatten(0, 2),
                 [still for video in videos for still in video.frames],
                 np.concatenate([video.windows for video in videos]),
-                np.concatenate(still_of),
+                np.concatenate(still_index),
             )
         if self._grid is None:
             return torch.empty(0)
-        with self.stages("decode flow"):
+        with self.timer("decode flow"):
             stills = [still for video in videos for still in video.flow]
             frames = self._config.frames
             windows = np.concatenate([np.tile(video.flow_windows, (frames, 1)) for video in videos])
             flow = self._flow(stills, windows, np.repeat(np.arange(len(stills)), 2))
         return flow.view(len(videos), frames, 2, *flow.shape[1:3])
 
-    def _good(self, video: EncodedVideo, stand_in: Replacement, bad: list[BadSampleError]) -> EncodedVideo:
-        """The video itself if it can be decoded alone, else what stands in for it."""
+    def _decodable(self, video: EncodedVideo, replacement: Replacement, bad: list[BadSampleError]) -> EncodedVideo:
+        """The video itself if it can be decoded alone, else its replacement; bad samples are added to `bad`."""
         views = torch.empty(self.views_shape(1), dtype=torch.uint8, device=self._device)
         while isinstance(error := self._try(views, [video]), UserError):
-            found = video.undecodable(str(error))
-            video, more = stand_in(video, found)
+            found = video.decode_error(str(error))
+            video, more = replacement(video, found)
             bad += [found, *more]
         return video
 
     def _targets(self, flow: torch.Tensor, videos: list[EncodedVideo], grid: tuple[int, int, int]) -> torch.Tensor:
-        """float32 (B, T', H', W'). Magnitudes do not tell left from right: a mirrored clip's target is mirrored."""
-        with self.stages("target"):
+        """Motion targets, float32 (B, T', H', W'): flow magnitudes have no sign, so a mirrored clip's are mirrored."""
+        with self.timer("target"):
             targets = motion_target(flow.movedim(2, -1), grid)
             for target, video in zip(targets, videos, strict=True):
-                if video.looks[QUERY].mirror:
+                if video.augmentations[QUERY].mirror:
                     target.copy_(target.flip(-1))
         return targets

@@ -1,4 +1,4 @@
-"""What is trained on, how it is cut, and who does the work."""
+"""Configuration of the loader: the sets, how clips are cut, and the processes and threads that make batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mcl_dist.storage.store_requests import without_credentials
 
 @dataclass(frozen=True)
 class SetConfig:
-    """One of several sets: its URL, and its share of the samples relative to the other sets' weights."""
+    """One of several sets: its URL, and its share of the samples, relative to the other sets' weights."""
 
     url: str
     weight: float = number(1.0, minimum=1e-6)
@@ -24,36 +24,36 @@ class SetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingConfig(FetchConfig):
-    """How sets become pixels; how they are fetched, see `FetchConfig`.
+    """How sets are decoded; for how they are fetched see `FetchConfig`.
 
     Attributes:
-        decode_on: what decodes for a GPU: the `gpu` itself, which keeps most cores free, or the `cpu`, whose pixels are
-            copied, and which leaves the GPU to the encoder.
-        cache: local folder for the shards of a set that is elsewhere, shared by the processes of a machine.
+        decode_on: device that decodes for a GPU: the `gpu` itself, which keeps most cores free, or the `cpu`, which
+            leaves the GPU to the encoder and whose pixels are copied.
+        cache: local folder for the shards of a remote set, shared by the processes of a machine.
     """
 
     decode_on: str = choice("gpu", "cpu")
     cache: str | None = None
 
     def decoder_device(self, device: torch.device) -> torch.device:
-        """Where that is decoded which is wanted on `device`."""
+        """The device that decodes batches for `device`."""
         return torch.device("cpu") if self.decode_on == "cpu" else device
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig(ReadingConfig):
-    """Who makes the batches, in which order. Where CPUs decode, they do all that is done to pixels.
+    """Order of the samples, and processes and threads that make batches. A CPU that decodes also augments.
 
     Attributes:
-        lanes: into which the samples are cut, and of which every rank reads its own; they divide the global
+        lanes: number of runs of samples that are read side by side; each rank reads its own. They divide the global
             batch, the ranks divide them. None: one lane for each video of the global batch.
-        shuffle_window: videos of a lane that an epoch shuffles among themselves.
-        max_bad_fraction: of a rank's samples that may be bad, and be replaced, before the run stops.
-        workers: processes of a rank that make batches (where a GPU decodes: that read and draw for it); 0: a thread
-            of the rank itself.
+        shuffle_window: number of consecutive videos of a lane that are shuffled among themselves in an epoch.
+        max_bad_fraction: share of a rank's samples that may be bad, and replaced, before the run stops.
+        workers: processes of a rank that make batches (if a GPU decodes: that read and draw for it); 0: a thread of the
+            rank itself.
         threads: decoding threads of a rank or of each worker.
-        prefetch: batches made ahead, besides the one that each worker is at.
-        hardware_share: of a GPU's decoding that its hardware decoder takes, where it has one.
+        prefetch: batches made ahead, in addition to the current one of each worker.
+        hardware_share: share of a GPU's decoding for its hardware decoder, if it has one.
     """
 
     lanes: int | None = number(None, minimum=1)
@@ -67,17 +67,16 @@ class LoaderConfig(ReadingConfig):
 
 @dataclass(frozen=True)
 class DataConfig(LoaderConfig):
-    """What is pre-trained on and how it is cut.
+    """The data of pre-training: the sets and how their clips are cut.
 
     Attributes:
         train: URL of the shard set.
         sets: several sets with their weights, instead of `train`.
-        frames, stride, crop: of a clip, in frames, source frames (whether the set stores them all or not) and
-            pixels.
-        min_windows: videos under so many windows (frames x stride) are left out.
-        motion_probability: chance that a video's starts are motion-focused.
-        motion_crops: crops cover what moves; else they lie anywhere.
-        augment: ranges of crops and what is done to the pixels.
+        frames, stride, crop: of a clip, in frames, source frames (even if the set does not store all) and pixels.
+        min_windows: videos with fewer windows (frames x stride) are left out.
+        motion_probability: of motion-focused starts of a video's clips.
+        motion_crops: crops cover the motion region; otherwise they lie anywhere.
+        augment: ranges of crops and the augmentation of pixels.
     """
 
     train: str | None = None
@@ -98,7 +97,7 @@ class DataConfig(LoaderConfig):
             raise ConfigError(f"data.train: found {found} beside data.sets; give one of the two")
 
     def cut(self, stored_stride: int) -> CutConfig:
-        """How clips and crops are drawn from a set of whose stored frames a clip takes every `stored_stride`-th."""
+        """How clips and crops are drawn from a set if a clip takes every `stored_stride`-th of its stored frames."""
         return CutConfig(
             frames=self.frames,
             stride=stored_stride,
@@ -110,13 +109,13 @@ class DataConfig(LoaderConfig):
 
     @property
     def all_sets(self) -> tuple[SetConfig, ...]:
-        """The sets that are trained on, whichever way they were given."""
+        """The sets to train on, from `train` or `sets`."""
         return self.sets or (SetConfig(str(self.train)),)
 
 
 @dataclass(frozen=True)
 class PlainAugmentConfig(AugmentConfig):
-    """Random crop and mirror alone, as the reference trains its linear layer; other changes are to be asked for."""
+    """Random crop and mirror only, as the reference trains its linear layer; the rest is off by default."""
 
     jitter_probability: float = number(0.0, minimum=0, maximum=1)
     grey_probability: float = number(0.0, minimum=0, maximum=1)
@@ -125,14 +124,14 @@ class PlainAugmentConfig(AugmentConfig):
 
 @dataclass(frozen=True)
 class SupervisedConfig(LoaderConfig):
-    """How a classifier is fed; `augment` says how its training clips differ from their videos."""
+    """The loader of a classifier; `augment` is for its training clips."""
 
     augment: PlainAugmentConfig = field(default_factory=PlainAugmentConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledConfig(SupervisedConfig):
-    """What a classifier is trained on: of each video one clip from anywhere (METHOD.md, section 6).
+    """The data of a classifier: one random clip of each video (METHOD.md, section 6).
 
     Attributes:
         train: URL of the shard set.
@@ -145,7 +144,7 @@ class LabelledConfig(SupervisedConfig):
     crop: int
 
     def cut(self, stored_stride: int) -> CutConfig:
-        """As `DataConfig.cut`, blind to motion."""
+        """As `DataConfig.cut`, but without regard to motion."""
         return CutConfig(
             frames=self.frames,
             stride=stored_stride,
@@ -157,29 +156,29 @@ class LabelledConfig(SupervisedConfig):
 
     @property
     def all_sets(self) -> tuple[SetConfig, ...]:
-        """The one set."""
+        """The only set, `train`."""
         return (SetConfig(self.train),)
 
 
 def check_clips(config: DataConfig, grid: tuple[int, int, int]) -> None:
-    """Whether clips of this shape can be cut, and have targets on the (T', H', W') grid of the encoder.
+    """Check that clips have targets on the (T', H', W') grid of the encoder, and that the blur fits into a view.
 
     Raises:
         ConfigError: the grid of the targets does not divide a clip, or the blur is wider than a view.
     """
     time, rows, columns = grid
     if config.frames % time:
-        raise ConfigError(f"data.frames: found {config.frames}, must be a multiple of {time}, the encoder's")
+        raise ConfigError(f"data.frames: found {config.frames}, must be a multiple of the encoder's {time}")
     if config.crop % rows or config.crop % columns:
-        raise ConfigError(f"data.crop: found {config.crop}, must be a multiple of {rows}, the encoder's")
+        raise ConfigError(f"data.crop: found {config.crop}, must be a multiple of the encoder's {rows}")
     check_blur(config)
 
 
 def check_blur(config: DataConfig | LabelledConfig) -> None:
-    """Whether the blur fits into a view.
+    """Check that the blur fits into a view.
 
     Raises:
-        ConfigError: it is wider.
+        ConfigError: the blur is wider than a view.
     """
     sigma = config.augment.blur_sigma[1]
     if blur_radius(sigma) >= config.crop:

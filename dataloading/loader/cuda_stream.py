@@ -1,4 +1,4 @@
-"""A GPU's work on coming batches, beside its work on the present one."""
+"""GPU work on coming batches in a stream of its own, concurrent with training."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from dataloading.loader.step_jobs import DecodedStep
 
 
-def beside_training(steps: Iterable[DecodedStep], device: torch.device) -> Iterator[DecodedStep]:
-    """The steps, their kernels and copies in a CUDA stream of their own; for the thread that makes them."""
+def on_side_stream(steps: Iterable[DecodedStep], device: torch.device) -> Iterator[DecodedStep]:
+    """The steps, with their kernels and copies in a CUDA stream of their own; for the thread that makes the steps."""
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
-        for made in steps:
-            yield replace(made, ready=stream.record_event())
+        for decoded in steps:
+            yield replace(decoded, ready=stream.record_event())
 
 
-def arrived(made: DecodedStep) -> DecodedStep:
-    """The step for the thread that trains on it: its stream waits for the batch, the host does not."""
-    if made.ready is not None:
-        present = torch.cuda.current_stream(made.batch.views.device)
-        present.wait_event(made.ready)
-        for tensor in vars(made.batch).values():
-            tensor.record_stream(present)  # its memory is not made use of again before this stream is done with it
-    return made
+def wait_for_batch(decoded: DecodedStep) -> DecodedStep:
+    """Make the current stream, not the host, wait for the batch; for the thread that trains on it."""
+    if decoded.ready is not None:
+        stream = torch.cuda.current_stream(decoded.batch.views.device)
+        stream.wait_event(decoded.ready)
+        for tensor in vars(decoded.batch).values():
+            tensor.record_stream(stream)  # the allocator reuses its memory only when this stream is done with it
+    return decoded

@@ -1,4 +1,4 @@
-"""Decoding: the only place that knows DALI."""
+"""Decoding of JPEG stills; the only module that uses DALI."""
 
 from __future__ import annotations
 
@@ -14,19 +14,17 @@ from nvidia.dali.pipeline import pipeline_def
 
 from mcl_dist.errors import UserError
 
-# Windows scaled to another size miss whole pixels by this at most.
-_ROUNDING = 1e-6
-# Windows that one pass of the GPU's pipeline cuts out of a still.
-_CUTS = 2
+_ROUNDING = 1e-6  # largest rounding error of a scaled window's edges, in pixels
+_CUTS = 2  # windows of a still in one pass of the GPU's pipeline
 
 
 class StillDecoder:
-    """Decodes JPEG stills once each, and cuts windows out of them, each resized bilinearly to one size.
+    """Decodes each JPEG still once, cuts windows out of it, and resizes each bilinearly to one size.
 
-    On a CUDA device nvJPEG decodes ("mixed", `hardware_share` of it by the hardware decoder where there is one)
-    and DALI resizes; else DALI decodes what the windows of a still span, and OpenCV resizes, which is several
-    times faster than DALI on a CPU. Stills and windows may differ in size; any number may be asked for,
-    `max_batch` stills at a time are worked on. `dali_resizes` overrules which of the two resizes.
+    On a CUDA device nvJPEG decodes ("mixed", `hardware_share` of it on the hardware decoder, if there is one) and DALI
+    resizes. On a CPU DALI decodes the span of a still's windows, and OpenCV resizes, which is several times faster than
+    DALI. Stills and windows may differ in size. A call takes any number of stills and processes `max_batch` at a time.
+    `dali_resizes` overrides the choice between DALI and OpenCV.
     """
 
     def __init__(
@@ -60,40 +58,42 @@ class StillDecoder:
         self._build()
 
     def __call__(
-        self, stills: Sequence[np.ndarray], windows: np.ndarray, still_of: np.ndarray | None = None
+        self, stills: Sequence[np.ndarray], windows: np.ndarray, still_index: np.ndarray | None = None
     ) -> torch.Tensor:
         """Cut `windows` out of the stills.
 
         Args:
             stills: M encoded stills, uint8 (bytes,).
-            windows: (N, 4) top, left, height, width in pixels, perhaps fractions of them.
-            still_of: int (N,), the still of each window, none without one; None: one window a still.
+            windows: (N, 4) top, left, height, width in pixels, which may be fractions.
+            still_index: int (N,), the still of each window; every still has one. None: one window per still.
 
         Returns:
-            uint8 (N, height, width, 3), or 1 for grey, on the device.
+            uint8 (N, height, width, 3), or 1 channel for grey, on the device.
 
         Raises:
             UserError: DALI cannot decode a still.
         """
-        still_of = np.arange(len(windows)) if still_of is None else still_of
+        still_index = np.arange(len(windows)) if still_index is None else still_index
         cut = torch.empty((len(windows), *self._size, self._channels), dtype=torch.uint8, device=self._device)
-        self.into(cut, stills, windows, still_of)
+        self.into(cut, stills, windows, still_index)
         return cut
 
-    def into(self, cut: torch.Tensor, stills: Sequence[np.ndarray], windows: np.ndarray, still_of: np.ndarray) -> None:
-        """As calling the decoder, but into `cut`, uint8 (N, height, width, channels) on the device."""
-        order = np.argsort(still_of, kind="stable")
-        edges = np.searchsorted(still_of[order], np.arange(0, len(stills) + self._max_batch, self._max_batch))
+    def into(
+        self, cut: torch.Tensor, stills: Sequence[np.ndarray], windows: np.ndarray, still_index: np.ndarray
+    ) -> None:
+        """As `__call__`, but into `cut`, uint8 (N, height, width, channels) on the device."""
+        order = np.argsort(still_index, kind="stable")
+        edges = np.searchsorted(still_index[order], np.arange(0, len(stills) + self._max_batch, self._max_batch))
+        cut_batch = self._cut_with_dali if self._dali_resizes else self._cut_with_opencv
         for part, (begin, end) in enumerate(itertools.pairwise(edges)):
             first = part * self._max_batch
-            places = order[begin:end]
+            rows = order[begin:end]  # of this batch's windows
             batch = stills[first : first + self._max_batch]
-            work = self._cut_by_dali if self._dali_resizes else self._cut_by_opencv
             if len(batch):
-                work(cut, batch, windows[places], still_of[places] - first, places)
+                cut_batch(cut, batch, windows[rows], still_index[rows] - first, rows)
 
     def close(self) -> None:
-        """Let DALI's threads go."""
+        """Stop DALI's threads."""
         self._pipeline = None
 
     def _build(self) -> None:
@@ -101,56 +101,56 @@ class StillDecoder:
         self._pipeline.build()
 
     def _run(self, stills: Sequence[np.ndarray], **inputs: Any) -> Any:
-        """DALI's lists of what its graph makes of the stills."""
+        """The outputs of DALI's graph for the stills."""
         try:
-            packed = {name: np.ascontiguousarray(values) for name, values in inputs.items()}
-            return self._pipeline.run(stills=list(stills), **packed)
+            contiguous = {name: np.ascontiguousarray(values) for name, values in inputs.items()}
+            return self._pipeline.run(stills=list(stills), **contiguous)
         except RuntimeError as error:
-            # A pipeline that failed is of no further use.
-            self._build()
+            self._build()  # a failed pipeline cannot be used again
             raise UserError(f"DALI cannot decode a still ({_reason(error)})") from error
 
-    def _cut_by_opencv(
+    def _cut_with_opencv(
         self,
         cut: torch.Tensor,
         stills: Sequence[np.ndarray],
         windows: np.ndarray,
-        still_of: np.ndarray,
-        places: np.ndarray,
+        still_index: np.ndarray,
+        rows: np.ndarray,
     ) -> None:
-        spans = _spans(_whole_pixels(windows), still_of, len(stills))
+        spans = _spans(_whole_pixels(windows), still_index, len(stills))
         (batch,) = self._run(stills, start=spans[:, :2], shape=spans[:, 2:] - spans[:, :2])
         out = cut.numpy()
-        for place, window, still in zip(places, windows, still_of, strict=True):
-            _resize(batch.at(int(still)), window, spans[still], out[place])
+        for row, window, still in zip(rows, windows, still_index, strict=True):
+            _resize(batch.at(int(still)), window, spans[still], out[row])
 
-    def _cut_by_dali(
+    def _cut_with_dali(
         self,
         cut: torch.Tensor,
         stills: Sequence[np.ndarray],
         windows: np.ndarray,
-        still_of: np.ndarray,
-        places: np.ndarray,
+        still_index: np.ndarray,
+        rows: np.ndarray,
     ) -> None:
-        """A pass cuts so many windows out of each still; one of more windows is decoded again."""
-        turn = np.arange(len(still_of)) - np.searchsorted(still_of, still_of)
-        for first in range(0, int(turn.max()) + 1, _CUTS):
-            now = np.flatnonzero((turn >= first) & (turn < first + _CUTS))
-            needed, entry = np.unique(still_of[now], return_inverse=True)
-            # What a still does not use of its cuts repeats one of its windows.
+        """Cut `_CUTS` windows out of each still in a pass; a still with more windows is decoded again."""
+        number_in_still = np.arange(len(still_index)) - np.searchsorted(still_index, still_index)
+        for first in range(0, int(number_in_still.max()) + 1, _CUTS):
+            selected = np.flatnonzero((number_in_still >= first) & (number_in_still < first + _CUTS))
+            cut_number = number_in_still[selected] - first
+            needed, entry = np.unique(still_index[selected], return_inverse=True)
+            # Unused cuts of a still repeat one of its windows.
             table = np.zeros((_CUTS, len(needed), 4))
-            table[:, entry] = windows[now]
-            table[turn[now] - first, entry] = windows[now]
+            table[:, entry] = windows[selected]
+            table[cut_number, entry] = windows[selected]
             for number, cuts in enumerate(self._cuts([stills[still] for still in needed], table)):
-                used = turn[now] - first == number
-                target, source = (torch.from_numpy(each[used]).to(cut.device) for each in (places[now], entry))
+                used = cut_number == number
+                target, source = (torch.from_numpy(each[used]).to(cut.device) for each in (rows[selected], entry))
                 cut[target] = cuts[source]
             if cut.is_cuda:
-                # DALI's buffers are its own again at its next run, which knows nothing of this stream.
+                # DALI reuses its buffers in its next run, without regard to this stream.
                 torch.cuda.current_stream(cut.device).synchronize()
 
     def _cuts(self, stills: Sequence[np.ndarray], table: np.ndarray) -> list[torch.Tensor]:
-        """What the windows of `table`, (cuts, M, 4), show of the M stills: uint8 (M, h, w, channels) a cut."""
+        """Cut the windows of `table`, (cuts, M, 4), out of the M stills; uint8 (M, h, w, channels) for each cut."""
         whole = np.stack([_whole_pixels(windows) for windows in table])
         spans = np.concatenate([whole[..., :2].min(axis=0), whole[..., 2:].max(axis=0)], axis=1)
         inputs = {"start": spans[:, :2], "shape": spans[:, 2:] - spans[:, :2]}
@@ -164,24 +164,22 @@ class StillDecoder:
 
 
 def _whole_pixels(windows: np.ndarray) -> np.ndarray:
-    """Top, left, bottom, right, int32 (N, 4), of the pixels that windows touch."""
+    """Top, left, bottom, right of the whole pixels that windows touch, int32 (N, 4)."""
     top_left, size = windows[:, :2], windows[:, 2:]
     edges = np.concatenate([np.floor(top_left + _ROUNDING), np.ceil(top_left + size - _ROUNDING)], axis=1)
     return edges.astype(np.int32)
 
 
-def _spans(edges: np.ndarray, still_of: np.ndarray, num_stills: int) -> np.ndarray:
-    """Top, left, bottom, right, int32 (num_stills, 4), of what holds all windows of a still."""
+def _spans(edges: np.ndarray, still_index: np.ndarray, num_stills: int) -> np.ndarray:
+    """Top, left, bottom, right of the bounding box of each still's windows, int32 (num_stills, 4)."""
     spans = np.tile(np.array([2**30, 2**30, 0, 0], dtype=np.int32), (num_stills, 1))
-    np.minimum.at(spans[:, :2], still_of, edges[:, :2])
-    np.maximum.at(spans[:, 2:], still_of, edges[:, 2:])
+    np.minimum.at(spans[:, :2], still_index, edges[:, :2])
+    np.maximum.at(spans[:, 2:], still_index, edges[:, 2:])
     return spans
 
 
 def _resize(span_hwc: np.ndarray, window: np.ndarray, span: np.ndarray, out_hwc: np.ndarray) -> None:
-    """Bilinear sampling as METHOD.md's section 2 has it, not an average over the area; what lies beside the
-    window does not bleed into it.
-    """
+    """Bilinear sampling as in METHOD.md, section 2: no average over the area, no bleeding from outside the window."""
     top, left, bottom, right = _whole_pixels(window[None])[0]
     pixels = span_hwc[top - span[0] : bottom - span[0], left - span[1] : right - span[1]]
     height, width = out_hwc.shape[:2]
@@ -200,18 +198,18 @@ def _resize(span_hwc: np.ndarray, window: np.ndarray, span: np.ndarray, out_hwc:
 
 
 def _reason(error: RuntimeError) -> str:
-    """DALI tells a story of many lines; what happened is the first after `encountered:`."""
-    story = str(error).partition("encountered:")[2] or str(error)
-    return story.strip().splitlines()[0]
+    """The cause in DALI's message of many lines: the first line after `encountered:`."""
+    message = str(error).partition("encountered:")[2] or str(error)
+    return message.strip().splitlines()[0]
 
 
 def _graph(size: tuple[int, int] | None, output_type: Any, on_gpu: bool, hardware_share: float) -> Any:
-    """What DALI is to do: decode a part of each still and, given a size, cut windows out of it and resize them."""
+    """DALI's graph: decode the span of each still and, given a size, cut windows out of it and resize them."""
     encoded = fn.external_source(name="stills", dtype=types.UINT8, ndim=1)
     start, shape = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "shape"))
     decoder: dict[str, Any] = {"device": "cpu"}
     if on_gpu:
-        # Chroma is interpolated as libjpeg does on a CPU; nvJPEG alone would repeat its pixels.
+        # Interpolate chroma as libjpeg does on a CPU; by default nvJPEG repeats its pixels.
         decoder = {"device": "mixed", "hw_decoder_load": hardware_share, "jpeg_fancy_upsampling": True}
     span = fn.decoders.image_slice(
         encoded, start=start, shape=shape, axis_names="HW", output_type=output_type, **decoder
@@ -222,7 +220,7 @@ def _graph(size: tuple[int, int] | None, output_type: Any, on_gpu: bool, hardwar
 
 
 def _window(span: Any, number: int, size: tuple[int, int]) -> Any:
-    """One window of each span, sliced first so that what lies beside it does not bleed into it."""
+    """One window of each span; slicing it first avoids bleeding from outside the window."""
     start, shape = (fn.external_source(name=f"{n}{number}", dtype=types.INT32, ndim=1) for n in ("start", "shape"))
     low, high = (fn.external_source(name=f"{n}{number}", dtype=types.FLOAT, ndim=1) for n in ("low", "high"))
     window = fn.slice(span, start=start, shape=shape, axis_names="HW")

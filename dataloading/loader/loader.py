@@ -1,4 +1,4 @@
-"""From shard sets to batches: plan, read, draw, decode, augment, target, here or in workers."""
+"""From shard sets to batches: order, read, draw, decode, augment, target; in this process or in workers."""
 
 from __future__ import annotations
 
@@ -14,48 +14,47 @@ import torch
 from dataloading.loader.bad_sample_log import BadSampleLog
 from dataloading.loader.batch_maker import BatchMaker
 from dataloading.loader.config import DataConfig, LabelledConfig, check_blur, check_clips
-from dataloading.loader.cuda_stream import arrived, beside_training
+from dataloading.loader.cuda_stream import on_side_stream, wait_for_batch
 from dataloading.loader.prefetch import Prefetcher
 from dataloading.loader.step_jobs import (
-    HERE,
+    THIS_PROCESS,
     BatchWorker,
     DecodedStep,
     EncodedStep,
     LoaderShard,
     ReadWorker,
-    Spent,
     StepReader,
+    UsageByProcess,
     decode_step,
 )
-from dataloading.loader.video_source import added, too_many_bad
+from dataloading.loader.video_source import bad_sample_budget_error, sum_counts
 from dataloading.loader.worker_pool import WorkerPool
 from mcl_dist.batch import Batch, LabelledBatch, TubeletBatch
 from mcl_dist.events import LoaderReport
 
-REPORT_SECONDS = 20.0  # a rate over a minute, the shortest that dashboards look at, always sees two
+REPORT_SECONDS = 20.0  # a rate over a minute, the shortest window of the dashboards, always has two reports
 
 Delivered = TypeVar("Delivered", bound=Batch)
 
 
 class Loader(Generic[Delivered]):
-    """One rank's batches from `start_step` on, to the end of `epochs` epochs or without end; made ahead.
+    """One rank's batches from `start_step` on, to the end of `epochs` epochs or without end; prefetched.
 
-    What the global batch of a step holds depends on (seed, step, global_batch), the configured lanes, shuffle_window,
-    min_windows, frames and stride, and the sets with their weights alone.
-    A bad sample is replaced by the next of its lane; the list of them is kept in the file `bad_samples`. `listen`
-    hears of it all every 20 seconds, and at the end.
+    The global batch of a step depends only on (seed, step, global_batch), the configured lanes, shuffle_window,
+    min_windows, frames and stride, and the sets with their weights.
+    A bad sample is replaced by the next one of its lane and logged in the file `bad_samples`. `listen` receives a
+    report every 20 seconds, and at the end.
 
     Attributes:
         steps_per_epoch: global batches in an epoch.
         num_left_out: videos of the sets that are too short.
-        num_steps: up to which batches come, counted from the first epoch's first; None without end.
+        num_steps: end of the batches, counted from the first step of the first epoch; None without end.
 
     Raises:
-        UserError: a set cannot be read, or has too few usable videos; while iterating also when storage fails,
-            a worker dies, or there are more bad samples than may be.
-        ConfigError: ranks do not divide the lanes, lanes not the global batch, the grid of the targets does not
-            divide a clip, the blur is wider than a view, or a set does not store the frames that the stride asks
-            for.
+        UserError: a set cannot be read, or has too few usable videos; while iterating also: storage fails, a worker
+            dies, or more samples are bad than the budget allows.
+        ConfigError: the ranks do not divide the lanes, the lanes not the global batch, the grid of the targets does
+            not divide a clip, the blur is wider than a view, or a set does not store the frames that the stride needs.
     """
 
     def __init__(
@@ -78,57 +77,57 @@ class Loader(Generic[Delivered]):
         elif grid is not None:
             check_clips(config, grid)
         self._config = config
-        share = LoaderShard(seed, global_batch, rank, num_ranks, grid)
-        self._source = share.source(config)
+        shard = LoaderShard(seed, global_batch, rank, num_ranks, grid)
+        self._source = shard.source(config)
         self.steps_per_epoch = self._source.steps_per_epoch
         self.num_left_out = self._source.num_left_out
         self.num_steps = None if epochs is None else epochs * self.steps_per_epoch
-        self._bad = BadSampleLog(bad_samples)
+        self._bad_samples = BadSampleLog(bad_samples)
         self._listen = listen
-        self._last_told = time.monotonic()
-        self._spent: Spent = {}
+        self._last_report = time.monotonic()
+        self._usage: UsageByProcess = {}
         self._per_step = global_batch // num_ranks
         self._expected = self._delivered = self._replaced = 0
         self._waited = 0.0
-        self._crew: WorkerPool | None = None
+        self._pool: WorkerPool | None = None
         self._maker: BatchMaker | None = None
         steps = itertools.count(start_step) if self.num_steps is None else range(start_step, self.num_steps)
-        self._ahead = Prefetcher(
-            self._chain(share, steps, device),
+        self._prefetcher = Prefetcher(
+            self._decoded_on_device(shard, steps, device),
             depth=config.prefetch,
             name="loader",
-            meanwhile=self._tell,  # of requests that fail, while no batch can come for them
-            seconds=REPORT_SECONDS,
+            while_waiting=self._emit_report,  # failing requests are reported although no batch arrives
+            interval=REPORT_SECONDS,
         )
 
     def __iter__(self) -> Iterator[Delivered]:
-        ahead = iter(self._ahead)
+        steps = iter(self._prefetcher)
         while True:
             start = time.perf_counter()
-            made = next(ahead, None)
+            decoded = next(steps, None)
             self._waited += time.perf_counter() - start
-            if made is None:
+            if decoded is None:
                 return
-            self._take_in(arrived(made))
-            if time.monotonic() - self._last_told > REPORT_SECONDS:
-                self._tell()
-            yield cast(Delivered, made.batch)
+            self._count(wait_for_batch(decoded))
+            if time.monotonic() - self._last_report > REPORT_SECONDS:
+                self._emit_report()
+            yield cast(Delivered, decoded.batch)
 
     def report(self) -> LoaderReport:
-        """What has been done so far, workers included."""
+        """All counts so far, including the workers'."""
         total: dict[str, Any] = {}
-        spent = self._spent
-        if self._crew is None:  # what this process reads is known at any time, what workers read with their batches
-            spent = {HERE: {**spent.get(HERE, {}), "storage": self._source.counters()}}
-        for each in spent.values():
-            total = added(total, each)
+        usage = self._usage
+        if self._pool is None:  # this process knows its reads at any time; those of workers arrive with their batches
+            usage = {THIS_PROCESS: {**usage.get(THIS_PROCESS, {}), "storage": self._source.counters()}}
+        for each in usage.values():
+            total = sum_counts(total, each)
         return LoaderReport(
             expected=self._expected,
             delivered=self._delivered,
             replaced=self._replaced,
-            bad_samples=dict(self._bad.by_reason),
+            bad_samples=dict(self._bad_samples.by_reason),
             waited_seconds=self._waited,
-            queue=len(self._ahead),
+            queue=len(self._prefetcher),
             stages=total.get("stages", {}),
             storage=total.get("storage", {}),
             worker_cpu_seconds=total.get("worker_cpu_seconds", 0.0),
@@ -136,60 +135,64 @@ class Loader(Generic[Delivered]):
         )
 
     def name_of(self, position: int) -> str:
-        """What messages call the video at a position of `Batch.samples`."""
+        """Name in messages of the video at a position of `Batch.samples`."""
         return self._source.name_of(position)
 
     def close(self) -> None:
-        """End threads, workers and decoders; the batches are over."""
-        if self._crew is not None:
-            self._crew.close()
-        self._ahead.close()
+        """Stop threads, workers and decoders; no more batches."""
+        if self._pool is not None:
+            self._pool.close()
+        self._prefetcher.close()
         self._source.close()
         if self._maker is not None:
             self._maker.close()
-        self._tell()
+        self._emit_report()
 
-    def _chain(self, share: LoaderShard, steps: Iterable[int], device: torch.device) -> Iterable[DecodedStep]:
-        """Batches on the device, made there or copied to it; on a GPU in a stream of its own."""
-        where = self._config.decoder_device(device)
-        made = self._made(share, steps, where)
-        if where != device:
-            made = (replace(each, batch=each.batch.to(device)) for each in made)
-        return beside_training(made, device) if device.type == "cuda" else made
+    def _decoded_on_device(
+        self, shard: LoaderShard, steps: Iterable[int], device: torch.device
+    ) -> Iterable[DecodedStep]:
+        """Steps with their batches on the device, decoded there or copied to it; on a GPU in a side stream."""
+        decoder_device = self._config.decoder_device(device)
+        decoded = self._decoded(shard, steps, decoder_device)
+        if decoder_device != device:
+            decoded = (replace(each, batch=each.batch.to(device)) for each in decoded)
+        return on_side_stream(decoded, device) if device.type == "cuda" else decoded
 
-    def _made(self, share: LoaderShard, steps: Iterable[int], device: torch.device) -> Iterable[DecodedStep]:
-        """From steps to batches: read and drawn, then decoded, each in the workers or here."""
+    def _decoded(self, shard: LoaderShard, steps: Iterable[int], device: torch.device) -> Iterable[DecodedStep]:
+        """Read and draw each step, then decode it, each in the workers or in this process."""
         config, num_workers = self._config, self._config.workers
         if num_workers and device.type == "cpu":
-            self._crew = WorkerPool(BatchWorker(config, share), num_workers, steps)
-            return map(BatchWorker.received, self._crew)
-        maker = self._maker = BatchMaker(config, share.grid, device)
-        read: Iterable[EncodedStep] = map(StepReader(self._source), steps)
+            self._pool = WorkerPool(BatchWorker(config, shard), num_workers, steps)
+            return map(BatchWorker.from_result, self._pool)
+        maker = self._maker = BatchMaker(config, shard.grid, device)
+        encoded: Iterable[EncodedStep] = map(StepReader(self._source), steps)
         if num_workers:
-            self._crew = WorkerPool(ReadWorker(config, share), num_workers, steps)
-            read = map(ReadWorker.received, self._crew)
-        return (decode_step(each, maker, self._source) for each in read)
+            self._pool = WorkerPool(ReadWorker(config, shard), num_workers, steps)
+            encoded = map(ReadWorker.from_result, self._pool)
+        return (decode_step(each, maker, self._source) for each in encoded)
 
-    def _take_in(self, made: DecodedStep) -> None:
-        """Count a batch, and hold its bad samples against the budget."""
+    def _count(self, decoded: DecodedStep) -> None:
+        """Count a batch; raise when its bad samples exceed the budget."""
         self._expected += self._per_step
-        self._delivered += len(made.batch.samples) - made.replaced
-        self._replaced += made.replaced
-        self._spent |= made.spent
-        for found in made.bad:
-            self._bad.add(made.step, found)
-            if self._bad.num_samples > self._source.bad_allowed:
-                raise too_many_bad(self._config.max_bad_fraction, self._source.num_samples, found["message"])
+        self._delivered += len(decoded.batch.samples) - decoded.replaced
+        self._replaced += decoded.replaced
+        self._usage |= decoded.usage
+        for record in decoded.bad:
+            self._bad_samples.add(decoded.step, record)
+            if self._bad_samples.num_samples > self._source.bad_allowed:
+                raise bad_sample_budget_error(
+                    self._config.max_bad_fraction, self._source.num_samples, record["message"]
+                )
 
-    def _tell(self) -> None:
-        self._last_told = time.monotonic()
+    def _emit_report(self) -> None:
+        self._last_report = time.monotonic()
         if self._listen is not None:
             self._listen(self.report())
 
 
 class TubeletLoader(Loader[TubeletBatch]):
-    """Tubelets to pre-train on: of a `DataConfig`, with motion targets on a grid."""
+    """Tubelets for pre-training: with a `DataConfig`, and with motion targets on a grid."""
 
 
 class LabelledLoader(Loader[LabelledBatch]):
-    """Clips with their classes, to train a classifier on: of a `LabelledConfig`, with `grid=None`."""
+    """Clips with their classes, for training a classifier: with a `LabelledConfig` and `grid=None`."""

@@ -1,4 +1,4 @@
-"""Work done ahead by one thread."""
+"""Prefetching in one thread."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Item = TypeVar("Item")
 
 
 class Prefetcher(Generic[Item]):
-    """Runs an iterable in a thread, at most `depth` items ahead of whoever takes them.
+    """Runs an iterable in a thread, at most `depth` items ahead of the consumer.
 
-    What the iterable raises is raised where the items are taken. While an item is awaited, `meanwhile` is called after
-    every so many `seconds`.
+    An exception of the iterable is raised in the consumer. `while_waiting` is called after every `interval` seconds in
+    which the consumer waits for an item.
     """
 
     def __init__(
@@ -23,13 +23,13 @@ class Prefetcher(Generic[Item]):
         *,
         depth: int,
         name: str,
-        meanwhile: Callable[[], None] = lambda: None,
-        seconds: float | None = None,
+        while_waiting: Callable[[], None] = lambda: None,
+        interval: float | None = None,
     ) -> None:
         self._items = items
-        self._meanwhile, self._seconds = meanwhile, seconds
+        self._while_waiting, self._interval = while_waiting, interval
         self._ready: SimpleQueue[Item | _End] = SimpleQueue()
-        self._slots = threading.Semaphore(depth)
+        self._free_places = threading.Semaphore(depth)
         self._closed = False
         self._thread = threading.Thread(target=self._produce, name=name, daemon=True)
         self._thread.start()
@@ -37,17 +37,17 @@ class Prefetcher(Generic[Item]):
     def __iter__(self) -> Iterator[Item]:
         while True:
             try:
-                item = self._ready.get(timeout=self._seconds)
+                item = self._ready.get(timeout=self._interval)
             except Empty:
-                self._meanwhile()
+                self._while_waiting()
                 continue
             if isinstance(item, _End):
-                # Whoever comes again finds the same end, not an empty queue to wait for.
+                # A second iterator finds the same end, instead of an empty queue to wait for.
                 self._ready.put(item)
                 if item.error is not None:
                     raise item.error
                 return
-            self._slots.release()
+            self._free_places.release()
             yield item
 
     def __len__(self) -> int:
@@ -55,18 +55,18 @@ class Prefetcher(Generic[Item]):
         return self._ready.qsize()
 
     def close(self) -> None:
-        """Stop after the item in work and wait for the thread to end; taken again, the items are over."""
+        """Stop after the current item and join the thread; iterators end after the items that are ready."""
         self._closed = True
-        self._slots.release()
+        self._free_places.release()
         self._thread.join()
 
     def _produce(self) -> None:
         error = None
         try:
-            self._slots.acquire()
+            self._free_places.acquire()
             for item in self._items:
                 self._ready.put(item)
-                self._slots.acquire()
+                self._free_places.acquire()
                 if self._closed:
                     break
         except BaseException as raised:
@@ -75,7 +75,7 @@ class Prefetcher(Generic[Item]):
 
 
 class _End:
-    """No item will follow; `error` says why, if not because all was well."""
+    """End of the items; `error` is the iterable's exception, if it raised one."""
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error

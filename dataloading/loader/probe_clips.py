@@ -1,4 +1,4 @@
-"""The evenly spaced, centre-cropped clips that probes are trained and tested on (METHOD.md, section 6)."""
+"""Evenly spaced, centre-cropped clips that probes are trained and tested on (METHOD.md, section 6)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dataloading.loader.config import ReadingConfig
 from dataloading.loader.dali_decoder import StillDecoder
 from dataloading.reading.shard_set import ShardSet, StoredVideo
 from mcl_dist.config import number
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import ConfigError, UserError
+from mcl_dist.evaluation.features import rank_range
 from mcl_dist.model.encoder import STEM_STRIDE
 
 NUM_CLIPS = 20
@@ -19,10 +22,10 @@ NUM_CLIPS = 20
 
 @dataclass(frozen=True)
 class ClipsConfig:
-    """Which clips of a video an evaluation looks at.
+    """Which clips of a video an evaluation uses.
 
     Attributes:
-        frames, stride, crop: of a clip, in frames, source frames and pixels; None as in the encoder's own training.
+        frames, stride, crop: of a clip, in frames, source frames and pixels; None: as the encoder was trained.
         count: evenly spaced clips of a video.
         crops: 1 takes the centre of a frame, 3 also both ends of its longer side.
     """
@@ -40,7 +43,7 @@ class ClipsConfig:
 
 @dataclass(frozen=True)
 class ClipGeometry:
-    """Shape of a clip: frames, source frames from one to the next, and side in pixels."""
+    """Shape of a clip: number of frames, source frames between them, side in pixels."""
 
     frames: int
     stride: int
@@ -52,8 +55,8 @@ class ClipBatch:
     """The clips of V videos.
 
     Attributes:
-        clips: uint8 (V, clips x crops of a video, T, H, W, 3), RGB, on the device asked for.
-        labels: int64 (V,), the set's class of each video.
+        clips: uint8 (V, clips x crops of a video, T, H, W, 3), RGB, on the requested device.
+        labels: int64 (V,), class of each video in its set.
         positions: int64 (V,), of each video in the set.
     """
 
@@ -63,15 +66,21 @@ class ClipBatch:
 
 
 class ProbeClips:
-    """Videos of a shard set in its order, a few at a time, as `num_clips` clips of `num_crops` crops each.
+    """Batches of videos of a shard set in its order, each video as `num_clips` clips of `num_crops` crops.
 
     Args:
+        shard_set: source of the videos.
+        geometry: shape of a clip.
         device: of the clips.
-        decoder_device: where they are decoded; None: on `device`, too.
-        positions: of the videos in the set; None for all.
+        decoder_device: device that decodes them; None: `device`.
+        num_clips: clips of a video.
+        num_crops: crops of a clip.
+        positions: of the videos in the set; None: all.
+        batch_videos: videos in a batch.
+        threads: decoding threads.
 
     Raises:
-        ConfigError: the set does not store the frames that the geometry's stride asks for.
+        ConfigError: the set does not store the frames that the geometry's stride needs.
     """
 
     def __init__(
@@ -98,16 +107,47 @@ class ProbeClips:
         self._batch_videos = batch_videos
         self._threads = threads
 
+    @classmethod
+    def for_rank(
+        cls,
+        shard_set: ShardSet,
+        geometry: ClipGeometry,
+        group: ProcessGroup,
+        data: ReadingConfig,
+        *,
+        threads: int,
+        num_clips: int = NUM_CLIPS,
+        num_crops: int = 1,
+        positions: range | None = None,
+        batch_videos: int = 1,
+    ) -> ProbeClips:
+        """Clips on a rank's device, decoded where `data` configures; `positions` None: the rank's share of the set."""
+        return cls(
+            shard_set,
+            geometry,
+            device=group.device,
+            decoder_device=data.decoder_device(group.device),
+            num_clips=num_clips,
+            num_crops=num_crops,
+            positions=rank_range(len(shard_set), group) if positions is None else positions,
+            batch_videos=batch_videos,
+            threads=threads,
+        )
+
     def __len__(self) -> int:
         """Number of batches."""
         return -(-len(self._positions) // self._batch_videos)
 
-    def name_of(self, place: int) -> str:
-        """Shard and key of the video that comes at a place, from 0."""
-        return self._shard_set.name_of(self._positions[place])
+    def name_of(self, index: int) -> str:
+        """Shard and key of the video at an index of `positions`."""
+        return self._shard_set.name_of(self._positions[index])
 
     def __iter__(self) -> Iterator[ClipBatch]:
-        """Decode batch by batch; errors of storage and of damaged stills are `UserError`."""
+        """Decode batch by batch.
+
+        Raises:
+            UserError: storage fails, or a still is damaged.
+        """
         crop = self.geometry.crop
         decoder = StillDecoder(size=(crop, crop), grey=False, device=self._decoder_device, threads=self._threads)
         self._shard_set.expect(self._positions)
@@ -123,25 +163,25 @@ class ProbeClips:
         return ClipBatch(clips.to(self._device), labels, torch.from_numpy(positions))
 
     def _clips(self, decoder: StillDecoder, video: StoredVideo) -> torch.Tensor:
-        """(num_clips x num_crops, T, H, W, 3) of one video; a still that several clips share is decoded once."""
-        shape = self.geometry
-        wanted = clip_frames(video.num_frames, shape.frames, self._stride, self.num_clips)
-        needed, places = np.unique(wanted, return_inverse=True)
-        windows = crop_windows(video.height, video.width, shape.crop, self.num_crops)
-        still_of = np.tile(np.arange(len(needed)), self.num_crops)
-        stills = video.frames(needed)
+        """Clips of one video, (num_clips x num_crops, T, H, W, 3); a still that clips share is decoded once."""
+        frames = clip_frames(video.num_frames, self.geometry.frames, self._stride, self.num_clips)
+        unique_frames, frame_index = np.unique(frames, return_inverse=True)
+        num_stills = len(unique_frames)
+        windows = crop_windows(video.height, video.width, self.geometry.crop, self.num_crops)
+        still_index = np.tile(np.arange(num_stills), self.num_crops)
+        stills = video.frames(unique_frames)
         try:
-            cut = decoder(stills, np.repeat(windows, len(needed), axis=0), still_of)
+            cut = decoder(stills, np.repeat(windows, num_stills, axis=0), still_index)
         except UserError as error:
-            raise video.undecodable(str(error)) from error
-        crops = cut.view(self.num_crops, len(needed), *cut.shape[1:])
-        return crops[:, torch.from_numpy(places.reshape(wanted.shape)).to(cut.device)].flatten(0, 1)
+            raise video.decode_error(str(error)) from error
+        crops = cut.view(self.num_crops, num_stills, *cut.shape[1:])
+        return crops[:, torch.from_numpy(frame_index.reshape(frames.shape)).to(cut.device)].flatten(0, 1)
 
 
 def clip_starts(num_frames: int, clip_frames: int, stride: int, num_clips: int = NUM_CLIPS) -> tuple[np.ndarray, int]:
-    """Evenly spaced starts int64 (num_clips,), 1-based, in a video repeated so many times.
+    """Evenly spaced starts, int64 (num_clips,), 1-based, and how often each frame of the video is repeated.
 
-    A video shorter than a clip's window L is stretched to at least L frames: each frame stands `repeats` times.
+    A video shorter than a clip's window L is stretched to at least L frames: each frame is repeated `repeats` times.
 
     Source: METHOD.md section 6, whose 20 clips are `num_clips` here.
     """
@@ -155,7 +195,7 @@ def clip_starts(num_frames: int, clip_frames: int, stride: int, num_clips: int =
 
 
 def clip_frames(num_frames: int, frames: int, stride: int, num_clips: int = NUM_CLIPS) -> np.ndarray:
-    """Frame indices int64 (num_clips, frames), 0-based, in the video as it is stored."""
+    """Frame indices, int64 (num_clips, frames), 0-based, in the stored video."""
     starts, repeats = clip_starts(num_frames, frames, stride, num_clips)
     repeated: np.ndarray = starts[:, None] - 1 + stride * np.arange(frames)
     return repeated // repeats
@@ -164,14 +204,15 @@ def clip_frames(num_frames: int, frames: int, stride: int, num_clips: int = NUM_
 def crop_windows(height: int, width: int, crop: int, num_crops: int = 1) -> np.ndarray:
     """Top, left, height and width of a frame's crops, int64 (num_crops, 4).
 
-    Each is `crop` square, or as much as the short side gives. One lies in the centre; three lie at the ends and in
-    the middle of the longer side, centred on the shorter one (METHOD.md, section 6).
+    A crop is a square of side `crop`, or of the shorter side if that is less. One crop lies in the centre; three lie
+    at both ends and in the middle of the longer side, centred on the shorter one (METHOD.md, section 6).
     """
     side = min(height, width, crop)
-    places = np.array([1]) if num_crops == 1 else np.arange(num_crops)  # in halves of the room that there is
-    tops, lefts = ((length - side) * places // 2 for length in (height, width))
+    half_steps = np.array([1]) if num_crops == 1 else np.arange(num_crops)  # in halves of the free margin
+    tops, lefts = ((length - side) * half_steps // 2 for length in (height, width))
     if height < width:
-        tops = np.full_like(places, (height - side) // 2)
+        tops = np.full_like(half_steps, (height - side) // 2)
     else:
-        lefts = np.full_like(places, (width - side) // 2)
-    return np.stack([tops, lefts, np.full_like(places, side), np.full_like(places, side)], axis=1)
+        lefts = np.full_like(half_steps, (width - side) // 2)
+    sides = np.full_like(half_steps, side)
+    return np.stack([tops, lefts, sides, sides], axis=1)

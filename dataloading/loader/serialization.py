@@ -1,4 +1,4 @@
-"""Read and drawn videos as plain arrays, to pass from a worker to the process that decodes."""
+"""Encoded videos as plain arrays and JSON, to pass from a worker to the process that decodes."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ from dataloading.loader.video_source import EncodedVideo
 from dataloading.sampling.mixture import Slot
 
 
-def pack(videos: list[EncodedVideo], room: SharedArrays) -> list[dict[str, Any]]:
-    """Put the arrays of videos into a room; returns the rest in JSON's types."""
+def pack(videos: list[EncodedVideo], buffer: SharedArrays) -> list[dict[str, Any]]:
+    """Put the arrays of videos into a buffer; returns all other fields in JSON's types."""
     stills = [still for video in videos for still in (*video.frames, *video.flow)]
     sizes = np.array([len(still) for still in stills], dtype=np.int64)
-    np.concatenate(stills, out=room.array("stills", (int(sizes.sum()),), np.uint8))
-    room.put("sizes", sizes)
-    for name in ("frame_of", "windows", "flow_windows"):
-        room.put(name, np.stack([getattr(video, name) for video in videos]))
+    np.concatenate(stills, out=buffer.allocate("stills", (int(sizes.sum()),), np.uint8))
+    buffer.put("sizes", sizes)
+    for name in ("frame_index", "windows", "flow_windows"):
+        buffer.put(name, np.stack([getattr(video, name) for video in videos]))
     return [
         {
-            "turn": video.turn,
+            "slot": video.slot,
             "attempt": video.attempt,
             "sample": video.sample,
             "where": video.where,
             "label": video.label,
-            "looks": [asdict(look) for look in video.looks],
+            "augmentations": [asdict(drawn) for drawn in video.augmentations],
             "num_stills": (len(video.frames), len(video.flow)),
         }
         for video in videos
     ]
 
 
-def unpack(rest: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> list[EncodedVideo]:
-    """The videos again; their arrays are views of those given."""
+def unpack(fields: list[dict[str, Any]], arrays: dict[str, np.ndarray]) -> list[EncodedVideo]:
+    """The videos of `pack`; their arrays are views of the given ones."""
     stills = iter(np.split(arrays["stills"], np.cumsum(arrays["sizes"])[:-1]))
     return [
         EncodedVideo(
-            turn=Slot(*one["turn"]),
-            attempt=one["attempt"],
-            sample=one["sample"],
-            where=one["where"],
-            label=one["label"],
-            looks=tuple(_look(look) for look in one["looks"]),
-            frames=[next(stills) for _ in range(one["num_stills"][0])],
-            flow=[next(stills) for _ in range(one["num_stills"][1])],
-            **{name: arrays[name][number] for name in ("frame_of", "windows", "flow_windows")},
+            slot=Slot(*video["slot"]),
+            attempt=video["attempt"],
+            sample=video["sample"],
+            where=video["where"],
+            label=video["label"],
+            augmentations=tuple(_augmentation(drawn) for drawn in video["augmentations"]),
+            frames=[next(stills) for _ in range(video["num_stills"][0])],
+            flow=[next(stills) for _ in range(video["num_stills"][1])],
+            **{name: arrays[name][number] for name in ("frame_index", "windows", "flow_windows")},
         )
-        for number, one in enumerate(rest)
+        for number, video in enumerate(fields)
     ]
 
 
-def _look(fields: dict[str, Any]) -> Augmentation:
+def _augmentation(fields: dict[str, Any]) -> Augmentation:
     return Augmentation(**{**fields, "jitter": tuple((name, value) for name, value in fields["jitter"])})

@@ -1,4 +1,4 @@
-"""Memory that processes share and that has no name: it is gone with the last process that maps it."""
+"""Anonymous shared memory: the kernel frees it with the last process that maps it."""
 
 from __future__ import annotations
 
@@ -13,51 +13,51 @@ from numpy.typing import DTypeLike
 
 _ALIGNMENT = 64
 _PAGE = mmap.PAGESIZE
-# Name, type, shape and first byte of an array.
+# Name, dtype, shape and offset in bytes of an array.
 ArraySpec = tuple[str, str, list[int], int]
 
 
 class SharedArrays:
-    """Room for named arrays, one set of them after another; it grows as needed.
+    """A buffer for named arrays that grows as needed; `clear` starts the next set of arrays.
 
     Attributes:
-        descriptor: of the memory, to be sent to another process, which makes a `SharedArrays` of it.
-        places: of the arrays that were made since `clear`.
+        descriptor: of the memory; another process that receives it makes a `SharedArrays` from it.
+        specs: of the arrays allocated since `clear`.
     """
 
     def __init__(self, descriptor: int | None = None) -> None:
-        self.descriptor = os.memfd_create("mcl-room") if descriptor is None else descriptor
-        self.places: list[ArraySpec] = []
+        self.descriptor = os.memfd_create("mcl-arrays") if descriptor is None else descriptor
+        self.specs: list[ArraySpec] = []
         self._end = 0
         self._bytes = np.empty(0, dtype=np.uint8)
 
     def clear(self) -> None:
-        """Begin anew: what is there will be written over."""
-        self.places, self._end = [], 0
+        """Drop all arrays; the next ones overwrite them."""
+        self.specs, self._end = [], 0
 
-    def array(self, name: str, shape: Sequence[int], dtype: DTypeLike) -> np.ndarray:
-        """A new array of whatever was there before."""
+    def allocate(self, name: str, shape: Sequence[int], dtype: DTypeLike) -> np.ndarray:
+        """A new uninitialised array."""
         kind = np.dtype(dtype)
-        place = (name, kind.str, list(shape), self._end)
-        self.places.append(place)
+        spec = (name, kind.str, list(shape), self._end)
+        self.specs.append(spec)
         self._end += -(-int(np.prod(shape)) * kind.itemsize // _ALIGNMENT) * _ALIGNMENT
         if os.fstat(self.descriptor).st_size < self._end:
             os.ftruncate(self.descriptor, -(-self._end // _PAGE) * _PAGE)
-        return _placed(self._mapped(), place)
+        return _view(self._mapped(), spec)
 
     def put(self, name: str, values: np.ndarray) -> None:
-        """A copy of an array."""
-        self.array(name, values.shape, values.dtype)[...] = values
+        """Copy an array into the buffer."""
+        self.allocate(name, values.shape, values.dtype)[...] = values
 
-    def arrays(self, places: Sequence[ArraySpec], when_gone: Callable[[], Any]) -> dict[str, np.ndarray]:
-        """Arrays that another process made; `when_gone` is called when nobody here has any of them any longer."""
-        # A view of its own, which all arrays, and tensors made of them, keep alive.
+    def views(self, specs: Sequence[ArraySpec], on_release: Callable[[], Any]) -> dict[str, np.ndarray]:
+        """Arrays that another process wrote; `on_release` is called when this process holds none of them any more."""
+        # All arrays, and tensors made of them, keep this object alive.
         lease = np.frombuffer(self._mapped().data, dtype=np.uint8)
-        weakref.finalize(lease, when_gone).atexit = False
-        return {place[0]: _placed(lease, place) for place in places}
+        weakref.finalize(lease, on_release).atexit = False
+        return {spec[0]: _view(lease, spec) for spec in specs}
 
     def close(self) -> None:
-        """Let the memory go, once nobody has an array of it."""
+        """Close the descriptor; the memory is freed with the last array of it."""
         os.close(self.descriptor)
 
     def _mapped(self) -> np.ndarray:
@@ -67,7 +67,7 @@ class SharedArrays:
         return self._bytes
 
 
-def _placed(memory: np.ndarray, place: ArraySpec) -> np.ndarray:
-    _, dtype, shape, first = place
+def _view(memory: np.ndarray, spec: ArraySpec) -> np.ndarray:
+    _, dtype, shape, offset = spec
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return memory[first : first + size].view(dtype).reshape(shape)
+    return memory[offset : offset + size].view(dtype).reshape(shape)

@@ -1,4 +1,4 @@
-"""What each stage of the loader costs."""
+"""CPU time of the loader's stages."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mcl_dist.label_values import LoaderStage
+
 
 class StageTimer:
-    """CPU seconds of named stages, added up.
+    """Sums of CPU seconds by stage.
 
-    They are the process's, so that decoding threads count; what else runs in the process meanwhile counts too.
+    They are CPU seconds of the process: they include decoding threads, and all else that runs at the same time.
 
     Attributes:
         seconds: by stage, so far.
     """
 
     def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.seconds: defaultdict[LoaderStage, float] = defaultdict(float)
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Add what the block takes to a stage."""
+    def __call__(self, stage: LoaderStage) -> Iterator[None]:
+        """Add the time of the block to a stage."""
         start = time.process_time()
         try:
             yield

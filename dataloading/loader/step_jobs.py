@@ -1,4 +1,4 @@
-"""One step of a rank: read and drawn, then decoded, here or in a worker."""
+"""One step of a rank: read and drawn, then decoded, in this process or in a worker."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 
 import torch
 
-from dataloading.loader.bad_sample_log import described
+from dataloading.loader.bad_sample_log import bad_sample_record
 from dataloading.loader.batch_maker import BatchMaker
 from dataloading.loader.config import DataConfig, LabelledConfig
 from dataloading.loader.serialization import pack, unpack
 from dataloading.loader.shared_memory import SharedArrays
 from dataloading.loader.stage_timer import StageTimer
 from dataloading.loader.video_source import EncodedVideo, VideoSource
-from dataloading.loader.worker_pool import Done, DoStep
+from dataloading.loader.worker_pool import StepFunction, StepResult
 from mcl_dist.batch import Batch, LabelledBatch, TubeletBatch
 
-HERE = -1  # stands for this process where workers have their numbers
-# What processes have taken so far, by their number: counts, and trees of counts.
-Spent = dict[int, dict[str, Any]]
+THIS_PROCESS = -1  # key of this process in `UsageByProcess`; workers have their numbers
+# What each process has used so far: counts, and trees of counts.
+UsageByProcess = dict[int, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class LoaderShard:
-    """Which part of which run: what with the step decides what a batch holds; `grid` as of `BatchMaker`."""
+    """The part of a run that one rank loads; with the step it determines a batch. `grid` as in `BatchMaker`."""
 
     seed: int
     global_batch: int
@@ -44,27 +44,27 @@ class LoaderShard:
 
 @dataclass(frozen=True)
 class EncodedStep:
-    """A step's videos before decoding, and the bad samples met (`described`)."""
+    """A step's videos before decoding, and a `bad_sample_record` for each bad sample met."""
 
     step: int
     videos: list[EncodedVideo]
     bad: list[dict[str, Any]]
-    spent: Spent
+    usage: UsageByProcess
 
 
 @dataclass(frozen=True)
 class DecodedStep:
-    """A step's batch, how many of its videos stand in for others, and the bad samples met (`described`).
+    """A step's batch, its number of replacements, and a `bad_sample_record` for each bad sample met.
 
     Attributes:
-        ready: when a GPU has made the batch; None where it was made before it was handed over.
+        ready: event after the GPU work for the batch; None if the batch was complete when it was handed over.
     """
 
     step: int
     batch: Batch
     replaced: int
     bad: list[dict[str, Any]]
-    spent: Spent
+    usage: UsageByProcess
     ready: torch.cuda.Event | None = None
 
 
@@ -73,62 +73,65 @@ class StepReader:
 
     def __init__(self, source: VideoSource) -> None:
         self._source = source
-        self._clock = StageTimer()
+        self._timer = StageTimer()
 
     def __call__(self, step: int) -> EncodedStep:
         """The videos of a step; errors as `VideoSource.videos`."""
-        with self._clock("draw and read"):
+        with self._timer("draw and read"):
             videos, bad = self._source.videos(step)
-        taken = {"stages": dict(self._clock.seconds), "storage": self._source.counters()}
-        return EncodedStep(step, videos, [described(error) for error in bad], {HERE: taken})
+        usage = {"stages": dict(self._timer.seconds), "storage": self._source.counters()}
+        return EncodedStep(step, videos, [bad_sample_record(error) for error in bad], {THIS_PROCESS: usage})
 
 
 def decode_step(
-    read: EncodedStep,
+    encoded: EncodedStep,
     maker: BatchMaker,
     source: VideoSource,
-    room_for_views: Callable[[int], torch.Tensor] | None = None,
+    allocate_views: Callable[[int], torch.Tensor] | None = None,
 ) -> DecodedStep:
-    """The batch of what was read, in this process; `room_for_views` gives memory for so many videos' views."""
-    views = room_for_views(len(read.videos)) if room_for_views else None
-    batch, videos, bad = maker.batch(read.videos, source.stand_in, views)
-    taken = read.spent.get(HERE, {})
-    here = {**taken, "stages": {**taken.get("stages", {}), **maker.stages.seconds}}
-    replaced = sum(video.attempt > 0 for video in videos)
+    """Decode a step in this process; `allocate_views` gives the memory for the views of a number of videos."""
+    views = allocate_views(len(encoded.videos)) if allocate_views else None
+    batch, videos, bad = maker.batch(encoded.videos, source.replacement, views)
+    usage = encoded.usage.get(THIS_PROCESS, {})
+    usage = {**usage, "stages": {**usage.get("stages", {}), **maker.timer.seconds}}
     return DecodedStep(
-        read.step, batch, replaced, read.bad + [described(error) for error in bad], {**read.spent, HERE: here}
+        encoded.step,
+        batch,
+        replaced=sum(video.attempt > 0 for video in videos),
+        bad=encoded.bad + [bad_sample_record(error) for error in bad],
+        usage={**encoded.usage, THIS_PROCESS: usage},
     )
 
 
 @dataclass(frozen=True)
 class ReadWorker:
-    """Starts a worker that reads and draws, for a process with a GPU to decode."""
+    """Starts a worker that reads and draws, for a process that decodes on a GPU."""
 
     config: DataConfig | LabelledConfig
-    share: LoaderShard
+    shard: LoaderShard
 
-    def __call__(self) -> DoStep:
-        """What puts the encoded videos of a step into a room."""
-        reader = StepReader(self.share.source(self.config))
+    def __call__(self) -> StepFunction:
+        """The function that puts a step's encoded videos into a buffer."""
+        reader = StepReader(self.shard.source(self.config))
         started = time.process_time()
 
-        def do_step(step: int, room: SharedArrays) -> dict[str, Any]:
-            read = reader(step)
+        def read_step(step: int, buffer: SharedArrays) -> dict[str, Any]:
+            encoded = reader(step)
             return {
                 "step": step,
-                "videos": pack(read.videos, room),
-                "bad": read.bad,
-                "spent": _of_worker(read.spent, started),
+                "videos": pack(encoded.videos, buffer),
+                "bad": encoded.bad,
+                "usage": _worker_usage(encoded.usage, started),
             }
 
-        return do_step
+        return read_step
 
     @staticmethod
-    def received(done: Done) -> EncodedStep:
-        """What the worker has read."""
-        said = done.report
-        videos = unpack(said["videos"], done.arrays)
-        return EncodedStep(said["step"], videos, said["bad"], {done.worker: said["spent"]})
+    def from_result(result: StepResult) -> EncodedStep:
+        """The step that a worker has read."""
+        report = result.report
+        videos = unpack(report["videos"], result.arrays)
+        return EncodedStep(report["step"], videos, report["bad"], {result.worker: report["usage"]})
 
 
 @dataclass(frozen=True)
@@ -136,37 +139,38 @@ class BatchWorker:
     """Starts a worker that makes whole batches on the CPU."""
 
     config: DataConfig | LabelledConfig
-    share: LoaderShard
+    shard: LoaderShard
 
-    def __call__(self) -> DoStep:
-        """What puts the tensors of a step's batch into a room."""
+    def __call__(self) -> StepFunction:
+        """The function that puts the tensors of a step's batch into a buffer."""
         torch.set_num_threads(1)
-        source = self.share.source(self.config)
-        reader, maker = StepReader(source), BatchMaker(self.config, self.share.grid, torch.device("cpu"))
+        source = self.shard.source(self.config)
+        reader, maker = StepReader(source), BatchMaker(self.config, self.shard.grid, torch.device("cpu"))
         started = time.process_time()
 
-        def do_step(step: int, room: SharedArrays) -> dict[str, Any]:
-            def views(num_videos: int) -> torch.Tensor:
-                return torch.from_numpy(room.array("views", maker.views_shape(num_videos), "uint8"))
+        def make_batch(step: int, buffer: SharedArrays) -> dict[str, Any]:
+            def allocate_views(num_videos: int) -> torch.Tensor:
+                return torch.from_numpy(buffer.allocate("views", maker.views_shape(num_videos), "uint8"))
 
-            made = decode_step(reader(step), maker, source, views)
-            for name, tensor in vars(made.batch).items():
+            decoded = decode_step(reader(step), maker, source, allocate_views)
+            for name, tensor in vars(decoded.batch).items():
                 if name != "views":
-                    room.put(name, tensor.numpy())
-            return {"step": step, "replaced": made.replaced, "bad": made.bad, "spent": _of_worker(made.spent, started)}
+                    buffer.put(name, tensor.numpy())
+            usage = _worker_usage(decoded.usage, started)
+            return {"step": step, "replaced": decoded.replaced, "bad": decoded.bad, "usage": usage}
 
-        return do_step
+        return make_batch
 
     @staticmethod
-    def received(done: Done) -> DecodedStep:
-        """What the worker has made; its memory is the worker's again when the batch is gone."""
-        said = done.report
-        kind = LabelledBatch if "labels" in done.arrays else TubeletBatch
-        batch = kind(**{name: torch.from_numpy(values) for name, values in done.arrays.items()})
-        return DecodedStep(said["step"], batch, said["replaced"], said["bad"], {done.worker: said["spent"]})
+    def from_result(result: StepResult) -> DecodedStep:
+        """The step whose batch a worker has made; the worker reuses its memory once the batch is freed."""
+        report = result.report
+        kind = LabelledBatch if "labels" in result.arrays else TubeletBatch
+        batch = kind(**{name: torch.from_numpy(values) for name, values in result.arrays.items()})
+        return DecodedStep(report["step"], batch, report["replaced"], report["bad"], {result.worker: report["usage"]})
 
 
-def _of_worker(spent: Spent, started: float) -> dict[str, Any]:
-    """With what only a process of its own can say: the CPU time since it `started`, and its memory."""
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # told in KiB
-    return {**spent[HERE], "worker_cpu_seconds": time.process_time() - started, "worker_peak_bytes": peak_bytes}
+def _worker_usage(usage: UsageByProcess, started: float) -> dict[str, Any]:
+    """This worker's usage, with its CPU seconds since `started` and its peak memory."""
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # ru_maxrss is in KiB
+    return {**usage[THIS_PROCESS], "worker_cpu_seconds": time.process_time() - started, "worker_peak_bytes": peak_bytes}

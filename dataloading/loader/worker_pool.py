@@ -1,7 +1,7 @@
-"""Worker processes that do the steps of a long job ahead, in order, and hand arrays over in shared memory.
+"""Worker processes that compute the steps of a long job ahead, in order, and return arrays in shared memory.
 
-Nothing of them outlives the process that made them, however it ends: a worker leaves when its socket is hung up,
-which the kernel does for the dead, and shared memory has no name.
+A worker never outlives its parent: it exits when its socket is closed, which the kernel does for a dead parent,
+and the shared memory is anonymous.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataloading.loader.shared_memory import SharedArrays
+from dataloading.loader.shared_memory import ArraySpec, SharedArrays
 from mcl_dist.errors import UserError
 
-# Does one step: puts arrays into the room and returns what else there is to say, in JSON's types.
-DoStep = Callable[[int, SharedArrays], dict[str, Any]]
+# Computes one step: puts arrays into the buffer and returns everything else, in JSON's types.
+StepFunction = Callable[[int, SharedArrays], dict[str, Any]]
 _REPORT = "report"
-_MESSAGE = 2**16  # bytes of the longest
-_PATIENCE = 10.0  # seconds until a worker that does not leave is killed
+_MAX_MESSAGE_BYTES = 2**16
+_EXIT_TIMEOUT = 10.0  # seconds until a worker that does not exit is killed
 
 
-class Done(NamedTuple):
-    """What a worker made of a step: who it was, what it says, its arrays."""
+class StepResult(NamedTuple):
+    """A worker's result for a step: number of the worker, what its function returned, its arrays."""
 
     worker: int
     report: dict[str, Any]
@@ -40,89 +40,94 @@ class Done(NamedTuple):
 
 
 class WorkerPool:
-    """Workers that each do one step ahead, taking turns; iterate for their results in the steps' order.
+    """Workers that compute one step each ahead, in round-robin order; iterating yields results in order of the steps.
 
     Args:
-        start: called once in each worker; returns what does a step. It is sent to fresh interpreters, so it must
-            be importable there.
+        start: called once in each worker; returns the function that computes a step. It is pickled for a fresh
+            interpreter, so it must be importable there.
         num_workers: at least 1.
-        steps: what is to be done.
+        steps: to compute.
 
     Raises:
-        UserError: while iterating, what a worker raised, or that it died.
+        UserError: while iterating: a worker raised it, or a worker died.
     """
 
-    def __init__(self, start: Callable[[], DoStep], num_workers: int, steps: Iterable[int]) -> None:
+    def __init__(self, start: Callable[[], StepFunction], num_workers: int, steps: Iterable[int]) -> None:
         self._steps = iter(steps)
-        self._rooms: list[SharedArrays] = []
+        self._buffers: list[SharedArrays] = []
         self._free: deque[int] = deque()
         self._workers = [_Worker(start, number) for number in range(num_workers)]
         self._busy: deque[_Worker] = deque()
         for worker in self._workers:
-            self._give_step(worker)
+            self._submit_next(worker)
 
-    def __iter__(self) -> Iterator[Done]:
+    def __iter__(self) -> Iterator[StepResult]:
         while self._busy:
-            yield self._next_done()
+            yield self._next_result()
+
+    @property
+    def num_buffers(self) -> int:
+        """Shared-memory buffers in use or free for reuse."""
+        return len(self._buffers)
 
     def close(self) -> None:
-        """End all workers, whatever they are at."""
+        """Stop all workers at once."""
         for worker in self._workers:
-            worker.hang_up()
+            worker.disconnect()
         for worker in self._workers:
-            worker.wait()
-        for room in self._rooms:
-            room.close()
-        self._rooms = []
+            worker.join()
+        for buffer in self._buffers:
+            buffer.close()
+        self._buffers = []
 
-    def _next_done(self) -> Done:
+    def _next_result(self) -> StepResult:
         worker = self._busy.popleft()
-        places, room = worker.result()
-        arrays = self._rooms[room].arrays(places, lambda: self._free.append(room))
-        self._give_step(worker)
-        return Done(worker.number, json.loads(arrays.pop(_REPORT).tobytes()), arrays)
+        specs, buffer = worker.result()
+        arrays = self._buffers[buffer].views(specs, lambda: self._free.append(buffer))
+        self._submit_next(worker)
+        return StepResult(worker.number, json.loads(arrays.pop(_REPORT).tobytes()), arrays)
 
-    def _give_step(self, worker: _Worker) -> None:
+    def _submit_next(self, worker: _Worker) -> None:
         step = next(self._steps, None)
         if step is None:
             return
         if not self._free:
-            self._rooms.append(SharedArrays())
-            self._free.append(len(self._rooms) - 1)
-        room = self._free.popleft()
-        worker.do(step, room, self._rooms[room])
+            self._buffers.append(SharedArrays())
+            self._free.append(len(self._buffers) - 1)
+        number = self._free.popleft()
+        worker.submit(step, number, self._buffers[number])
         self._busy.append(worker)
 
 
 class _Worker:
-    """One worker, seen from the process that made it."""
+    """One worker, seen from its parent process."""
 
-    def __init__(self, start: Callable[[], DoStep], number: int) -> None:
+    def __init__(self, start: Callable[[], StepFunction], number: int) -> None:
         self.number = number
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket, child_socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # A fresh interpreter: threads, DALI and asynchronous filesystems do not survive a fork.
         context = multiprocessing.get_context("spawn")
-        self._process = context.Process(target=_work, args=(start, theirs), daemon=True)
-        with theirs:
+        self._process = context.Process(target=_run_worker, args=(start, child_socket), daemon=True)
+        with child_socket:
             self._process.start()
-        self._known: set[int] = set()
-        self._room = -1
+        self._sent_buffers: set[int] = set()
+        self._buffer = -1
 
-    def do(self, step: int, number: int, room: SharedArrays) -> None:
-        """Have a step done in a room."""
-        message = json.dumps({"step": step, "room": number}).encode()
-        descriptors = [] if number in self._known else [room.descriptor]
-        self._known.add(number)
-        self._room = number
+    def submit(self, step: int, number: int, buffer: SharedArrays) -> None:
+        """Start a step whose arrays go into a buffer, identified by its number."""
+        message = json.dumps({"step": step, "buffer": number}).encode()
+        descriptors = [] if number in self._sent_buffers else [buffer.descriptor]
+        self._sent_buffers.add(number)
+        self._buffer = number
         try:
             socket.send_fds(self._socket, [message], descriptors)
         except OSError as error:
             raise self._died() from error
 
-    def result(self) -> tuple[list[Any], int]:
-        """Where the arrays of the step lie, and in which room."""
+    def result(self) -> tuple[list[ArraySpec], int]:
+        """Wait for the step; returns its arrays' specs and the number of its buffer."""
         try:
-            message = self._socket.recv(_MESSAGE)
+            message = self._socket.recv(_MAX_MESSAGE_BYTES)
         except OSError as error:
             raise self._died() from error
         if not message:
@@ -130,66 +135,66 @@ class _Worker:
         answer = json.loads(message)
         if "error" in answer:
             raise UserError(answer["error"])
-        if "fault" in answer:
-            raise RuntimeError(f"in loader worker {self.number}:\n{answer['fault']}")
-        return answer["places"], self._room
+        if "traceback" in answer:
+            raise RuntimeError(f"in loader worker {self.number}:\n{answer['traceback']}")
+        return answer["specs"], self._buffer
 
-    def hang_up(self) -> None:
-        """Let the worker know that it is no longer needed, and whoever waits for it too."""
+    def disconnect(self) -> None:
+        """Shut the socket down: the worker exits, and a thread that waits for its result gets an error."""
         self._socket.shutdown(socket.SHUT_RDWR)
 
-    def wait(self) -> None:
-        """Wait until the process has gone."""
-        self._process.join(_PATIENCE)
+    def join(self) -> None:
+        """Wait until the process has exited; kill it after a timeout."""
+        self._process.join(_EXIT_TIMEOUT)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
         self._socket.close()
 
     def _died(self) -> UserError:
-        self._process.join(_PATIENCE)
+        self._process.join(_EXIT_TIMEOUT)
         return UserError(
-            f"loader worker {self.number} died (exit code {self._process.exitcode}), perhaps for lack of memory; "
-            "give fewer data.workers"
+            f"loader worker {self.number} died (exit code {self._process.exitcode}), possibly out of memory; "
+            "reduce data.workers"
         )
 
 
-def _work(start: Callable[[], DoStep], parent: socket.socket) -> None:
-    """A worker's life."""
-    # Ctrl-C reaches the whole process group; the parent alone decides what it means.
+def _run_worker(start: Callable[[], StepFunction], parent: socket.socket) -> None:
+    """The main function of a worker: answer requests until the parent disconnects."""
+    # Ctrl-C reaches the whole process group; only the parent reacts to it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-    rooms: dict[int, SharedArrays] = {}
-    do_step: DoStep | None = None
-    with suppress(OSError):  # of a socket that the parent has just hung up
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+    buffers: dict[int, SharedArrays] = {}
+    function: StepFunction | None = None
+    with suppress(OSError):  # the parent has just disconnected
         while True:
-            message, descriptors, _, _ = socket.recv_fds(parent, _MESSAGE, 1)
+            message, descriptors, _, _ = socket.recv_fds(parent, _MAX_MESSAGE_BYTES, 1)
             if not message:
                 return
-            task = json.loads(message)
-            for descriptor in descriptors:  # one, when the room is new here
-                rooms[task["room"]] = SharedArrays(descriptor)
+            request = json.loads(message)
+            for descriptor in descriptors:  # one, if the buffer is new to this worker
+                buffers[request["buffer"]] = SharedArrays(descriptor)
             answer: dict[str, Any]
             try:
-                do_step = do_step or start()
-                answer = {"places": _done(do_step, task["step"], rooms[task["room"]])}
+                function = function or start()
+                answer = {"specs": _compute(function, request["step"], buffers[request["buffer"]])}
             except UserError as error:
                 answer = {"error": str(error)}
             except Exception:
-                answer = {"fault": traceback.format_exc()[-_MESSAGE // 2 :]}
+                answer = {"traceback": traceback.format_exc()[-_MAX_MESSAGE_BYTES // 2 :]}
             parent.send(json.dumps(answer).encode())
 
 
-def _done(do_step: DoStep, step: int, room: SharedArrays) -> list[Any]:
-    room.clear()
-    report = do_step(step, room)
-    room.put(_REPORT, np.frombuffer(json.dumps(report).encode(), dtype=np.uint8))
-    return room.places
+def _compute(function: StepFunction, step: int, buffer: SharedArrays) -> list[ArraySpec]:
+    buffer.clear()
+    report = function(step, buffer)
+    buffer.put(_REPORT, np.frombuffer(json.dumps(report).encode(), dtype=np.uint8))
+    return buffer.specs
 
 
-def _leave_with(parent: socket.socket) -> None:
-    """End this process as soon as the other end of the socket is gone, whatever it is at."""
-    waiting = select.poll()
-    waiting.register(parent, 0)  # a hang-up is told without being asked for
-    waiting.poll()
+def _exit_with_parent(parent: socket.socket) -> None:
+    """Exit this process at once when the other end of the socket is closed."""
+    poll = select.poll()
+    poll.register(parent, 0)  # a hang-up is reported without a request for it
+    poll.poll()
     os._exit(0)

@@ -1,1 +1,1 @@
-"""Reading shard sets: in go a URL and positions of samples, out come verified bytes."""
+"""Reading shard sets: a URL and positions of samples in, verified bytes out."""

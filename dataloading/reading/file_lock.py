@@ -1,4 +1,4 @@
-"""Locks on files that end with their holder, `kill -9` included."""
+"""File locks that end with their holder, `kill -9` included."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 class LockedFile:
-    """An open file under a lock, which lasts until it is closed, or its process ends.
+    """An open file under a lock, which is released when the file is closed or its process ends.
 
-    A forked child closes what it inherited: or the lock would live on in it.
+    A forked child closes inherited files; otherwise the lock would survive its holder.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -23,28 +23,28 @@ class LockedFile:
         self.close()
 
     def close(self) -> None:
-        """Give the lock free."""
+        """Release the lock."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
 
-    def share(self) -> None:
-        """Let others hold the lock as well, as far as they share it."""
+    def downgrade(self) -> None:
+        """Turn the exclusive lock into a shared one."""
         fcntl.flock(self.descriptor, fcntl.LOCK_SH)
 
-    def is_still(self, path: Path) -> bool:
-        """Whether the path leads to this file, and not to none or another."""
+    def is_at(self, path: Path) -> bool:
+        """Whether the path leads to this file."""
         try:
             return os.path.samestat(os.fstat(self.descriptor), path.stat())
         except FileNotFoundError:
             return False
 
 
-def locked(path: Path, *, create: bool = False, shared: bool = False, wait: bool = True) -> LockedFile | None:
-    """The file under a lock; None when it is gone, or when another holds it and we do not wait.
+def lock_file(path: Path, *, create: bool = False, shared: bool = False, wait: bool = True) -> LockedFile | None:
+    """The file under a lock; None when it does not exist, or when another process holds it and `wait` is false.
 
     Raises:
-        OSError: it cannot be opened, or its disk knows no locks.
+        OSError: the file cannot be opened, or its disk does not support locks.
     """
     mode = os.O_RDWR | (os.O_CREAT if create else 0)
     kind = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
@@ -61,9 +61,9 @@ def locked(path: Path, *, create: bool = False, shared: bool = False, wait: bool
         except OSError:
             file.close()
             raise
-        if file.is_still(path):
+        if file.is_at(path):
             return file
-        file.close()  # removed or renamed while we waited
+        file.close()  # removed or renamed during the wait
 
 
 _OPEN: weakref.WeakSet[LockedFile] = weakref.WeakSet()

@@ -1,4 +1,4 @@
-"""Fetching what will be read next while something else is done."""
+"""Prefetching in background threads."""
 
 from __future__ import annotations
 
@@ -7,56 +7,56 @@ from collections.abc import Callable, Sequence
 
 from mcl_dist.errors import UserError
 
-NUM_THREADS = 2  # a request that stalls does not hold up all
+NUM_THREADS = 2  # so that one stalled request does not stop all prefetching
 
 
 class ReadAhead:
-    """Calls `fetch` for each expected item in order, until it says that there is no room for more.
+    """Calls `fetch` for each expected item in order, until it returns False for lack of space.
 
-    What fails is left to whoever needs the item: they will meet the error and tell it.
+    Errors are ignored: the reader that needs the item meets and reports them.
     """
 
     def __init__(self, fetch: Callable[[int], bool]) -> None:
         self._fetch = fetch
         self._changed = threading.Condition()
         self._expected: list[int] = []
-        self._working: set[int] = set()
+        self._active: set[int] = set()
         self._closed = False
         for _ in range(NUM_THREADS):
-            threading.Thread(target=self._work, name="read-ahead", daemon=True).start()
+            threading.Thread(target=self._run, name="read-ahead", daemon=True).start()
 
     def expect(self, items: Sequence[int]) -> None:
-        """What will be needed from now on, the soonest first."""
+        """Replace the expected items, the soonest first."""
         with self._changed:
             self._expected = list(items)
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End the threads after what they are fetching now."""
+        """End the threads after their current fetch."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         while (work := self._next()) is not None:
             item, order = work
             try:
-                there_is_room = self._fetch(item)
+                has_space = self._fetch(item)
             except (UserError, RuntimeError):
-                there_is_room = False
+                has_space = False
             with self._changed:
-                self._working.discard(item)
-                if not there_is_room:
-                    order.clear()  # what was expected since then is another list
+                self._active.discard(item)
+                if not has_space:
+                    order.clear()  # a newer order is another list, and stays
 
     def _next(self) -> tuple[int, list[int]] | None:
-        """The next item and the order that it is of, when there is one."""
+        """Wait for an item; return it with the order that it belongs to, or None once closed."""
         with self._changed:
             while not self._closed:
                 while self._expected:
                     item = self._expected.pop(0)
-                    if item not in self._working:
-                        self._working.add(item)
+                    if item not in self._active:
+                        self._active.add(item)
                         return item, self._expected
                 self._changed.wait()
         return None

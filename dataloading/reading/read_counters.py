@@ -1,4 +1,4 @@
-"""What reading a shard set has taken, counted while it goes on."""
+"""Counters of what reading a shard set costs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _STAGES: tuple[Stage, ...] = Stage.__args__  # type: ignore[attr-defined]
 
 
 class ReadCounters:
-    """Counters that several threads add to; they only grow.
+    """Counters that only grow; thread-safe.
 
     Attributes:
-        retries: requests that failed and were made again, by reason; whoever makes them counts.
+        retries: failed requests by reason, counted by the retry policy.
     """
 
     def __init__(self) -> None:
@@ -36,13 +36,13 @@ class ReadCounters:
         self._seconds: dict[Stage, float] = dict.fromkeys(_STAGES, 0.0)
 
     def add(self, quantity: Quantity, amount: int = 1) -> None:
-        """Count so much more of something."""
+        """Add an amount to a counter."""
         with self._lock:
             self._quantities[quantity] += amount
 
     @contextmanager
     def timed(self, stage: Stage) -> Iterator[None]:
-        """Add the block's wall time to a stage; threads that work side by side all add theirs."""
+        """Add the block's wall time to a stage; parallel threads each add theirs."""
         start = time.perf_counter()
         try:
             yield
@@ -50,12 +50,12 @@ class ReadCounters:
             with self._lock:
                 self._seconds[stage] += time.perf_counter() - start
 
-    def counters(self) -> Counters:
+    def snapshot(self) -> Counters:
         """All counts so far.
 
-        `bytes_read` were received or read from local disk for use, `bytes_decoded` are of the stills handed on,
-        `requests` includes those that failed, `retries` counts failed requests by reason, `seconds` sums
-        wall time by stage over threads.
+        `bytes_read` were received or read from local disk for use, `bytes_decoded` are of the stills passed on,
+        `requests` includes failed ones, `retries` counts failed requests by reason, `seconds` sums wall time by
+        stage over threads.
         """
         with self._lock:
             return {

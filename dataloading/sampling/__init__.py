@@ -1,1 +1,1 @@
-"""What is trained on and when: in go seed, epoch and position, out come samples, clip starts and crops."""
+"""Which clips a step trains on: seed, epoch and step in, samples, clip starts and crops out."""

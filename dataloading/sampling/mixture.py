@@ -1,4 +1,4 @@
-"""Which sample of which set every slot of a global batch holds, when several sets are trained on together."""
+"""Which sample of which set every slot of a global batch holds, for one set or a weighted mixture of several."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ import numpy as np
 from dataloading.sampling.epoch_order import EpochOrder
 from mcl_dist.errors import ConfigError
 
-# Lanes start the pattern of sets at places that never bunch up: multiples of the golden ratio.
+# Phases of the lanes in the pattern of sets: multiples of the golden ratio never bunch up.
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
 class MixedSet:
-    """One set's part: positions of its usable samples in the set, int64; its weight; where its ids begin."""
+    """One set of a mixture.
+
+    Attributes:
+        usable: positions of its usable samples in the set, int64.
+        weight: share of the slots, relative to the other sets' weights.
+        first_id: id of its first sample among the samples of all sets.
+        name: for messages.
+    """
 
     usable: np.ndarray
     weight: float
@@ -27,24 +34,24 @@ class MixedSet:
 
 
 class Slot(NamedTuple):
-    """A slot's sample: the set, that set's own epoch, lane and place in the lane."""
+    """The sample of one slot: index of the set, that set's own epoch, lane, and position in the lane."""
 
-    number: int
+    set_index: int
     epoch: int
     lane: int
-    place: int
+    position: int
 
 
 class Mixture:
     """The order of one set, or of several that share every lane's slots by weight, the same for any number of ranks.
 
-    A global batch takes as many slots of every lane, one lane after the other. Slots of a lane go to the sets in
-    the most even pattern of their weights. Every set goes through epochs of its own: none of its samples comes
-    again before all but the few that sit out have come. An epoch of the mixture is as many steps as all usable
-    samples of all sets fill.
+    A global batch takes the same number of slots from every lane, one lane after the other. The slots of a lane go to
+    the sets in the most even pattern for their weights. Every set has epochs of its own: no sample comes again before
+    all others have come, except the few that an epoch leaves out. An epoch of the mixture has as many steps as the
+    usable samples of all sets fill.
 
     Attributes:
-        lanes: in which the sets are cut.
+        lanes: number of lanes.
         steps_per_epoch: global batches in an epoch.
 
     Raises:
@@ -60,64 +67,60 @@ class Mixture:
         self.lanes = lanes
         self._sets = sets
         self._per_step = global_batch // lanes
-        alone = len(sets) == 1
-        self._plans = [
+        self._orders = [
             EpochOrder(
                 len(each.usable),
                 lanes=lanes,
                 seed=seed,
                 shuffle_window=shuffle_window,
-                # Alone, a set's epochs are those of the run: whole steps.
-                per_step=self._per_step if alone else 1,
+                # The epochs of a single set are those of the run: whole steps.
+                per_step=self._per_step if len(sets) == 1 else 1,
                 what=each.name,
             )
             for each in sets
         ]
         self.steps_per_epoch = max(1, sum(len(each.usable) for each in sets) // global_batch)
 
-    def turns(self, step: int, lanes: range) -> list[Slot]:
-        """The slots that these lanes give to the global batch of `step`, in its order."""
-        slots = range(step * self._per_step, (step + 1) * self._per_step)
-        return [self._turn(lane, slot) for lane in lanes for slot in slots]
+    def slots(self, step: int, lanes: range) -> list[Slot]:
+        """The slots of these lanes in the global batch of `step`, in its order."""
+        indices = range(step * self._per_step, (step + 1) * self._per_step)
+        return [self._slot(lane, index) for lane in lanes for index in indices]
 
-    def next_turn(self, turn: Slot) -> Slot:
-        """The turn of the sample that stands in for a bad one: the next of its set in the lane."""
-        return turn._replace(place=(turn.place + 1) % self.lane_length(turn))
+    def next_slot(self, slot: Slot) -> Slot:
+        """The slot whose sample replaces a bad one: the next of its set in the lane."""
+        return slot._replace(position=(slot.position + 1) % self.lane_length(slot))
 
-    def lane_length(self, turn: Slot) -> int:
-        """Samples of a turn's set in its lane."""
-        return self._plans[turn.number].lane_length
+    def lane_length(self, slot: Slot) -> int:
+        """Samples of a slot's set in its lane."""
+        return self._orders[slot.set_index].lane_length
 
-    def position(self, turn: Slot) -> int:
-        """The position in its set of a turn's sample."""
-        plan = self._plans[turn.number]
-        return int(self._sets[turn.number].usable[plan.sample(turn.epoch, turn.lane, turn.place)])
+    def position(self, slot: Slot) -> int:
+        """The position in its set of a slot's sample."""
+        order = self._orders[slot.set_index]
+        return int(self._sets[slot.set_index].usable[order.sample(slot.epoch, slot.lane, slot.position)])
 
-    def sample_id(self, turn: Slot) -> int:
-        """The number of a turn's sample among those of all sets, one set after the other."""
-        return self._sets[turn.number].first_id + self.position(turn)
+    def sample_id(self, slot: Slot) -> int:
+        """The id of a slot's sample among the samples of all sets, one set after the other."""
+        return self._sets[slot.set_index].first_id + self.position(slot)
 
     def num_samples(self, lanes: range) -> int:
         """Samples that these lanes own in an epoch of each set."""
-        return sum(plan.lane_length for plan in self._plans) * len(lanes)
+        return sum(order.lane_length for order in self._orders) * len(lanes)
 
-    def _turn(self, lane: int, slot: int) -> Slot:
-        """Of every set in turn: does this slot take it, or is it left to the sets after?
+    def _slot(self, lane: int, index: int) -> Slot:
+        """The slot at an index of a lane: each set in order takes its part of the indices and leaves the rest.
 
-        A set whose share of what is left is p takes floor((slot + 1) p + c) - floor(slot p + c) of a slot, so how
-        many slots it took before is known without looking at them.
+        A set whose share of the rest is p takes floor((index + 1) p + c) - floor(index p + c) of an index, so the
+        number of slots it took before has a closed form.
         """
         phase = lane * _GOLDEN % 1
-        left = sum(each.weight for each in self._sets)
-        for number, each in enumerate(self._sets):
-            share = each.weight / left if number < len(self._sets) - 1 else 1.0
-            taken = math.floor(slot * share + phase)
-            if math.floor((slot + 1) * share + phase) > taken:
-                return Slot(number, *self._place(number, lane, taken))
-            slot -= taken
-            left -= each.weight
-        raise ValueError(f"slot {slot} of lane {lane} belongs to no set")
-
-    def _place(self, number: int, lane: int, count: int) -> tuple[int, int, int]:
-        epoch, place = divmod(count, self._plans[number].lane_length)
-        return epoch, lane, place
+        remaining_weight = sum(each.weight for each in self._sets)
+        for set_index, each in enumerate(self._sets):
+            share = each.weight / remaining_weight if set_index < len(self._sets) - 1 else 1.0
+            taken = math.floor(index * share + phase)
+            if math.floor((index + 1) * share + phase) > taken:
+                epoch, position = divmod(taken, self._orders[set_index].lane_length)
+                return Slot(set_index, epoch, lane, position)
+            index -= taken
+            remaining_weight -= each.weight
+        raise ValueError(f"index {index} of lane {lane} belongs to no set")

@@ -1,4 +1,4 @@
-"""Tubelets: which three clips of a video, and which part of each frame (METHOD.md, section 2).
+"""Tubelets: three clips of a video and a crop of each view (METHOD.md, section 2).
 
 Starts are 1-based, as in METHOD.md; frame indices are 0-based.
 """
@@ -11,19 +11,19 @@ from typing import NamedTuple
 import numpy as np
 
 NUM_CLIPS = 3
-# Query and first key are two crops of the first clip, second and third key of the others.
+# Query and first key are two crops of the first clip; second and third key are crops of the other two.
 CLIP_OF_VIEW = (0, 0, 1, 2)
 
-BEST_SHARE = 0.5
+BEST_SHARE = 0.5  # of the starts of a half, by clip score
 NUM_STRONGEST_CELLS = 4
-# (cells of the motion region at most, share of it that a crop must cover)
+# (largest number of cells of the motion region, share of it that a crop must cover)
 REQUIRED_COVER = ((4, 0.9), (8, 0.8), (12, 0.7))
 NUM_SHAPES = 20
 NUM_POSITIONS = 40
 
 
 class Box(NamedTuple):
-    """A part of a frame, in whole pixels."""
+    """A rectangle of a frame, in whole pixels."""
 
     top: int
     left: int
@@ -32,7 +32,7 @@ class Box(NamedTuple):
 
 
 class MotionRegion(NamedTuple):
-    """Where a clip moves most, in unrounded pixels, and the share of it that a crop must cover (0: none)."""
+    """The part of a frame with most motion, in unrounded pixels; a crop must cover its share `cover` (0: none)."""
 
     top: float
     bottom: float
@@ -43,7 +43,7 @@ class MotionRegion(NamedTuple):
 
 @dataclass(frozen=True)
 class Tubelet:
-    """One view's frames, int64 (T,), 0-based, and the part of them that is cut out."""
+    """One view: its frames, int64 (T,), 0-based, and their crop."""
 
     frames: np.ndarray
     box: Box
@@ -51,8 +51,14 @@ class Tubelet:
 
 @dataclass(frozen=True)
 class CutConfig:
-    """How clips and crops are drawn: frames and stride of a clip, chance of a motion-focused draw, the ranges of a
-    crop's share of the frame and of its width over height, and whether crops cover what moves.
+    """How clips and crops are drawn.
+
+    Attributes:
+        frames, stride: of a clip.
+        motion_probability: of a motion-focused draw of the starts.
+        area: range of a crop's share of the frame.
+        aspect: range of a crop's width over height.
+        motion_crops: crops cover the motion region.
     """
 
     frames: int
@@ -64,7 +70,7 @@ class CutConfig:
 
     @property
     def window(self) -> int:
-        """Source frames that a clip spans."""
+        """Source frames in the span of a clip."""
         return self.frames * self.stride
 
 
@@ -77,13 +83,13 @@ def draw_tubelets(
     height: int,
     width: int,
 ) -> tuple[int, tuple[Tubelet, ...]]:
-    """The order label of a video and its four views.
+    """Draw the order label of a video and its four views.
 
     Args:
         rng: the sample's generator.
         config: how to draw.
         frame_maps: (N, 7, 7), one motion map per frame.
-        clip_scores: (N - window + 1,), the score of start s at s - 1.
+        clip_scores: (N - window + 1,); index s - 1 holds the score of start s.
         height: of a frame, in pixels.
         width: of a frame, in pixels.
     """
@@ -91,12 +97,12 @@ def draw_tubelets(
     span = {"num_frames": len(frame_maps), "window": config.window, "order": order}
     focused = rng.random() < config.motion_probability
     starts = draw_motion_starts(rng, clip_scores, **span) if focused else draw_uniform_starts(rng, **span)
-    steps = config.stride * np.arange(config.frames)
-    clips = [start - 1 + steps for start in starts]
+    offsets = config.stride * np.arange(config.frames)
+    clips = [start - 1 + offsets for start in starts]
     regions = [
         motion_region(frame_maps[frames].mean(axis=0), height, width)
         if config.motion_crops
-        else anywhere(height, width)
+        else whole_frame(height, width)
         for frames in clips
     ]
     views = tuple(
@@ -110,35 +116,35 @@ def draw_tubelets(
 
 
 def draw_clip(rng: np.random.Generator, config: CutConfig, *, num_frames: int, height: int, width: int) -> Tubelet:
-    """One clip from anywhere in a video, cropped anywhere, for a classifier (METHOD.md, section 6).
+    """Draw one clip for a classifier: uniform start, random crop (METHOD.md, section 6).
 
-    A video shorter than a clip's window is stretched to at least as long: each frame stands several times.
+    A video shorter than a clip's window is stretched to at least the window: each frame is repeated.
     """
     repeats = -(-config.window // num_frames)
     start = int(rng.integers(num_frames * repeats - config.window, endpoint=True))
     frames: np.ndarray = (start + config.stride * np.arange(config.frames)) // repeats
-    anywhere = MotionRegion(0.0, height, 0.0, width, 0.0)
-    return Tubelet(frames, draw_crop(rng, anywhere, height=height, width=width, area=config.area, aspect=config.aspect))
+    region = whole_frame(height, width)
+    return Tubelet(frames, draw_crop(rng, region, height=height, width=width, area=config.area, aspect=config.aspect))
 
 
 def draw_motion_starts(
     rng: np.random.Generator, clip_scores: np.ndarray, *, num_frames: int, window: int, order: int
 ) -> np.ndarray:
-    """Three starts, int64 (3,), each uniform among the best half by clip score of its half of the video.
+    """Draw three starts, int64 (3,), each uniform among the best half, by clip score, of its half of the video.
 
-    The first clip comes from the first half when `order` is 1, from the second when it is 0; the other two
-    come from the other half, sorted. Videos under two windows fall back to `draw_uniform_starts`.
+    The first clip comes from the first half if `order` is 1, from the second if it is 0; the other two come from the
+    other half, sorted. A video of less than two windows falls back to `draw_uniform_starts`.
     """
     if num_frames < 2 * window:
         return draw_uniform_starts(rng, num_frames=num_frames, window=window, order=order)
-    return _halves_to_starts(rng, *best_starts(clip_scores, num_frames=num_frames, window=window), order)
+    return _draw_from_halves(rng, *best_starts(clip_scores, num_frames=num_frames, window=window), order)
 
 
 def best_starts(clip_scores: np.ndarray, *, num_frames: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """The starts that a motion-focused draw chooses among in each half of a video of two windows or more.
+    """The candidate starts of a motion-focused draw in each half of a video of two windows or more.
 
     Returns:
-        int64 (any,) of the first half and of the second, best first.
+        starts of the first half, int64 (any,), and of the second, best first.
     """
     middle = num_frames // 2
     first = np.arange(1, middle - window + 1)
@@ -150,29 +156,29 @@ def best_starts(clip_scores: np.ndarray, *, num_frames: int, window: int) -> tup
 
 
 def draw_uniform_starts(rng: np.random.Generator, *, num_frames: int, window: int, order: int) -> np.ndarray:
-    """Three starts, int64 (3,), as `draw_motion_starts` but uniform in each half.
+    """Draw three starts, int64 (3,), as `draw_motion_starts` does, but uniform in each half.
 
-    Under two windows the three are uniform over the video: ascending when `order` is 1, else the largest,
-    the smallest and the one between.
+    In a video of less than two windows the three are uniform over the video: ascending if `order` is 1, else the
+    largest, the smallest and the middle one.
     """
     if num_frames < 2 * window:
-        # A video of exactly one window has start 1 alone.
+        # A video of exactly one window has only start 1.
         drawn = np.sort(rng.integers(1, max(num_frames - window, 1), size=NUM_CLIPS, endpoint=True))
         return drawn if order else drawn[[2, 0, 1]]
     middle = num_frames // 2
     first = np.arange(1, middle - window + 2)
     second = np.arange(middle, num_frames - window + 1)
-    return _halves_to_starts(rng, first, second, order)
+    return _draw_from_halves(rng, first, second, order)
 
 
 def motion_region(mean_map: np.ndarray, height: int, width: int) -> MotionRegion:
-    """The bounding box of the strongest 4 cells of a (7, 7) map, in pixels; ties go to the earlier cell.
+    """The bounding box of the 4 strongest cells of a (7, 7) map, in pixels; ties go to the earlier cell.
 
-    Where nothing moves at all, it is the whole frame and none of it need be covered.
+    Without any motion it is `whole_frame`.
     """
     rows, columns = mean_map.shape
     if not mean_map.any():
-        return anywhere(height, width)
+        return whole_frame(height, width)
     strongest = np.argsort(-mean_map.ravel(), kind="stable")[:NUM_STRONGEST_CELLS]
     row, column = np.divmod(strongest, columns)
     top, bottom = int(row.min()), int(row.max()) + 1
@@ -184,8 +190,8 @@ def motion_region(mean_map: np.ndarray, height: int, width: int) -> MotionRegion
     )
 
 
-def anywhere(height: int, width: int) -> MotionRegion:
-    """The whole frame, none of which need be covered."""
+def whole_frame(height: int, width: int) -> MotionRegion:
+    """The whole frame, with no share that a crop must cover."""
     return MotionRegion(0.0, height, 0.0, width, 0.0)
 
 
@@ -198,7 +204,11 @@ def draw_crop(
     area: tuple[float, float],
     aspect: tuple[float, float],
 ) -> Box:
-    """A crop of random shape whose place covers the motion region, as far as 40 tries find one."""
+    """Draw a crop of random shape; of 40 random positions it takes the first that covers the motion region.
+
+    If none covers enough of it, the crop takes the position that covers most; if no shape fits into the frame, it
+    contains the region.
+    """
     log_aspect = np.log(aspect)
     for _ in range(NUM_SHAPES):
         pixels = rng.uniform(*area) * height * width
@@ -207,14 +217,14 @@ def draw_crop(
         if 0 < crop_width <= width and 0 < crop_height <= height:
             tops = rng.integers(0, height - crop_height, size=NUM_POSITIONS, endpoint=True)
             lefts = rng.integers(0, width - crop_width, size=NUM_POSITIONS, endpoint=True)
-            chosen = _choose(region, tops, lefts, crop_height, crop_width)
+            chosen = _best_position(region, tops, lefts, crop_height, crop_width)
             return Box(int(tops[chosen]), int(lefts[chosen]), crop_height, crop_width)
-    return _draw_holding_crop(rng, region, height, width)
+    return _draw_containing_crop(rng, region, height, width)
 
 
-def _halves_to_starts(rng: np.random.Generator, first: np.ndarray, second: np.ndarray, order: int) -> np.ndarray:
-    alone, pair = (first, second) if order else (second, first)
-    return np.concatenate([rng.choice(alone, size=1), np.sort(rng.choice(pair, size=2))])
+def _draw_from_halves(rng: np.random.Generator, first: np.ndarray, second: np.ndarray, order: int) -> np.ndarray:
+    single, pair = (first, second) if order else (second, first)
+    return np.concatenate([rng.choice(single, size=1), np.sort(rng.choice(pair, size=2))])
 
 
 def _best(starts: np.ndarray, clip_scores: np.ndarray, count: int) -> np.ndarray:
@@ -222,25 +232,25 @@ def _best(starts: np.ndarray, clip_scores: np.ndarray, count: int) -> np.ndarray
     return ranked[:count]
 
 
-def _choose(region: MotionRegion, tops: np.ndarray, lefts: np.ndarray, crop_height: int, crop_width: int) -> int:
-    """The first position to cover enough of the region, else the first of those that cover most."""
+def _best_position(region: MotionRegion, tops: np.ndarray, lefts: np.ndarray, crop_height: int, crop_width: int) -> int:
+    """Index of the first position that covers enough of the region, else of the first that covers most."""
     if not region.cover:
         return 0
-    cover = _covered(tops, crop_height, region.top, region.bottom) * _covered(
+    cover = _covered_share(tops, crop_height, region.top, region.bottom) * _covered_share(
         lefts, crop_width, region.left, region.right
     )
     enough = cover >= region.cover
     return int(np.argmax(enough if enough.any() else cover))
 
 
-def _covered(starts: np.ndarray, size: int, low: float, high: float) -> np.ndarray:
-    """The share of [low, high] inside [start, start + size], along one axis."""
+def _covered_share(starts: np.ndarray, size: int, low: float, high: float) -> np.ndarray:
+    """Share of [low, high] inside [start, start + size], along one axis."""
     overlap: np.ndarray = np.minimum(starts + size, high) - np.maximum(starts, low)
     return overlap.clip(min=0) / (high - low)
 
 
-def _draw_holding_crop(rng: np.random.Generator, region: MotionRegion, height: int, width: int) -> Box:
-    """A crop that holds the region: one of its corners kept, the opposite one drawn outwards."""
+def _draw_containing_crop(rng: np.random.Generator, region: MotionRegion, height: int, width: int) -> Box:
+    """A crop that contains the region: one corner is the region's, the opposite one is drawn outwards."""
     top, left = int(region.top), int(region.left)
     bottom, right = int(np.ceil(region.bottom)), int(np.ceil(region.right))
     if rng.integers(2):

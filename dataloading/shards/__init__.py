@@ -1,1 +1,1 @@
-"""The shard set on disk, format 1: in go samples, out come tar shards, indices and a manifest, and back again."""
+"""The shard set on disk, format 1: writes samples to tar shards, indices and a manifest, and reads them back."""

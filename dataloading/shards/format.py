@@ -1,12 +1,11 @@
-"""The shard set on disk (format 1): manifest, index and tar members, written here and read here.
+"""The shard set on disk (format 1): writes and reads manifest, indices and tar members.
 
-A folder holds `shard-000000.tar` … (plain webdataset), `shard-000000.index.npz` … (where every member and
-every still lies) and `manifest.json`, written last: a folder without it is no shard set.
+A folder holds `shard-000000.tar` … (plain webdataset), `shard-000000.index.npz` … (offsets of every member and
+still) and `manifest.json`, which is written last: without it, a folder is no complete shard set.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import re
@@ -14,6 +13,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,25 +21,25 @@ from typing import Any
 import numpy as np
 import webdataset
 
+from dataloading.shards.headers import to_npy
 from dataloading.shards.index import CHECKSUMS, MEMBERS, TAR_HEADER, ShardIndex, max_index_bytes, parse_columns
-from dataloading.shards.npy import to_npy
 from mcl_dist.errors import UserError
-from mcl_dist.storage.folder import Folder
+from mcl_dist.storage.folder import Folder, readable_errors
 
 FORMAT = "mcl-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
-REPORT = "build.json"  # what the build took: times differ, so it is no part of the set
+REPORT = "build.json"  # costs of the build; not part of the set, since times differ between builds
 SHARD_NAME = re.compile(r"shard-\d{6,}\.tar")
 DIGEST = re.compile(r"[0-9a-f]{64}")
-MAX_MANIFEST = 2**28  # bytes: of a set of a million shards
-MAX_SHARD = 2**40
-UNSEALED = "0" * 64
+MAX_MANIFEST = 2**28  # bytes; enough for a million shards
+MAX_SHARD = 2**40  # bytes
+ZERO_DIGEST = "0" * 64
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What the manifest says of one shard; `seconds` is its videos' playing time, as far as their files tell a rate."""
+    """One shard in the manifest; `seconds` is the playing time of its videos, where their files give a frame rate."""
 
     name: str
     samples: int
@@ -52,7 +52,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class RefusedVideo:
-    """A source that was not stored, and why."""
+    """A source video that is not in the set, and the reason."""
 
     source: str
     reason: str
@@ -60,7 +60,7 @@ class RefusedVideo:
 
 @dataclass(frozen=True)
 class NearDuplicate:
-    """A video that looks like an earlier one of the set, and in how many bits of the hash they differ."""
+    """A video that resembles an earlier one of the set; `bits` is the Hamming distance of their hashes."""
 
     source: str
     like: str
@@ -99,23 +99,23 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest, and so of all it names."""
+        """SHA-256 of the manifest, which contains the digests of all shards."""
         return sha256(self.to_json())
 
     def to_json(self) -> bytes:
-        """The text of `manifest.json`."""
+        """The bytes of `manifest.json`."""
         totals = {"videos": self.num_videos, "frames": self.num_frames, "bytes": self.num_bytes}
         tree = {"format": FORMAT, "version": VERSION, "totals": totals, **asdict(self)}
-        return sealed(tree)
+        return add_digest(tree)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One video as it is stored.
+    """One video in its stored form.
 
     Attributes:
         key: name inside the shard, `[A-Za-z0-9_-]+`.
-        info: what `KEY.json` says, but for the digests.
+        info: contents of `KEY.json` without the digests.
         frames, flow: N JPEG stills each.
         motion: uint8 (N, 7, 7) frame maps.
         scores: float32 (N - window + 1,) clip scores.
@@ -130,13 +130,13 @@ class Sample:
 
     @property
     def seconds(self) -> float:
-        """Playing time; 0 when the video's file does not tell its rate."""
+        """Playing time; 0 when the video's file gives no frame rate."""
         rate = self.info["fps"]
         return float(self.info["frames"] / rate) if rate else 0.0
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all stills, which is nearly all that is stored."""
+        """Bytes of all stills, which are nearly the whole sample."""
         return sum(map(len, self.frames)) + sum(map(len, self.flow))
 
     def members(self) -> dict[str, bytes]:
@@ -153,15 +153,15 @@ class Sample:
 
 
 class ShardWriter:
-    """Writes samples into one local tar file and collects its index.
+    """Writes samples into one local tar file and builds its index.
 
-    The bytes depend on the samples alone: no time, owner or host is recorded. Every method that writes
-    raises `UserError` when the disk is full or fails.
+    The bytes depend on the samples alone: the tar records no time, owner or host. Every method that writes raises
+    `UserError` when the disk is full or fails.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with _naming(path):
+        with readable_errors(str(path)):
             self._file = path.open("wb")
         self._tar = webdataset.TarWriter(
             self._file, encoder=False, compress=False, mtime=0, user="", group="", mode=0o444
@@ -175,11 +175,11 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            # What is still buffered may fail the way that brought us here; that error is the one to tell.
+            # Flushing may fail as the block did; the block's error is the one to report.
             with suppress(OSError), self._file:
                 self._tar.close()
             return
-        with _naming(self._path), self._file:
+        with readable_errors(str(self._path)), self._file:
             self._tar.close()
 
     @property
@@ -193,27 +193,27 @@ class ShardWriter:
         return len(self._columns["keys"])
 
     def add(self, sample: Sample) -> None:
-        """Append one sample's members and note where they and their stills lie."""
-        places, crcs = [], []
+        """Append one sample's members and index them and their stills."""
+        extents, crcs = [], []
         for name, data in sample.members().items():
-            places.append((self.num_bytes + TAR_HEADER, len(data)))
+            extents.append((self.num_bytes + TAR_HEADER, len(data)))
             crcs.append(zlib.crc32(data))
-            # One call a member: a sample written as a whole would be sorted by name.
-            with _naming(self._path):
+            # One call per member: webdataset sorts the members of one call by name.
+            with readable_errors(str(self._path)):
                 self._tar.write({"__key__": sample.key, name: data})
         info = sample.info
         row = {"keys": sample.key, "labels": info["label"], "num_frames": info["frames"]}
-        row |= {"members": places, "member_crcs": crcs}
+        row |= {"members": extents, "member_crcs": crcs}
         row |= {f"{side}s": info[side] for side in ("height", "width", "flow_height", "flow_width")}
         for name, value in row.items():
             self._columns[name].append(value)
         for kind, stills in (("frame", sample.frames), ("flow", sample.flow)):
             member = MEMBERS.index("frames.mjpg" if kind == "frame" else "flow.mjpg")
-            self._columns[f"{kind}_stills"] += _still_places(stills, places[member][0])
+            self._columns[f"{kind}_stills"] += _still_extents(stills, extents[member][0])
             self._columns[f"{kind}_crcs"] += map(zlib.crc32, stills)
 
     def index(self) -> ShardIndex:
-        """The index of what was written."""
+        """The index of the samples so far."""
         kinds = {"keys": np.str_, **dict.fromkeys(CHECKSUMS, np.uint32)}
         return ShardIndex(
             **{name: np.array(column, dtype=kinds.get(name, np.int64)) for name, column in self._columns.items()}
@@ -234,36 +234,36 @@ def read_index(folder: Folder, entry: ShardEntry) -> ShardIndex:
     """Read and check one shard's index.
 
     Raises:
-        UserError: the file is missing, is not the one that the manifest names, or is no index.
+        UserError: the file is missing, is not the one in the manifest, or is invalid.
     """
     name = index_name(entry.name)
-    return index_from(folder.head(name, max_index_size(entry) + 1), entry, f"{folder.url}/{name}")
+    return parse_index(folder.head(name, max_shard_index_bytes(entry) + 1), entry, f"{folder.display_url}/{name}")
 
 
-def index_from(data: bytes, entry: ShardEntry, where: str) -> ShardIndex:
-    """The index in a file's bytes; errors, which begin with `where`, as in `read_index`."""
-    with _trusted(data, entry, where):
+def parse_index(data: bytes, entry: ShardEntry, where: str) -> ShardIndex:
+    """The index in a file's bytes; errors as in `read_index`, starting with `where`."""
+    with _verified(data, entry, where):
         return ShardIndex.parse(data, samples=entry.samples, frames=entry.frames, num_bytes=entry.bytes)
 
 
-def columns_from(data: bytes, entry: ShardEntry, where: str) -> dict[str, np.ndarray]:
-    """The small columns of the index in a file's bytes (`parse_columns`); errors as of `index_from`."""
-    with _trusted(data, entry, where):
+def parse_index_columns(data: bytes, entry: ShardEntry, where: str) -> dict[str, np.ndarray]:
+    """The small columns of the index in a file's bytes (`parse_columns`); errors as in `parse_index`."""
+    with _verified(data, entry, where):
         return parse_columns(data, samples=entry.samples, frames=entry.frames)
 
 
 @contextmanager
-def _trusted(data: bytes, entry: ShardEntry, where: str) -> Iterator[None]:
+def _verified(data: bytes, entry: ShardEntry, where: str) -> Iterator[None]:
     if sha256(data) != entry.index_sha256:
-        raise UserError(f"{where}: not the index that the manifest names; rebuild the set")
+        raise UserError(f"{where}: its digest differs from the manifest's; rebuild the set")
     try:
         yield
     except ValueError as error:
         raise UserError(f"{where}: {error}; rebuild the set") from error
 
 
-def max_index_size(entry: ShardEntry) -> int:
-    """Bytes that no index of this shard exceeds."""
+def max_shard_index_bytes(entry: ShardEntry) -> int:
+    """Upper bound of the size of this shard's index, in bytes."""
     return max_index_bytes(entry.samples, entry.frames)
 
 
@@ -272,37 +272,40 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_manifest(folder: Folder) -> Manifest:
-    """Read the manifest and check that its shards are there with the sizes it says.
+def read_complete_manifest(folder: Folder) -> Manifest:
+    """Read the manifest and check that its shards exist with the recorded sizes.
 
     Raises:
         UserError: no manifest, another format or version, or a shard that is missing or of another size.
     """
-    manifest = parse_manifest(folder)
+    manifest = read_manifest(folder)
     present = set(folder.names())
     for shard in manifest.shards:
         for name in (shard.name, index_name(shard.name)):
             if name not in present:
-                raise UserError(f"{folder.url}/{name}: missing, but the manifest names it; rebuild the set")
+                raise UserError(f"{folder.display_url}/{name}: missing, but listed in the manifest; rebuild the set")
         size = folder.size(shard.name)
         if size != shard.bytes:
             raise UserError(
-                f"{folder.url}/{shard.name}: {size} bytes, the manifest says {shard.bytes}; rebuild the set"
+                f"{folder.display_url}/{shard.name}: {size} bytes, {shard.bytes} in the manifest; rebuild the set"
             )
     return manifest
 
 
-def parse_manifest(folder: Folder) -> Manifest:
-    """Read the manifest alone, without a look at the shards; errors as in `read_manifest`."""
+def read_manifest(folder: Folder) -> Manifest:
+    """Read the manifest without a check of the shards; errors as in `read_complete_manifest`."""
     if not folder.exists(MANIFEST):
-        raise UserError(
-            f"{folder.url}/{MANIFEST}: missing, so this is no complete shard set; `mcl shards build` writes one"
-        )
-    return manifest_from(folder.read(MANIFEST), f"{folder.url}/{MANIFEST}")
+        raise missing_manifest(folder.display_url)
+    return parse_manifest(folder.read(MANIFEST), f"{folder.display_url}/{MANIFEST}")
 
 
-def manifest_from(data: bytes, where: str) -> Manifest:
-    """The manifest in a file's bytes; errors, which begin with `where`, as in `read_manifest`."""
+def missing_manifest(url: str) -> UserError:
+    """The error for a folder without a manifest."""
+    return UserError(f"{url}/{MANIFEST}: missing, so this is no complete shard set; `mcl shards build` writes one")
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """The manifest in a file's bytes; errors as in `read_complete_manifest`, starting with `where`."""
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -310,87 +313,75 @@ def manifest_from(data: bytes, where: str) -> Manifest:
     found = (tree.get("format"), tree.get("version")) if isinstance(tree, dict) else (None, None)
     if found != (FORMAT, VERSION):
         raise UserError(
-            f"{where}: format {str(found[0])[:40]!r} version {str(found[1])[:40]}, this program reads {FORMAT!r} "
+            f"{where}: format {str(found[0])[:40]!r} version {str(found[1])[:40]}, must be {FORMAT!r} version "
             f"{VERSION}; rebuild the set or use the program that wrote it"
         )
     try:
-        if not is_sealed(data, tree):
+        if not has_valid_digest(data, tree):
             raise ValueError("its own digest is wrong, or missing as in sets of an earlier version")
-        return _manifest(tree)
+        return _build_manifest(tree)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: damaged ({error}); rebuild the set") from error
 
 
-def manifest_is_right(data: bytes) -> bool:
-    """Whether these bytes are a manifest as it was written."""
+def is_valid_manifest(data: bytes) -> bool:
+    """Whether the bytes are a manifest with the right digest."""
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError):
         return False
-    return isinstance(tree, dict) and is_sealed(data, tree)
+    return isinstance(tree, dict) and has_valid_digest(data, tree)
 
 
-def sealed(tree: dict[str, Any]) -> bytes:
-    """The text of a manifest with its own digest in it: the SHA-256 of the text with zeros in the digest's place."""
-    text = json.dumps({**tree, "sha256": UNSEALED}, indent=1).encode() + b"\n"
-    return _with_digest(text, UNSEALED, sha256(text))
+def add_digest(tree: dict[str, Any]) -> bytes:
+    """A manifest's bytes, with their own digest: the SHA-256 of the bytes with zeros in the digest's place."""
+    text = json.dumps({**tree, "sha256": ZERO_DIGEST}, indent=1).encode() + b"\n"
+    return _replace_digest(text, ZERO_DIGEST, sha256(text))
 
 
-def is_sealed(data: bytes, tree: dict[str, Any]) -> bool:
-    """Whether a manifest's bytes are those that were written."""
+def has_valid_digest(data: bytes, tree: dict[str, Any]) -> bool:
+    """Whether a manifest's bytes have the digest that they contain."""
     digest = tree.get("sha256")
-    return isinstance(digest, str) and len(digest) == 64 and sha256(_with_digest(data, digest, UNSEALED)) == digest
+    return (
+        isinstance(digest, str) and len(digest) == 64 and sha256(_replace_digest(data, digest, ZERO_DIGEST)) == digest
+    )
 
 
-def _with_digest(text: bytes, old: str, new: str) -> bytes:
-    # It stands last, so what else looks like it is left alone.
+def _replace_digest(text: bytes, old: str, new: str) -> bytes:
+    # The manifest's own digest is the last one in the text.
     before, _, after = text.rpartition(old.encode())
     return before + new.encode() + after
 
 
-def _manifest(tree: dict[str, Any]) -> Manifest:
+def _build_manifest(tree: dict[str, Any]) -> Manifest:
     shards = tuple(ShardEntry(**entry) for entry in tree["shards"])
     for shard in shards:
         _check_entry(shard)
     if len({shard.name for shard in shards}) != len(shards):
-        raise ValueError("it names a shard twice")
+        raise ValueError("it lists a shard twice")
     refused = tuple(RefusedVideo(**entry) for entry in tree["refused"])
-    alike = tuple(NearDuplicate(**entry) for entry in tree.get("near_duplicates", ()))
-    manifest = Manifest(dict(tree["build"]), tuple(map(str, tree["classes"])), shards, refused, alike)
+    near_duplicates = tuple(NearDuplicate(**entry) for entry in tree.get("near_duplicates", ()))
+    manifest = Manifest(dict(tree["build"]), tuple(map(str, tree["classes"])), shards, refused, near_duplicates)
     totals = {"videos": manifest.num_videos, "frames": manifest.num_frames, "bytes": manifest.num_bytes}
     if tree["totals"] != totals:
-        raise ValueError(f"totals {tree['totals']}, its shards add up to {totals}")
+        raise ValueError(f"totals {tree['totals']}, must be {totals}, the sums over its shards")
     return manifest
 
 
 def _check_entry(shard: ShardEntry) -> None:
-    # A name is a file of this folder and nothing else: a manifest may come from anywhere.
+    # A manifest is untrusted: a name must not lead out of the folder.
     if not SHARD_NAME.fullmatch(shard.name):
-        raise ValueError(f"{shard.name!r} is no shard's name")
+        raise ValueError(f"{shard.name!r} is not a shard's name")
     if not (DIGEST.fullmatch(shard.sha256) and DIGEST.fullmatch(shard.index_sha256)):
-        raise ValueError(f"{shard.name} has no proper digests")
+        raise ValueError(f"{shard.name} has an invalid digest")
     numbers = (shard.samples, shard.frames, shard.bytes)
     if any(type(number) is not int for number in numbers) or min(numbers) < 1:
-        raise ValueError(f"{shard.name} is said to be empty")
-    # A sample takes its members' headers, a frame some bytes for each of its stills.
+        raise ValueError(f"{shard.name} has a count below 1, or one that is no integer")
+    # A sample takes at least its members' headers, a frame one byte for each of its two stills.
     if shard.samples * len(MEMBERS) * TAR_HEADER + shard.frames * 2 > shard.bytes or shard.bytes > MAX_SHARD:
-        raise ValueError(f"{shard.name} is said to hold more than its bytes can")
+        raise ValueError(f"{shard.name} has more samples and frames than its bytes can hold, or is too large")
 
 
-def _still_places(stills: Sequence[bytes], start: int) -> list[tuple[int, int]]:
-    places = []
-    for still in stills:
-        places.append((start, len(still)))
-        start += len(still)
-    return places
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn errors of the disk into one line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise UserError(f"{path}: no space left; free some, then run the same command again") from error
-        raise UserError(f"{path}: {error.strerror}; check the disk") from error
+def _still_extents(stills: Sequence[bytes], start: int) -> list[tuple[int, int]]:
+    starts = list(accumulate(map(len, stills), initial=start))
+    return [(start, len(still)) for start, still in zip(starts, stills, strict=False)]

@@ -1,1 +1,1 @@
-"""Synthetic videos: in goes a seed, out come labelled MP4 files whose classes differ only in motion."""
+"""Synthetic videos: a seed in, labelled MP4 files whose classes differ only in motion out."""

@@ -1,4 +1,4 @@
-"""Labelled sets of short MP4 files of synthetic scenes."""
+"""Writes labelled sets of short MP4 files of synthetic scenes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def write_synthetic(
     test_per_class: int = 20,
     processes: int = 2,
 ) -> int:
-    """Write `folder/{train,test}/CLASS/NUMBER.mp4` of a scene of `SCENES` and return the number of videos.
+    """Write `folder/{train,test}/CLASS/NUMBER.mp4` of a scene of `SCENES`; returns the number of videos.
 
-    What a file shows depends on the scene, the seed, its split, its class and its number alone.
+    The content of a file depends only on the scene, the seed, its split, its class and its number.
     """
     classes = SCENES[scene].classes
     jobs = [
@@ -40,7 +40,7 @@ def write_synthetic(
     for split in SPLITS:
         for name in classes:
             (folder / split / name).mkdir(parents=True, exist_ok=True)
-    # Spawned, not forked: the parent may hold threads of OpenCV, PyTorch or fsspec.
+    # Spawned, not forked: the parent may have threads of OpenCV, PyTorch or fsspec.
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for _ in pool.imap_unordered(partial(_write_one, folder, seed, scene), jobs, chunksize=16):
             pass
@@ -55,13 +55,13 @@ def _write_one(folder: Path, seed: int, scene: str, job: tuple[str, int, int]) -
 
 
 def write_video(path: Path, frames: NDArray[np.uint8]) -> None:
-    """Encode frames (N, H, W), grey, or (N, H, W, 3), H and W even, as H.264 in MP4; fine stripes survive."""
+    """Encode frames, grey (N, H, W) or RGB (N, H, W, 3), H and W even, as H.264 in MP4; fine stripes stay visible."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(FPS))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        # One quantiser for all: x264's rate control looks ahead past the edge of frames that are not whole
-        # macroblocks, so its bytes would differ from run to run. One thread: one process a core is faster.
+        # A constant quantiser: x264's rate control reads past the edge of frames that are not whole macroblocks, so
+        # its bytes would differ from run to run. One thread: one process per core is faster.
         stream.options = {"qp": "14", "preset": "veryfast", "threads": "1"}
         for image in frames:
             pixels = "gray" if image.ndim == 2 else "rgb24"

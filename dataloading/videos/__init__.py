@@ -1,1 +1,1 @@
-"""Inputs of a build: in go folders and video lists, out come decoded RGB frames."""
+"""Inputs of a build: folders and video lists in, decoded RGB frames out."""

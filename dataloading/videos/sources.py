@@ -1,4 +1,4 @@
-"""Which videos a shard set is built from: a folder of class folders, or what a list names below a folder."""
+"""Videos to build a shard set from: those of a folder of class folders, or those of a list."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 
 from dataloading.shards.format import sha256
 from dataloading.videos.decoder import EXTENSIONS
-from dataloading.videos.video_lists import ListChoice, VideoList, read_list
+from dataloading.videos.video_lists import ListSpec, VideoList, read_list
 from mcl_dist.errors import UserError
 from mcl_dist.storage.folder import Folder
 
@@ -21,9 +21,9 @@ class Source:
 
     Attributes:
         path: relative to the source folder.
-        label: number of its class.
-        size: of its file, in bytes.
-        refusal: why it cannot be used, where the folder's listing tells already.
+        label: label of its class.
+        size: size of its file in bytes.
+        refusal: why it cannot be used, if the listing already shows it; part of the digest, so its texts are stable.
     """
 
     path: str
@@ -37,16 +37,16 @@ class Source:
 
 @dataclass(frozen=True)
 class SourceFolder:
-    """The videos below one URL: class names by label, videos, number of other files."""
+    """The videos below one URL: class names by label, videos, and the number of files that are not videos."""
 
     root: str
     classes: tuple[str, ...]
     videos: tuple[Source, ...]
-    num_others: int = 0
+    num_ignored: int = 0
 
     @classmethod
     def scan(cls, root: str) -> SourceFolder:
-        """Take the folders directly below as classes; hidden files and folders are passed over."""
+        """Find the videos of the class folders directly below `root`; ignores hidden files and folders."""
         folder = Folder(root)
         files = {path: size for path, size in folder.files().items() if not _is_hidden(path)}
         classes = [name for name in folder.names() if not _is_hidden(name) and name not in files]
@@ -59,47 +59,47 @@ class SourceFolder:
         return cls(root, tuple(classes), tuple(videos), len(files) - len(videos))
 
     @classmethod
-    def listed(cls, root: str, listed: VideoList) -> SourceFolder:
-        """Take the videos of a list, in its order; those that are not there are refused, each with the reason."""
-        return cls(root, listed.classes, tuple(_located(Folder(root).files(), listed)))
+    def from_list(cls, root: str, video_list: VideoList) -> SourceFolder:
+        """Find the videos of a list, in its order; a missing one is refused with the reason."""
+        return cls(root, video_list.classes, tuple(_locate(Folder(root).files(), video_list)))
 
     def digest(self) -> str:
-        """sha256 of all that decides which videos of which classes are built."""
+        """The sha256 of the classes and videos, with their labels, sizes and refusals."""
         videos = [(video.path, video.label, video.size, video.refusal) for video in self.videos]
         return sha256(json.dumps([self.classes, videos]).encode())
 
 
-def scan_sources(root: str, choice: ListChoice | None = None) -> SourceFolder:
-    """The videos of a folder of class folders, or those that a list names.
+def find_videos(root: str, list_spec: ListSpec | None = None) -> SourceFolder:
+    """Find the videos of a folder of class folders, or those of a list.
 
     Raises:
         UserError: the folder or the list is missing, holds no video, or the list cannot be read.
         ConfigError: as `read_list`.
     """
-    if choice is not None:
-        return SourceFolder.listed(root, read_list(choice))
+    if list_spec is not None:
+        return SourceFolder.from_list(root, read_list(list_spec))
     sources = SourceFolder.scan(root)
     if not sources.videos:
         raise UserError(f"{root}: no videos in its class folders; lay them out as CLASS/VIDEO.mp4, or give a --list")
     return sources
 
 
-def _located(files: Mapping[str, int], listed: VideoList) -> Iterator[Source]:
-    known: dict[str, str] = {path: path for path in files}
+def _locate(files: Mapping[str, int], video_list: VideoList) -> Iterator[Source]:
+    known: dict[str, str] = {path: path for path in files}  # file by path, with or without its suffix
     for path in sorted(filter(_is_video, files)):
         known.setdefault(path[: -len(PurePosixPath(path).suffix)], path)
-    taken = set()
-    for video in listed.videos:
-        places = [posixpath.normpath(place) for place in video.places]
-        found = next((known[place] for place in places if place in known), None)
+    used = set()
+    for video in video_list.videos:
+        candidates = map(posixpath.normpath, video.candidates)
+        found = next((known[path] for path in candidates if path in known), None)
         if posixpath.isabs(video.path) or posixpath.normpath(video.path).split("/")[0] == "..":
             yield Source(video.path, video.label, refusal="outside: its path leaves SRC; list paths relative to SRC")
         elif found is None:
             yield Source(video.path, video.label, refusal="missing: no such file below SRC; fetch it or leave it out")
-        elif found in taken:
+        elif found in used:
             yield Source(found, video.label, refusal="listed twice: an earlier line names the same file; leave one out")
         else:
-            taken.add(found)
+            used.add(found)
             yield Source(found, video.label, files[found])
 
 

@@ -1,4 +1,4 @@
-"""A small shard set without a video file behind it."""
+"""A small shard set that is written without video files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WriteSet = Callable[..., Path]
 def write_set(tmp_path: Path) -> WriteSet:
     """`write_set(lengths, window=8, per_shard=4, size=(40, 56), flow_size=(20, 28))` → the set's folder.
 
-    The flow stills show, in both components, what the frames show in grey: pixels and flow can be compared.
+    Both components of a flow still show its frame in grey, so that pixels and flow can be compared.
     """
 
     def write(
@@ -45,13 +45,13 @@ def write_set(tmp_path: Path) -> WriteSet:
 
 def _sample(seed: int, num_frames: int, window: int, size: tuple[int, int], flow_size: tuple[int, int]) -> Sample:
     rng = np.random.default_rng(seed)
-    pictures = [rng.integers(0, 256, (5, 7), dtype=np.uint8) for _ in range(num_frames)]
+    images = [rng.integers(0, 256, (5, 7), dtype=np.uint8) for _ in range(num_frames)]
     sides = dict(zip(("height", "width", "flow_height", "flow_width"), (*size, *flow_size), strict=True))
-    flow = [np.tile(_resized(picture, flow_size), (2, 1)) for picture in pictures]
+    flow = [np.tile(_resize(image, flow_size), (2, 1)) for image in images]
     return Sample(
         key=f"video-{seed}",
         info={"label": 0, "frames": num_frames, **sides},
-        frames=[_jpeg(np.repeat(_resized(picture, size)[..., None], 3, axis=2)) for picture in pictures],
+        frames=[_jpeg(np.repeat(_resize(image, size)[..., None], 3, axis=2)) for image in images],
         flow=[_jpeg(both) for both in flow],
         motion=rng.integers(0, 256, (num_frames, 7, 7), dtype=np.uint8),
         scores=rng.random(max(num_frames - window + 1, 0), dtype=np.float32),
@@ -70,8 +70,8 @@ def _write_shard(folder: Path, number: int, samples: Sequence[Sample]) -> ShardE
     return ShardEntry(path.name, len(samples), num_frames, len(data), sha256(data), sha256(index))
 
 
-def _resized(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return cv2.resize(picture, size[::-1], interpolation=cv2.INTER_LINEAR)
+def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
 def _jpeg(pixels: np.ndarray) -> bytes:

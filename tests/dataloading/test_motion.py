@@ -14,27 +14,27 @@ def random_flow(*shape: int) -> np.ndarray:
 
 
 def moving_square(num_frames: int, first_moving: int) -> np.ndarray:
-    """Flow that stands still but for a square in the top right cell from `first_moving` on."""
+    """Zero flow, except for a square in a cell at the top right from frame `first_moving` on."""
     flow = np.full((num_frames, 70, 70, 2), STILL, dtype=np.uint8)
     flow[first_moving:, 12:18, 52:58] = 200
     return flow
 
 
-def test_a_steady_camera_leaves_no_motion() -> None:
+def test_a_steady_camera_has_no_motion() -> None:
     flow = np.full((6, 64, 64, 2), 40, dtype=np.uint8)
     summary = summarise_motion(flow, map_window=4, clip_window=4)
     assert not summary.frame_maps().any()
     assert not summary.clip_scores().any()
 
 
-def test_a_running_window_equals_the_window_alone() -> None:
+def test_a_running_window_equals_a_single_window() -> None:
     flow = random_flow(9, 40, 48, 2)
     running = MotionBoundary(4)
-    ends = [running.add(item) for item in flow]
-    assert [magnitude is None for magnitude in ends] == [True] * 3 + [False] * 6
-    alone = MotionBoundary(4)
-    last = [alone.add(item) for item in flow[5:]][-1]
-    np.testing.assert_array_equal(ends[-1], last)
+    magnitudes = [running.add(item) for item in flow]
+    assert [magnitude is None for magnitude in magnitudes] == [True] * 3 + [False] * 6
+    single = MotionBoundary(4)
+    last = [single.add(item) for item in flow[5:]][-1]
+    np.testing.assert_array_equal(magnitudes[-1], last)
 
 
 def test_every_frame_has_a_map_and_every_start_a_score() -> None:
@@ -53,7 +53,7 @@ def test_the_strongest_cell_is_where_the_motion_is() -> None:
     assert np.unravel_index(maps[3].argmax(), (7, 7)) == (1, 5)
 
 
-def test_clips_score_higher_the_more_of_them_moves() -> None:
+def test_a_clip_with_more_moving_frames_has_a_higher_score() -> None:
     scores = summarise_motion(moving_square(12, 6), map_window=4, clip_window=6).clip_scores()
     assert (np.diff(scores) > 0).all()
 

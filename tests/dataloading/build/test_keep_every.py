@@ -1,4 +1,4 @@
-"""A set that stores every second frame against the set of the same videos that stores all."""
+"""A set that stores every second frame, compared with a set of the same videos that stores all."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from dataloading.build.builder import build_shards
+from dataloading.build.config import BuildConfig
 from dataloading.build.local_executor import LocalExecutor
 from dataloading.build.verify import verify_shards
-from dataloading.build.video_processor import BuildConfig, VideoProcessor
+from dataloading.build.video_processor import VideoProcessor
 from dataloading.loader.augment import AugmentConfig
 from dataloading.loader.config import DataConfig
 from dataloading.loader.loader import TubeletLoader
@@ -21,13 +22,13 @@ from dataloading.loader.probe_clips import ClipGeometry, ProbeClips
 from dataloading.reading.shard_set import ShardSet
 from dataloading.shards.format import Sample
 from dataloading.synthetic.videos import FPS, write_video
-from dataloading.videos.sources import Source, scan_sources
+from dataloading.videos.sources import Source, find_videos
 from dataloading.visualize import inspect_video
 from mcl_dist.batch import TubeletBatch
 from mcl_dist.errors import ConfigError, UserError
 from mcl_dist.storage.folder import Folder
 
-WINDOW = 8  # frames of the video: 4 of a clip at stride 2
+WINDOW = 8  # frames of the video: a clip of 4 frames at stride 2
 CPU = torch.device("cpu")
 
 
@@ -42,14 +43,14 @@ def write_source(folder: Path, lengths: list[int]) -> Path:
 
 def build(source: Path, destination: Path, keep_every: int) -> Path:
     config = BuildConfig("dis", short_side=0, window=WINDOW, keep_every=keep_every)
-    build_shards(scan_sources(str(source)), Folder(str(destination)), config, LocalExecutor(1), lambda _: None)
+    build_shards(find_videos(str(source)), Folder(str(destination)), config, LocalExecutor(1), lambda _: None)
     assert verify_shards(Folder(str(destination))).problems == ()
     return destination
 
 
 @pytest.fixture
 def one_window(tmp_path: Path) -> tuple[Path, Path]:
-    """Sets of all frames and of every second, of videos that have one possible clip each."""
+    """A set of all frames and a set of every second frame, of videos with one possible clip each."""
     source = write_source(tmp_path / "source", [WINDOW] * 4)
     return build(source, tmp_path / "all", 1), build(source, tmp_path / "half", 2)
 
@@ -68,19 +69,19 @@ def batches(folder: Path, stride: int = 2) -> list[TubeletBatch]:
         loader.close()
 
 
-def test_the_playing_time_is_the_videos_own(one_window: tuple[Path, Path]) -> None:
+def test_the_playing_time_is_that_of_the_videos(one_window: tuple[Path, Path]) -> None:
     for folder in one_window:
         assert ShardSet(str(folder)).manifest.num_seconds == pytest.approx(4 * WINDOW / FPS, abs=0.01)
 
 
-def test_a_page_counts_the_frames_that_are_stored(one_window: tuple[Path, Path]) -> None:
+def test_an_inspection_counts_stored_frames(one_window: tuple[Path, Path]) -> None:
     windows = [inspect_video(ShardSet(str(folder)), 0, seed=0).window for folder in one_window]
     assert windows == [WINDOW, WINDOW // 2]
 
 
 @pytest.mark.parametrize("length", [16, 17, 22])
 @pytest.mark.parametrize("keep_every", [2, 4])
-def test_what_is_stored_is_what_a_set_of_all_frames_has_there(tmp_path: Path, length: int, keep_every: int) -> None:
+def test_stored_frames_equal_those_of_a_set_of_all_frames(tmp_path: Path, length: int, keep_every: int) -> None:
     root = write_source(tmp_path, [length])
     configs = (BuildConfig("dis", short_side=0, window=WINDOW, keep_every=k) for k in (keep_every, 1))
     kept, whole = (VideoProcessor(root, ("a",), config)(Source("a/0.mp4", 0)) for config in configs)
@@ -99,14 +100,14 @@ def test_what_is_stored_is_what_a_set_of_all_frames_has_there(tmp_path: Path, le
     )
 
 
-def test_the_same_configuration_trains_on_either_set_alike(one_window: tuple[Path, Path]) -> None:
+def test_both_sets_give_the_same_batches(one_window: tuple[Path, Path]) -> None:
     for whole, half in zip(*(batches(folder) for folder in one_window), strict=True):
         assert torch.equal(whole.views, half.views)
         assert torch.equal(whole.motion, half.motion)
         assert torch.equal(whole.order, half.order)
 
 
-def test_probes_see_the_same_clips_of_either_set(one_window: tuple[Path, Path]) -> None:
+def test_both_sets_give_the_same_probe_clips(one_window: tuple[Path, Path]) -> None:
     whole, half = (
         next(iter(ProbeClips(ShardSet(str(folder)), ClipGeometry(4, 2, 28), device=CPU, num_clips=2)))
         for folder in one_window
@@ -114,21 +115,21 @@ def test_probes_see_the_same_clips_of_either_set(one_window: tuple[Path, Path]) 
     assert torch.equal(whole.clips, half.clips)
 
 
-def test_clips_of_longer_videos_stay_within_what_is_stored(tmp_path: Path) -> None:
+def test_clips_of_longer_videos_use_only_stored_frames(tmp_path: Path) -> None:
     folder = build(write_source(tmp_path / "source", [33, 19, 16, 40]), tmp_path / "half", 2)
     assert ShardSet(str(folder)).num_frames.tolist().count(16) == 1
     for batch in batches(folder):
         assert batch.views.shape[:3] == (2, 4, 4)
 
 
-def test_a_stride_whose_frames_are_not_stored_is_refused(one_window: tuple[Path, Path]) -> None:
+def test_a_stride_whose_frames_are_not_all_stored_is_refused(one_window: tuple[Path, Path]) -> None:
     with pytest.raises(ConfigError, match=r"data\.stride: found 3, must be a multiple of 2"):
         batches(one_window[1], stride=3)
     with pytest.raises(ConfigError, match=r"clips\.stride: found 3, must be a multiple of 2"):
         ProbeClips(ShardSet(str(one_window[1])), ClipGeometry(4, 3, 28), device=CPU)
 
 
-def test_scores_of_another_window_are_told_in_frames_of_the_video(one_window: tuple[Path, Path]) -> None:
+def test_the_error_about_another_window_counts_frames_of_the_video(one_window: tuple[Path, Path]) -> None:
     loader = TubeletLoader(
         DataConfig(str(one_window[1]), frames=2, stride=2, crop=28, augment=AugmentConfig()),
         seed=0,
@@ -145,12 +146,12 @@ def test_scores_of_another_window_are_told_in_frames_of_the_video(one_window: tu
         loader.close()
 
 
-def test_a_stride_that_does_not_divide_the_window_cannot_be_stored() -> None:
+def test_keep_every_must_divide_the_window() -> None:
     with pytest.raises(ConfigError, match="keep_every: found 3, must divide the window, 8 frames"):
         BuildConfig("dis", window=WINDOW, keep_every=3)
 
 
-def test_the_set_says_what_it_keeps(one_window: tuple[Path, Path]) -> None:
+def test_the_set_records_keep_every(one_window: tuple[Path, Path]) -> None:
     manifest = json.loads((one_window[1] / "manifest.json").read_bytes())
     assert manifest["build"]["keep_every"] == 2
     assert ShardSet(str(one_window[1])).keep_every == 2

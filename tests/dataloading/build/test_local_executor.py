@@ -14,12 +14,12 @@ from mcl_dist.errors import UserError
 
 INTERRUPTED = """
     import time
-    from dataloading.build.local_executor import leave_if_stopped, ordered_map
+    from dataloading.build.local_executor import raise_if_cancelled, ordered_map
 
     def task(number):
         print("working", flush=True)
         while True:
-            leave_if_stopped()
+            raise_if_cancelled()
             time.sleep(0.01)
 
     if __name__ == "__main__":
@@ -28,17 +28,17 @@ INTERRUPTED = """
 """
 
 
-def test_results_come_in_the_order_of_their_tasks() -> None:
+def test_results_are_in_the_order_of_their_tasks() -> None:
     with ordered_map(str, range(7), 2) as results:
         assert list(results) == ["0", "1", "2", "3", "4", "5", "6"]
 
 
-def test_one_worker_is_this_process() -> None:
+def test_a_single_worker_is_this_process() -> None:
     with ordered_map(lambda _: os.getpid(), range(2), 1) as results:
         assert list(results) == [os.getpid()] * 2
 
 
-def test_a_worker_that_dies_is_told_in_one_line() -> None:
+def test_a_dead_worker_is_an_error_of_one_line() -> None:
     with pytest.raises(UserError, match="a worker process died"), ordered_map(os._exit, [3], 2) as results:
         list(results)
 
@@ -52,6 +52,6 @@ def test_no_worker_outlives_its_parent(tmp_path: Path, number: int) -> None:
     for _ in range(2):
         parent.stdout.readline()
     parent.send_signal(number)
-    # Each worker holds our end of the pipe open: reading to its end waits for the last of them to leave.
+    # Every worker holds the pipe open, so reading to its end waits for the last one to exit.
     parent.communicate(timeout=30)
     assert parent.returncode

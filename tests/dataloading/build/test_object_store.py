@@ -1,4 +1,4 @@
-"""Builds to a real S3 store."""
+"""Builds to and from a real S3 store."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataloading.build.build_lock import LEASE, claimed
+from dataloading.build.build_lock import LEASE, hold_build_lock
 from dataloading.build.duplicates import find_duplicates
 from dataloading.build.verify import verify_shards
 from dataloading.shards.format import REPORT
 from dataloading.synthetic.videos import write_video
-from dataloading.videos.sources import scan_sources
+from dataloading.videos.sources import find_videos
 from launch.cli.main import main
 from mcl_dist.errors import EXIT_FAILURE, UserError
 from mcl_dist.storage.folder import Folder
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four videos of noise, which make a shard of a megabyte each, and one that is none."""
+    """Four videos of noise, each of which fills a shard of one megabyte, and a file that is no video."""
     folder = tmp_path_factory.mktemp("videos") / "a"
     folder.mkdir()
     rng = np.random.default_rng(5)
@@ -52,8 +52,8 @@ def build(source: Path, url: str) -> int:
 
 
 def contents(url: str) -> dict[str, bytes]:
-    there = Folder(url)
-    return {name: there.read(name) for name in there.names() if name != REPORT}
+    stored = Folder(url)
+    return {name: stored.read(name) for name in stored.names() if name != REPORT}
 
 
 def start(source: Path, url: str, workers: int) -> subprocess.Popen[str]:
@@ -62,7 +62,7 @@ def start(source: Path, url: str, workers: int) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_set_in_a_store_is_the_local_one_and_is_not_built_twice(
+def test_a_set_in_a_store_equals_the_local_one_and_is_not_built_twice(
     source: Path, local: dict[str, bytes], s3_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert build(source, s3_url) == 0
@@ -71,10 +71,10 @@ def test_a_set_in_a_store_is_the_local_one_and_is_not_built_twice(
     assert verify_shards(Folder(s3_url), workers=2).problems == ()
     capsys.readouterr()
     assert build(source, s3_url) == 0
-    assert "complete already" in capsys.readouterr().err
+    assert "already complete" in capsys.readouterr().err
 
 
-def test_videos_in_a_store_make_the_set_that_local_ones_make(
+def test_videos_in_a_store_make_the_same_set_as_local_ones(
     source: Path, local: dict[str, bytes], s3_url: str, tmp_path: Path
 ) -> None:
     videos = Folder(f"{s3_url}-of-videos")
@@ -84,10 +84,10 @@ def test_videos_in_a_store_make_the_set_that_local_ones_make(
     assert main(arguments) == 0
     assert contents(str(tmp_path / "set")) == local
     videos.put(source / "a" / "0.mp4", "b/copy.mp4")
-    assert find_duplicates(scan_sources(videos.url)) == {"b/copy.mp4": "a/0.mp4"}
+    assert find_duplicates(find_videos(videos.url)) == {"b/copy.mp4": "a/0.mp4"}
 
 
-def test_a_build_to_a_store_goes_on_after_a_kill(
+def test_a_build_to_a_store_resumes_after_a_kill(
     source: Path, local: dict[str, bytes], s3_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     process = start(source, s3_url, workers=2)
@@ -98,20 +98,20 @@ def test_a_build_to_a_store_goes_on_after_a_kill(
     process.communicate()
     assert not folder.exists("manifest.json")
     assert build(source, s3_url) == 0
-    told = capsys.readouterr().err
-    assert f"the build before (process {process.pid} on " in told
-    assert "going on after " in told
+    output = capsys.readouterr().err
+    assert f"took over the lease of an earlier build (process {process.pid} on " in output
+    assert "resuming after " in output
     assert contents(s3_url) == local
 
 
 def test_a_second_builder_to_a_store_is_refused(source: Path, s3_url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with claimed(Folder(s3_url)):
+    with hold_build_lock(Folder(s3_url)):
         assert build(source, s3_url) == EXIT_FAILURE
         assert Folder(s3_url).names() == [LEASE]
     assert "another build is writing there" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_of_two_that_take_a_lease_at_once_one_gets_it(s3_url: str) -> None:
+def test_only_one_of_two_builders_can_create_the_lease(s3_url: str) -> None:
     folder = Folder(s3_url)
     assert folder.create(LEASE, b"one")
     assert not folder.create(LEASE, b"two")
@@ -123,12 +123,12 @@ def test_the_secret_is_in_no_output_object_or_process_list(source: Path, s3_url:
     listed = set()
     while process.poll() is None:
         listed |= {read(path) for path in Path("/proc").glob("[0-9]*/cmdline")}
-    said = process.communicate()
+    outputs = process.communicate()
     assert process.returncode == 0
     assert any(b"multiprocessing" in line for line in listed)
     stored = contents(s3_url)
     assert json.loads(stored["manifest.json"])["totals"]["videos"] == 4
-    for text in (*listed, *(part.encode() for part in said), *stored.values(), Folder(s3_url).read(REPORT)):
+    for text in (*listed, *(output.encode() for output in outputs), *stored.values(), Folder(s3_url).read(REPORT)):
         assert SECRET.encode() not in text
 
 
@@ -146,7 +146,7 @@ def read(path: Path) -> bytes:
         ("AWS_ENDPOINT_URL", "http://127.0.0.1:9", "Could not connect to the endpoint URL"),
     ],
 )
-def test_a_store_that_refuses_or_does_not_answer_is_one_line(
+def test_a_store_that_refuses_or_does_not_answer_is_an_error_of_one_line(
     s3_url: str, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
 ) -> None:
     from s3fs import S3FileSystem

@@ -17,14 +17,14 @@ import pytest
 from dataloading.build.ray_executor import RayExecutor
 from dataloading.shards.format import REPORT
 from dataloading.synthetic.videos import write_video
-from dataloading.videos.sources import scan_sources
+from dataloading.videos.sources import find_videos
 from launch.cli.main import main
 from mcl_dist.errors import EXIT_FAILURE, UserError
 from mcl_dist.storage.folder import Folder
 
 OPTIONS = ("--flow", "tvl1", "--short-side", "0", "--window", "8", "--shard-megabytes", "1")
 pytestmark = pytest.mark.slow
-QUICK = {  # to see that a node is dead; by itself Ray waits longer
+FAST_HEALTH_CHECKS = {  # Ray's defaults take longer to notice a dead node
     "RAY_health_check_period_ms": "300",
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
@@ -46,7 +46,7 @@ cluster.shutdown()
 
 
 class TwoNodes:
-    """A cluster of two nodes with a processor each, in processes of its own."""
+    """A cluster of two nodes with one processor each, in another process."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -66,7 +66,7 @@ class TwoNodes:
 
 @contextmanager
 def running_cluster() -> Iterator[TwoNodes]:
-    environment = {**os.environ, **QUICK, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, **FAST_HEALTH_CHECKS, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
         [sys.executable, "-c", CLUSTER],
         stdin=subprocess.PIPE,
@@ -80,21 +80,21 @@ def running_cluster() -> Iterator[TwoNodes]:
 
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[TwoNodes]:
-    """A cluster for tests that let it live."""
+    """A cluster for tests that do not damage it."""
     with running_cluster() as nodes:
         yield nodes
 
 
 @pytest.fixture
 def mortal_nodes() -> Iterator[TwoNodes]:
-    """A cluster for one test alone."""
+    """A cluster for one test."""
     with running_cluster() as nodes:
         yield nodes
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten good videos, which make a shard of a megabyte each, and one that is none."""
+    """Ten good videos, each of which fills a shard of one megabyte, and a file that is no video."""
     folder = tmp_path_factory.mktemp("videos") / "a"
     folder.mkdir()
     rng = np.random.default_rng(5)
@@ -107,14 +107,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The contents of the set that one process of this machine builds."""
+    """The contents of the set as one local process builds it."""
     folder = tmp_path_factory.mktemp("whole") / "set"
     assert main(["shards", "build", str(source), str(folder), *OPTIONS, "--workers", "1"]) == 0
     return contents(folder)
 
 
 def start(source: Path, destination: Path, address: str) -> subprocess.Popen[str]:
-    """A build on the cluster, with its first shard finished."""
+    """Start a build on the cluster and wait for its first finished shard."""
     command = [sys.executable, "-m", "launch.cli.main", "shards", "build", str(source), str(destination), *OPTIONS]
     command += ["--executor", "ray", "--address", address, "--json"]
     build = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -124,11 +124,11 @@ def start(source: Path, destination: Path, address: str) -> subprocess.Popen[str
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    there = Folder(str(folder))
-    return {name: there.read(name) for name in there.names() if name != REPORT}
+    stored = Folder(str(folder))
+    return {name: stored.read(name) for name in stored.names() if name != REPORT}
 
 
-def test_a_set_is_the_same_wherever_it_is_built_though_a_node_dies_midway(
+def test_every_executor_builds_the_same_set_even_if_a_node_dies(
     source: Path, whole: dict[str, bytes], tmp_path: Path, mortal_nodes: TwoNodes
 ) -> None:
     assert main(["shards", "build", str(source), str(tmp_path / "2"), *OPTIONS, "--workers", "2"]) == 0
@@ -137,23 +137,23 @@ def test_a_set_is_the_same_wherever_it_is_built_though_a_node_dies_midway(
         out, err = build.communicate(timeout=120)
     assert build.returncode == 0, err
     assert json.loads(out)["videos"] == 10
-    assert "of the Ray cluster is gone; its videos are built elsewhere" in err
+    assert "of the Ray cluster is gone; other nodes build its videos" in err
     assert contents(tmp_path / "ray") == contents(tmp_path / "2") == whole
     assert json.loads((tmp_path / "ray" / REPORT).read_bytes())["executor"] == "ray"
 
 
-def test_a_builder_that_was_killed_goes_on_with_the_same_cluster(
+def test_a_killed_builder_resumes_on_the_same_cluster(
     source: Path, whole: dict[str, bytes], tmp_path: Path, two_nodes: TwoNodes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with start(source, tmp_path / "set", two_nodes.address) as build:
         build.kill()
     where = ("--executor", "ray", "--address", two_nodes.address)
     assert main(["shards", "build", str(source), str(tmp_path / "set"), *OPTIONS, *where]) == 0
-    assert "going on after" in capsys.readouterr().err
+    assert "resuming after" in capsys.readouterr().err
     assert contents(tmp_path / "set") == whole
 
 
-def test_a_cluster_that_does_not_answer_is_one_line(
+def test_a_cluster_that_does_not_answer_is_an_error_of_one_line(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     where = ("--executor", "ray", "--address", "127.0.0.1:9")
@@ -162,7 +162,7 @@ def test_a_cluster_that_does_not_answer_is_one_line(
     assert not (tmp_path / "set").exists()
 
 
-def test_a_cluster_that_ends_is_one_line(mortal_nodes: TwoNodes) -> None:
+def test_a_cluster_that_ends_is_an_error_of_one_line(mortal_nodes: TwoNodes) -> None:
     with RayExecutor(mortal_nodes.address).map(time.sleep, [0, 600, 600]) as results:
         next(results)
         mortal_nodes.end()
@@ -171,17 +171,17 @@ def test_a_cluster_that_ends_is_one_line(mortal_nodes: TwoNodes) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_an_error_on_a_node_comes_back_as_the_line_that_it_is(two_nodes: TwoNodes) -> None:
+def test_an_error_on_a_node_is_raised_unchanged(two_nodes: TwoNodes) -> None:
     with (
-        RayExecutor(two_nodes.address).map(scan_sources, ["/nowhere"]) as results,
+        RayExecutor(two_nodes.address).map(find_videos, ["/nowhere"]) as results,
         pytest.raises(UserError, match=r"^/nowhere: no such file or folder; check the path$"),
     ):
         next(results)
 
 
-def test_a_task_that_ends_its_process_each_time_is_given_up(two_nodes: TwoNodes) -> None:
+def test_a_task_that_kills_its_process_on_every_try_is_given_up(two_nodes: TwoNodes) -> None:
     with (
         RayExecutor(two_nodes.address, max_retries=1).map(os._exit, [3]) as results,
-        pytest.raises(UserError, match=r"^3: its node or process died time and again, given up; Ray says: "),
+        pytest.raises(UserError, match=r"^3: its node or process died on every try; given up \("),
     ):
         next(results)

@@ -1,4 +1,4 @@
-"""Builds that are stopped at any moment, and builders that meet."""
+"""Builds interrupted at any moment, and two builders at one destination."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ import fsspec
 import numpy as np
 import pytest
 
-from dataloading.build import build_lock as claim
-from dataloading.build.build_lock import LEASE, claimed
-from dataloading.build.builder import ResumedBuild, build_shards, remove_traces
+from dataloading.build import build_lock
+from dataloading.build.build_lock import LEASE, hold_build_lock
+from dataloading.build.builder import ResumedBuild, build_shards, remove_leftovers
+from dataloading.build.config import BuildConfig
 from dataloading.build.local_executor import LocalExecutor
 from dataloading.build.verify import verify_shards
-from dataloading.build.video_processor import BuildConfig, VideoOutcome, VideoProcessor
+from dataloading.build.video_processor import VideoProcessor, VideoResult
 from dataloading.shards.format import REPORT, Manifest, RefusedVideo
 from dataloading.synthetic.videos import write_video
-from dataloading.videos.sources import scan_sources
+from dataloading.videos.sources import find_videos
 from mcl_dist.errors import UserError
 from mcl_dist.storage.folder import Folder
 
 CONFIG = BuildConfig(flow="dis", short_side=0, window=8, shard_megabytes=1)
-SHARD_BYTES = 60_000  # a "megabyte" in these tests: two videos a shard
+SHARD_BYTES = 60_000  # a "megabyte" in these tests: two videos per shard
 BUILDER = f"""
 import sys
-import dataloading.build.builder as build
-from dataloading.build.video_processor import BuildConfig
-from dataloading.videos.sources import scan_sources
+from dataloading.build import builder
+from dataloading.build.config import BuildConfig
+from dataloading.videos.sources import find_videos
 from dataloading.build.local_executor import LocalExecutor
 from mcl_dist.storage.folder import Folder
 
@@ -46,19 +47,19 @@ def listen(event):
     print(event.source if hasattr(event, "source") else type(event).__name__, flush=True)
 
 if __name__ == "__main__":
-    build.MEGABYTE = {SHARD_BYTES}
+    builder.MEGABYTE = {SHARD_BYTES}
     config = BuildConfig(sys.argv[4], short_side=0, window=8, shard_megabytes=1)
-    build.build_shards(scan_sources(sys.argv[1]), Folder(sys.argv[2]), config, LocalExecutor(int(sys.argv[3])), listen)
+    builder.build_shards(find_videos(sys.argv[1]), Folder(sys.argv[2]), config, LocalExecutor(int(sys.argv[3])), listen)
 """
 
 
 class Killed(BaseException):
-    """Stands for the end of the process: no clean-up that catches errors of ours may see it."""
+    """Stands for the end of the process: no handler of our errors catches it."""
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight good videos, and four that are refused."""
+    """Eight good videos, and four that are too short."""
     folder = tmp_path_factory.mktemp("resume") / "source" / "a"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(5)
@@ -75,7 +76,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The contents of a set built without interruption."""
+    """The contents of the set built without interruption."""
     folder = tmp_path_factory.mktemp("whole") / "set"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dataloading.build.builder.MEGABYTE", SHARD_BYTES)
@@ -87,21 +88,21 @@ def build(
     source: Path,
     destination: Path | str,
     config: BuildConfig = CONFIG,
-    listen: Callable[[VideoOutcome | ResumedBuild], None] = lambda _: None,
+    listen: Callable[[VideoResult | ResumedBuild], None] = lambda _: None,
 ) -> Manifest:
-    return build_shards(scan_sources(str(source)), Folder(str(destination)), config, LocalExecutor(1), listen)
+    return build_shards(find_videos(str(source)), Folder(str(destination)), config, LocalExecutor(1), listen)
 
 
 def contents(folder: Path | str) -> dict[str, bytes]:
-    there = Folder(str(folder))
-    return {name: there.read(name) for name in there.names() if name != REPORT}
+    stored = Folder(str(folder))
+    return {name: stored.read(name) for name in stored.names() if name != REPORT}
 
 
-def stop_at(number: int, error: type[BaseException] = Killed) -> Callable[[VideoOutcome | ResumedBuild], None]:
-    """A listener that ends the build when it is told its n-th outcome."""
+def stop_at(number: int, error: type[BaseException] = Killed) -> Callable[[VideoResult | ResumedBuild], None]:
+    """A listener that ends the build at its n-th event."""
     left = [number]
 
-    def listen(_: VideoOutcome | ResumedBuild) -> None:
+    def listen(_: VideoResult | ResumedBuild) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise error
@@ -121,25 +122,25 @@ def end(process: subprocess.Popen[str], number: int) -> None:
 
 @pytest.mark.parametrize("url", ["{}/set", "memory://resume/{}"])
 @pytest.mark.parametrize("number", [0, 1, 5, 8, 11])
-def test_a_build_goes_on_to_the_same_set_without_repeating_a_finished_shard(
+def test_a_resumed_build_makes_the_same_set_and_repeats_no_finished_shard(
     source: Path, tmp_path: Path, whole: dict[str, bytes], url: str, number: int
 ) -> None:
     destination = url.format(tmp_path)
     with pytest.raises(Killed):
         build(source, destination, listen=stop_at(number))
-    told: list[VideoOutcome | ResumedBuild] = []
-    build(source, destination, listen=told.append)
+    events: list[VideoResult | ResumedBuild] = []
+    build(source, destination, listen=events.append)
     assert contents(destination) == whole
-    kept = told[0].videos + told[0].refused if isinstance(told[0], ResumedBuild) else 0
+    kept = events[0].num_videos + events[0].num_refused if isinstance(events[0], ResumedBuild) else 0
     assert (kept > 0) == (number > 4)
-    assert kept + sum(not isinstance(event, ResumedBuild) for event in told) == 12
+    assert kept + sum(not isinstance(event, ResumedBuild) for event in events) == 12
 
 
-def test_a_set_interrupted_again_and_again_is_the_uninterrupted_one(
+def test_a_build_interrupted_many_times_makes_the_same_set(
     source: Path, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
     for _ in range(12):
-        # Each run gets as far as its next shard but one.
+        # Each run finishes one more shard and starts the next.
         with suppress(Killed):
             build(source, tmp_path / "set", listen=stop_at(8))
     assert contents(tmp_path / "set") == whole
@@ -151,13 +152,13 @@ def test_refused_videos_of_finished_shards_are_not_opened_again(
     with pytest.raises(Killed):
         build(source, tmp_path / "set", listen=stop_at(11))
     opened = []
-    process = VideoProcessor.__call__
+    call = VideoProcessor.__call__
 
-    def watched(processor: VideoProcessor, video: Any, *patience: Any) -> VideoOutcome:
+    def record(processor: VideoProcessor, video: Any, *retry: Any) -> VideoResult:
         opened.append(video.path)
-        return process(processor, video, *patience)
+        return call(processor, video, *retry)
 
-    monkeypatch.setattr(VideoProcessor, "__call__", watched)
+    monkeypatch.setattr(VideoProcessor, "__call__", record)
     manifest = build(source, tmp_path / "set")
     assert 0 < len(opened) < 6
     assert len(manifest.refused) == 4
@@ -166,24 +167,24 @@ def test_refused_videos_of_finished_shards_are_not_opened_again(
 
 @pytest.mark.parametrize("when", ["before", "half", "after"])
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 7, 11, 12, 13, 14, 17])
-def test_an_end_in_the_middle_of_any_write_leaves_nothing_half_written(
+def test_a_kill_during_any_write_leaves_nothing_half_written(
     source: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, number: int, when: str
 ) -> None:
-    """The n-th write to the destination (shard, index, journal, report, manifest, removals) is the last thing done."""
+    """The process ends at the n-th write to the destination (shard, index, journal, report, manifest, removal)."""
     destination = tmp_path / "set"
     with monkeypatch.context() as patch:
-        _end_at_write(patch, number, when)
+        end_at_write(patch, number, when)
         with suppress(Killed):
             build(source, destination)
     visible = {path.name: path.read_bytes() for path in destination.iterdir() if path.name in whole}
     assert all(whole[name] == data for name, data in visible.items())
     build(source, destination)
-    remove_traces(Folder(str(destination)))
+    remove_leftovers(Folder(str(destination)))
     assert contents(destination) == whole
 
 
-def _end_at_write(patch: pytest.MonkeyPatch, number: int, when: str) -> None:
-    """Let the process "end" at the n-th `Folder.write`, `put` or `remove`: nothing is cleaned up afterwards."""
+def end_at_write(patch: pytest.MonkeyPatch, number: int, when: str) -> None:
+    """Let the process "end" at the n-th `Folder.write`, `put` or `remove`, without any clean-up afterwards."""
     left = [number]
 
     def ending(method: Callable[..., None]) -> Callable[..., None]:
@@ -203,13 +204,13 @@ def _end_at_write(patch: pytest.MonkeyPatch, number: int, when: str) -> None:
 
     for name in ("write", "put", "remove"):
         patch.setattr(Folder, name, ending(getattr(Folder, name)))
-    patch.setattr(claim.shutil, "rmtree", lambda *_a, **_k: None)
+    patch.setattr(build_lock.shutil, "rmtree", lambda *_a, **_k: None)
 
 
 @pytest.mark.parametrize(
     ("change", "what"), [({"quality": 50}, "quality"), ({"seed": 1}, "seed"), ({"window": 9}, "window")]
 )
-def test_another_configuration_over_an_unfinished_build_is_refused(
+def test_another_configuration_than_that_of_an_unfinished_build_is_refused(
     source: Path, tmp_path: Path, change: dict[str, int], what: str
 ) -> None:
     with pytest.raises(Killed):
@@ -221,7 +222,7 @@ def test_another_configuration_over_an_unfinished_build_is_refused(
     assert contents(tmp_path / "set") == before
 
 
-def test_other_videos_over_an_unfinished_build_are_refused(source: Path, tmp_path: Path) -> None:
+def test_other_videos_than_those_of_an_unfinished_build_are_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         build(source, tmp_path / "set", listen=stop_at(8))
     (tmp_path / "other" / "a").mkdir(parents=True)
@@ -230,8 +231,15 @@ def test_other_videos_over_an_unfinished_build_are_refused(source: Path, tmp_pat
         build(tmp_path / "other", tmp_path / "set")
 
 
+def test_a_journal_has_the_fields_of_earlier_versions(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        build(source, tmp_path / "set", listen=stop_at(8))
+    journal = json.loads((tmp_path / "set" / "shard-000000.done.json").read_bytes())
+    assert list(journal) == ["build", "entry", "refused", "taken", "looks"]
+
+
 @pytest.mark.parametrize("name", ["shard-000001.tar", "shard-000001.index.npz", "shard-000001.done.json"])
-def test_a_finished_shard_that_was_damaged_since_is_built_again(
+def test_a_damaged_finished_shard_is_built_again(
     source: Path, tmp_path: Path, whole: dict[str, bytes], name: str
 ) -> None:
     with pytest.raises(Killed):
@@ -242,9 +250,7 @@ def test_a_finished_shard_that_was_damaged_since_is_built_again(
 
 
 @pytest.mark.slow
-def test_a_build_killed_twenty_times_at_random_moments_equals_the_uninterrupted_one(
-    source: Path, tmp_path: Path
-) -> None:
+def test_a_build_killed_twenty_times_at_random_makes_the_same_set(source: Path, tmp_path: Path) -> None:
     config = replace(CONFIG, flow="tvl1")
     build(source, tmp_path / "whole", config)
     draw = random.Random(3)
@@ -253,7 +259,7 @@ def test_a_build_killed_twenty_times_at_random_moments_equals_the_uninterrupted_
     while num_killed < 20:
         process = start(source, destination, workers=1 + num_killed % 2, flow="tvl1")
         assert process.stdout is not None
-        # A run needs some seconds to start: the moment is drawn from its work, not from its imports.
+        # Wait for the first result: the kill must hit the build, not its imports.
         select.select([process.stdout], [], [], 30)
         time.sleep(draw.uniform(0, 0.25))
         if process.poll() is None:
@@ -263,20 +269,20 @@ def test_a_build_killed_twenty_times_at_random_moments_equals_the_uninterrupted_
             assert verify_shards(Folder(str(destination))).videos == 8
             for path in destination.iterdir():
                 if path.is_file() and draw.random() < 0.9:
-                    path.unlink()  # begin again: twenty kills are more than one build lasts
+                    path.unlink()  # start again: one build is too short for twenty kills
     build(source, destination, config)
-    remove_traces(Folder(str(destination)))
+    remove_leftovers(Folder(str(destination)))
     assert contents(destination) == contents(tmp_path / "whole")
 
 
-def test_a_second_builder_on_a_local_folder_is_refused_while_the_first_lives(source: Path, tmp_path: Path) -> None:
-    with claimed(Folder(str(tmp_path / "set"))), pytest.raises(UserError, match=f"process {os.getpid()} on "):
+def test_a_second_builder_of_a_local_folder_is_refused_while_the_first_lives(source: Path, tmp_path: Path) -> None:
+    with hold_build_lock(Folder(str(tmp_path / "set"))), pytest.raises(UserError, match=f"process {os.getpid()} on "):
         build(source, tmp_path / "set")
     build(source, tmp_path / "set")
 
 
 @pytest.mark.slow
-def test_a_killed_builder_holds_its_lock_no_longer(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_a_killed_builder_releases_its_lock(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
     process = start(source, tmp_path / "set", workers=2)
     assert process.stdout is not None
     process.stdout.readline()
@@ -287,50 +293,51 @@ def test_a_killed_builder_holds_its_lock_no_longer(source: Path, tmp_path: Path,
     assert contents(tmp_path / "set") == whole
 
 
-def test_a_second_builder_on_an_object_store_is_refused(source: Path) -> None:
-    url = "memory://claims/two"
-    with claimed(Folder(url)), pytest.raises(UserError, match="another build is writing there"):
+def test_a_second_builder_of_a_remote_set_is_refused(source: Path) -> None:
+    url = "memory://leases/two"
+    with hold_build_lock(Folder(url)), pytest.raises(UserError, match="another build is writing there"):
         build(source, url)
     assert LEASE not in contents(url)
 
 
-def hold(url: str, **changes: Any) -> None:
+def write_lease(url: str, **changes: Any) -> None:
+    """Let another builder hold the lease."""
     lease = {"host": "elsewhere", "pid": 1, "id": "other", "time": time.time(), **changes}
     with fsspec.open(f"{url}/{LEASE}", "wb") as file:
         file.write(json.dumps(lease).encode())
 
 
-def test_a_lease_that_ran_out_is_taken_over_and_said(source: Path, whole: dict[str, bytes]) -> None:
-    url = "memory://claims/stale"
-    hold(url, time=time.time() - claim.STALE_SECONDS - 1)
-    told: list[VideoOutcome | ResumedBuild] = []
-    build(source, url, listen=told.append)
-    assert told[0] == ResumedBuild("process 1 on elsewhere", 0, 0, 0)
+def test_an_expired_lease_is_taken_over_and_reported(source: Path, whole: dict[str, bytes]) -> None:
+    url = "memory://leases/stale"
+    write_lease(url, time=time.time() - build_lock.STALE_SECONDS - 1)
+    events: list[VideoResult | ResumedBuild] = []
+    build(source, url, listen=events.append)
+    assert events[0] == ResumedBuild("process 1 on elsewhere", 0, 0, 0)
     assert contents(url) == whole
 
 
 def test_a_fresh_lease_of_another_host_is_respected(source: Path) -> None:
-    hold("memory://claims/fresh")
+    write_lease("memory://leases/fresh")
     with pytest.raises(UserError, match=r"another build is writing there \(process 1 on elsewhere\)"):
-        build(source, "memory://claims/fresh")
+        build(source, "memory://leases/fresh")
 
 
-def test_the_lease_of_a_process_of_this_host_that_is_gone_is_taken_over_at_once(source: Path) -> None:
+def test_the_lease_of_an_ended_process_of_this_host_is_taken_over_at_once(source: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    url = "memory://claims/gone"
-    hold(url, host=claim.socket.gethostname(), pid=process.pid)
-    told: list[VideoOutcome | ResumedBuild] = []
-    build(source, url, listen=told.append)
-    assert isinstance(told[0], ResumedBuild)
+    url = "memory://leases/gone"
+    write_lease(url, host=build_lock.socket.gethostname(), pid=process.pid)
+    events: list[VideoResult | ResumedBuild] = []
+    build(source, url, listen=events.append)
+    assert isinstance(events[0], ResumedBuild)
 
 
-def test_a_builder_whose_lease_was_taken_writes_no_more(source: Path) -> None:
-    url = "memory://claims/lost"
+def test_a_builder_that_lost_its_lease_stops_writing(source: Path) -> None:
+    url = "memory://leases/lost"
 
-    def lose(outcome: VideoOutcome | ResumedBuild) -> None:
-        if isinstance(outcome, RefusedVideo):
-            hold(url)
+    def lose(result: VideoResult | ResumedBuild) -> None:
+        if isinstance(result, RefusedVideo):
+            write_lease(url)
 
     with pytest.raises(UserError, match="this build's lease was lost to process 1 on elsewhere"):
         build(source, url, listen=lose)
@@ -339,9 +346,9 @@ def test_a_builder_whose_lease_was_taken_writes_no_more(source: Path) -> None:
 
 
 def test_a_lease_is_refreshed_while_it_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claim, "REFRESH_SECONDS", 0.01)
-    folder = Folder("memory://claims/refreshed")
-    with claimed(folder):
+    monkeypatch.setattr(build_lock, "REFRESH_SECONDS", 0.01)
+    folder = Folder("memory://leases/refreshed")
+    with hold_build_lock(folder):
         first = folder.read(LEASE)
         deadline = time.monotonic() + 30
         while folder.read(LEASE) == first:

@@ -4,11 +4,12 @@ import cv2
 import numpy as np
 import pytest
 
-from dataloading.flow.estimators import ESTIMATORS, FlowEstimator, flow_bytes, stacked
+from dataloading.flow.constants import ESTIMATORS
+from dataloading.flow.estimators import FlowEstimator, flow_bytes, stack_components
 
 
 def shifted_pair(across: int, down: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two RGB frames, (96, 128, 3), of a smooth random texture that moved by so many pixels."""
+    """Two RGB frames, (96, 128, 3), of a smooth random texture that moves by (across, down) pixels."""
     noise = np.random.default_rng(3).integers(0, 256, (140, 180, 3), dtype=np.uint8)
     texture = cv2.GaussianBlur(noise, (0, 0), 3)
     texture = cv2.normalize(texture, None, 0, 255, cv2.NORM_MINMAX)
@@ -29,8 +30,8 @@ def flow_of(name: str, pair: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_flow_is_in_pixels_of_the_frame_across_then_down(name: str) -> None:
     flow = pixels(flow_of(name, shifted_pair(4, -2)))
-    inside = flow[10:-10, 10:-10].reshape(-1, 2)
-    np.testing.assert_allclose(np.median(inside, axis=0), [4, -2], atol=0.3)
+    interior = flow[10:-10, 10:-10].reshape(-1, 2)
+    np.testing.assert_allclose(np.median(interior, axis=0), [4, -2], atol=0.3)
 
 
 @pytest.mark.parametrize(("name", "size"), [("tvl1", (96, 128)), ("opencv-tvl1", (48, 64)), ("dis", (96, 128))])
@@ -40,7 +41,7 @@ def test_flow_has_the_estimators_size(name: str, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_flow_can_be_had_at_another_size_in_the_same_pixels(name: str) -> None:
+def test_flow_at_another_size_is_in_pixels_of_the_frame(name: str) -> None:
     estimator = FlowEstimator(name, scale=0.75)
     assert estimator.size(96, 128) == (72, 96)
     (flow,) = estimator.flows(shifted_pair(4, -2))
@@ -55,7 +56,7 @@ def test_the_two_components_share_no_jpeg_block(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_a_pair_gives_the_same_flow_whatever_comes_before_and_after(name: str) -> None:
+def test_the_flow_of_a_pair_does_not_depend_on_other_pairs(name: str) -> None:
     before, after = shifted_pair(-6, 5)
     earlier, later = shifted_pair(2, 1)
     among_others = list(FlowEstimator(name).flows([before, after] * 20 + [earlier, later, after]))
@@ -73,6 +74,6 @@ def test_bytes_span_twenty_pixels_either_way() -> None:
     assert coded.tolist() == [0, 0, 64, 128, 191, 255, 255]
 
 
-def test_the_stored_picture_has_the_horizontal_component_above_the_vertical() -> None:
+def test_the_stored_image_has_the_horizontal_component_above_the_vertical() -> None:
     flow = np.stack([np.full((3, 4), 7, np.uint8), np.full((3, 4), 9, np.uint8)], axis=-1)
-    assert stacked(flow).tolist() == [[7] * 4] * 3 + [[9] * 4] * 3
+    assert stack_components(flow).tolist() == [[7] * 4] * 3 + [[9] * 4] * 3

@@ -9,26 +9,26 @@ import numpy as np
 import pytest
 
 from dataloading.flow.median import median, median_scratch_size
-from dataloading.flow.padded_images import aligned, inside, plane_size
-from dataloading.flow.simd import kernel, load, numbered, root, spread, store
-from dataloading.flow.tvl1_warp import fill_pictures, linearise, picture_size
+from dataloading.flow.padded_images import aligned_zeros, interior, padded_size
+from dataloading.flow.simd import broadcast, element_indices, kernel, load, sqrt, store
+from dataloading.flow.tvl1_warp import fill_sources, linearise, source_size
 
 
 @kernel
-def distances(plane: np.ndarray, out: np.ndarray) -> None:
-    for start in range(0, len(plane), 16):
-        value = load(plane, start) - numbered()
-        store(out, start, root(value * value) / spread(np.float32(2)))
+def distances(image: np.ndarray, out: np.ndarray) -> None:
+    for start in range(0, len(image), 16):
+        value = load(image, start) - element_indices()
+        store(out, start, sqrt(value * value) / broadcast(np.float32(2)))
 
 
-def test_sixteen_lanes_compute_what_numpy_does() -> None:
-    plane = np.random.default_rng(0).normal(size=48).astype(np.float32)
-    out = np.empty_like(plane)
-    distances(plane, out)
-    np.testing.assert_array_equal(out, np.abs(plane - np.tile(np.arange(16, dtype=np.float32), 3)) / 2)
+def test_a_vector_computes_the_same_as_numpy() -> None:
+    image = np.random.default_rng(0).normal(size=48).astype(np.float32)
+    out = np.empty_like(image)
+    distances(image, out)
+    np.testing.assert_array_equal(out, np.abs(image - np.tile(np.arange(16, dtype=np.float32), 3)) / 2)
 
 
-def test_a_kernel_works_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_works_without_a_writable_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     njit = numba.njit
 
     def without_a_cache(**options: Any) -> Callable[..., Any]:
@@ -41,29 +41,29 @@ def test_a_kernel_works_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("size", [(37, 53), (16, 16), (5, 64), (3, 1)])
-def test_the_median_is_opencvs(size: tuple[int, int]) -> None:
+def test_the_median_equals_opencvs(size: tuple[int, int]) -> None:
     picture = np.random.default_rng(0).normal(size=size).astype(np.float32)
-    planes = aligned(2, plane_size(*size))
-    inside(planes, *size)[0] = picture
-    median(planes[0], planes[1], aligned(1, median_scratch_size(size[1]))[0], *size)
-    np.testing.assert_array_equal(inside(planes, *size)[1], cv2.medianBlur(picture, 5))
+    images = aligned_zeros(2, padded_size(*size))
+    interior(images, *size)[0] = picture
+    median(images[0], images[1], aligned_zeros(1, median_scratch_size(size[1]))[0], *size)
+    np.testing.assert_array_equal(interior(images, *size)[1], cv2.medianBlur(picture, 5))
 
 
-def test_a_warp_is_opencvs_cubic_far_outside_as_well() -> None:
+def test_the_warp_is_opencvs_cubic_even_far_outside_the_frame() -> None:
     height, width = 24, 137
     generator = np.random.default_rng(0)
     earlier, later = generator.random((2, height, width), dtype=np.float32) * 255
-    planes = aligned(7, plane_size(height, width))
-    memory = aligned(5, picture_size(height, width))
-    memory[[0, 4]] = np.nan  # which must not be read: no weight, not even 0, makes a number of it
-    pictures = memory[1:4]
-    pixels = inside(planes, height, width)
+    images = aligned_zeros(7, padded_size(height, width))
+    memory = aligned_zeros(5, source_size(height, width))
+    memory[[0, 4]] = np.nan  # must not be read: even a weight of 0 leaves it NaN
+    sources = memory[1:4]
+    pixels = interior(images, height, width)
     pixels[:2] = generator.normal(scale=5, size=(2, height, width))
     pixels[:2, 3, 4] = 1e4, -1e4
     pixels[1, 7, 96:112], pixels[1, 9, 96:112] = 1e4, -1e4
     pixels[2] = earlier
-    fill_pictures(later, pictures, height, width)
-    linearise(planes[:2], planes[2], pictures, planes[3:], height, width, 0.5)
+    fill_sources(later, sources, height, width)
+    linearise(images[:2], images[2], sources, images[3:], height, width, 0.5)
 
     down, across = np.mgrid[:height, :width].astype(np.float32)
     places = across + pixels[0], down + pixels[1]

@@ -24,14 +24,14 @@ NOTHING = Augmentation(jitter=(), grey=False, blur_sigma=0.0, mirror=False)
 
 
 def clip(seed: int = 0, size: int = 24) -> torch.Tensor:
-    """uint8 (4, size, size + 8, 3)"""
+    """Random pixels, uint8 (4, size, size + 8, 3)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (4, size, size + 8, 3), dtype=torch.uint8, generator=generator)
 
 
 @pytest.fixture(params=[augment_by_opencv, augment_by_torch])
 def apply(request: pytest.FixtureRequest) -> Apply:
-    """What CPUs run, and what GPUs run."""
+    """Each implementation: OpenCV's for CPUs and torch's for GPUs."""
 
     def changed(pixels: torch.Tensor, drawn: Augmentation) -> torch.Tensor:
         request.param(pixels, drawn)
@@ -53,7 +53,7 @@ def assert_rounded(found: torch.Tensor, exact: torch.Tensor) -> None:
     assert (found.double() - exact.clamp(0, 255)).abs().max() <= 0.51
 
 
-def test_nothing_drawn_changes_nothing(apply: Apply) -> None:
+def test_an_empty_draw_changes_nothing(apply: Apply) -> None:
     assert torch.equal(apply(clip(), NOTHING), clip())
 
 
@@ -74,18 +74,18 @@ def test_saturation_blends_with_the_grey_of_the_pixel(apply: Apply, factor: floa
     assert_rounded(jittered(apply, "saturation", factor), factor * clip().double() + (1 - factor) * grey)
 
 
-@pytest.mark.parametrize("turn", [-0.5, -0.1, 0.0, 0.07, 0.1, 0.5])
-def test_hue_turns_the_colour_circle_of_hsv(apply: Apply, turn: float) -> None:
+@pytest.mark.parametrize("shift", [-0.5, -0.1, 0.0, 0.07, 0.1, 0.5])
+def test_hue_shifts_the_hue_of_hsv(apply: Apply, shift: float) -> None:
     pixels = clip()
     pixels[0, 0, :4] = torch.tensor([[0, 0, 0], [255, 255, 255], [9, 9, 9], [255, 0, 255]])
     expected = []
     for pixel in (pixels.double() / 255).reshape(-1, 3).tolist():
         hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
-        expected.append(colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value))
+        expected.append(colorsys.hsv_to_rgb((hue + shift) % 1, saturation, value))
 
-    turned = apply(pixels, replace(NOTHING, jitter=(("hue", turn),)))
+    shifted = apply(pixels, replace(NOTHING, jitter=(("hue", shift),)))
 
-    assert_rounded(turned, torch.tensor(expected, dtype=torch.float64).view(pixels.shape) * 255)
+    assert_rounded(shifted, torch.tensor(expected, dtype=torch.float64).view(pixels.shape) * 255)
 
 
 def test_jitter_is_applied_in_the_order_drawn(apply: Apply) -> None:
@@ -117,11 +117,11 @@ def test_blur_is_a_gaussian_with_reflected_edges(apply: Apply, sigma: float) -> 
     assert_rounded(apply(clip(), replace(NOTHING, blur_sigma=sigma)), torch.from_numpy(exact))
 
 
-def test_mirror_turns_left_and_right(apply: Apply) -> None:
+def test_mirror_flips_left_and_right(apply: Apply) -> None:
     assert torch.equal(apply(clip(), replace(NOTHING, mirror=True)), clip().flip(2))
 
 
-def test_what_a_gpu_runs_gives_the_pixels_of_the_cpu() -> None:
+def test_torch_and_opencv_give_the_same_pixels() -> None:
     rng = np.random.default_rng(3)
     for seed in range(40):
         drawn = draw_augmentation(rng, AugmentConfig())
@@ -132,7 +132,7 @@ def test_what_a_gpu_runs_gives_the_pixels_of_the_cpu() -> None:
         assert difference.float().mean() < 0.01
 
 
-def test_frames_do_not_depend_on_how_many_are_worked_on_together() -> None:
+def test_a_frame_does_not_depend_on_the_other_frames_of_its_clip() -> None:
     drawn = Augmentation((("contrast", 1.3), ("hue", 0.1), ("saturation", 0.7)), False, 1.2, True)
 
     together = augment(clip(size=300), drawn)
@@ -163,7 +163,7 @@ def test_a_gpu_gives_the_pixels_of_the_cpu() -> None:
     assert difference.abs().max() <= 1
 
 
-def test_draws_are_as_frequent_and_as_strong_as_asked() -> None:
+def test_draws_are_as_frequent_and_as_strong_as_configured() -> None:
     rng = np.random.default_rng(0)
     config = AugmentConfig()
 
@@ -184,7 +184,7 @@ def test_draws_are_as_frequent_and_as_strong_as_asked() -> None:
     assert len({tuple(name for name, _ in one.jitter) for one in drawn if one.jitter}) == 24
 
 
-def test_a_draw_takes_the_same_numbers_whatever_it_decides() -> None:
+def test_a_draw_takes_the_same_count_of_numbers_for_every_outcome() -> None:
     never = AugmentConfig(jitter_probability=0.0, blur_probability=0.0)
     first, second = np.random.default_rng(5), np.random.default_rng(5)
 
@@ -195,6 +195,6 @@ def test_a_draw_takes_the_same_numbers_whatever_it_decides() -> None:
 
 
 @pytest.mark.parametrize("tree", [{"area": [0.5, 0.2]}, {"area": [0.2, 1.5]}, {"blur_sigma": [0.0, 1.0]}])
-def test_a_range_that_is_none_is_refused(tree: dict[str, list[float]]) -> None:
+def test_an_invalid_range_is_refused(tree: dict[str, list[float]]) -> None:
     with pytest.raises(ConfigError, match=rf"augment\.{next(iter(tree))}: found"):
         build_config(AugmentConfig, tree)

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dataloading.loader.cuda_stream import arrived, beside_training
+from dataloading.loader.cuda_stream import on_side_stream, wait_for_batch
 from dataloading.loader.step_jobs import DecodedStep
 from mcl_dist.batch import TubeletBatch
 
 
-def slowly_made(device: torch.device) -> Iterator[DecodedStep]:
-    """Steps whose batches hold their number, long after the host has gone on."""
+def slow_steps(device: torch.device) -> Iterator[DecodedStep]:
+    """Steps whose batches hold their number; the GPU computes them long after the host has continued."""
     for step in range(4):
         work = torch.eye(4096, device=device)
         for _ in range(50):
@@ -22,11 +22,11 @@ def slowly_made(device: torch.device) -> Iterator[DecodedStep]:
 
 
 @pytest.mark.gpu
-def test_a_batch_made_beside_training_is_whole_when_training_uses_it() -> None:
-    for made in map(arrived, beside_training(slowly_made(torch.device("cuda", 0)), torch.device("cuda", 0))):
-        assert all((part == made.step).all() for part in vars(made.batch).values())
+def test_a_batch_of_a_side_stream_is_complete_when_training_uses_it() -> None:
+    for decoded in map(wait_for_batch, on_side_stream(slow_steps(torch.device("cuda", 0)), torch.device("cuda", 0))):
+        assert all((part == decoded.step).all() for part in vars(decoded.batch).values())
 
 
-def test_a_batch_made_on_the_cpu_is_handed_over_as_it_is() -> None:
-    made = DecodedStep(3, TubeletBatch(*[torch.zeros(1)] * 5), 0, [], {})
-    assert arrived(made) is made
+def test_a_batch_of_the_cpu_needs_no_wait() -> None:
+    decoded = DecodedStep(3, TubeletBatch(*[torch.zeros(1)] * 5), 0, [], {})
+    assert wait_for_batch(decoded) is decoded

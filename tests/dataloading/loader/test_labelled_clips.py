@@ -1,4 +1,4 @@
-"""Clips with their classes, one a video, for classifiers."""
+"""Clips with their classes, one per video, for classifiers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def config(shards: Path, **changes: int) -> LabelledConfig:
 
 
 def batches(config: LabelledConfig, rank: int = 0, num_ranks: int = 1, start: int = 0) -> Iterator[LabelledBatch]:
-    """Those of the steps from `start` to 5."""
+    """The batches of the steps from `start` to 5."""
     shape = {"seed": 3, "global_batch": GLOBAL_BATCH, "rank": rank, "num_ranks": num_ranks, "grid": None}
     device = torch.device("cpu")
     with closing(LabelledLoader(config, device=device, start_step=start, **shape)) as loader:
@@ -38,7 +38,7 @@ def digest(batch: LabelledBatch) -> list[torch.Tensor]:
     return [batch.views, batch.samples, batch.boxes, batch.labels]
 
 
-def test_a_clip_lies_anywhere_in_its_video_and_its_frames_are_a_stride_apart() -> None:
+def test_a_clip_starts_anywhere_and_its_frames_are_a_stride_apart() -> None:
     rng = np.random.default_rng(0)
     clips = [draw_clip(rng, CUT, num_frames=14, height=60, width=80) for _ in range(200)]
     assert {int(clip.frames[0]) for clip in clips} == {0, 1, 2}
@@ -63,29 +63,29 @@ def test_a_batch_has_the_classes_of_its_videos(synthetic_shards: Path) -> None:
         assert torch.equal(batch.labels, labels[batch.samples])
 
 
-def test_what_a_global_batch_holds_does_not_depend_on_ranks_or_restarts(synthetic_shards: Path) -> None:
+def test_a_global_batch_does_not_depend_on_ranks_or_restarts(synthetic_shards: Path) -> None:
     settings = config(synthetic_shards)
     whole = [digest(batch) for batch in batches(settings)]
     ranks = zip(*(batches(settings, rank, 2) for rank in range(2)), strict=True)
-    for expected, shares in zip(whole, ranks, strict=True):
-        assert all(map(torch.equal, expected, map(torch.cat, zip(*map(digest, shares), strict=True))))
+    for expected, parts in zip(whole, ranks, strict=True):
+        assert all(map(torch.equal, expected, map(torch.cat, zip(*map(digest, parts), strict=True))))
     for expected, batch in zip(whole[3:], batches(settings, start=3), strict=True):
         assert all(map(torch.equal, expected, digest(batch)))
 
 
 @pytest.mark.slow
 def test_worker_processes_make_the_same_batches(synthetic_shards: Path) -> None:
-    here, there = (batches(config(synthetic_shards, workers=count)) for count in (0, 1))
-    for expected, batch in zip(here, there, strict=True):
+    here, in_worker = (batches(config(synthetic_shards, workers=count)) for count in (0, 1))
+    for expected, batch in zip(here, in_worker, strict=True):
         assert all(map(torch.equal, digest(expected), digest(batch)))
 
 
-def test_each_still_is_read_once_and_no_flow(synthetic_shards: Path) -> None:
-    # 48 frames at stride 2 are 96 of the video's 72: each stands twice.
+def test_each_still_is_read_once_and_flow_is_not_read(synthetic_shards: Path) -> None:
+    # 48 frames at stride 2 span 96 of the video's 72: each frame is repeated.
     settings = config(synthetic_shards, frames=48)
     with closing(VideoSource(settings, seed=3, global_batch=GLOBAL_BATCH, rank=0, num_ranks=1)) as source:
         videos, _ = source.videos(0)
     for video in videos:
-        assert len(video.frame_of) == 48
-        assert len(video.frames) == len(set(video.frame_of.tolist())) == 48
+        assert len(video.frame_index) == 48
+        assert len(video.frames) == len(set(video.frame_index.tolist())) == 48
         assert not video.flow

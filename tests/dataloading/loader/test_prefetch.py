@@ -10,14 +10,14 @@ from dataloading.loader.prefetch import Prefetcher
 
 
 def test_items_come_in_order_and_end() -> None:
-    ahead = Prefetcher(range(20), depth=3, name="test")
+    prefetcher = Prefetcher(range(20), depth=3, name="test")
 
-    assert list(ahead) == list(range(20))
-    assert list(ahead) == []
-    ahead.close()
+    assert list(prefetcher) == list(range(20))
+    assert list(prefetcher) == []
+    prefetcher.close()
 
 
-def test_no_more_than_the_depth_is_made_ahead() -> None:
+def test_at_most_depth_items_are_prefetched() -> None:
     made = []
     made_third = threading.Event()
 
@@ -28,47 +28,47 @@ def test_no_more_than_the_depth_is_made_ahead() -> None:
                 made_third.set()
             yield item
 
-    ahead = Prefetcher(items(), depth=2, name="test")
-    taken = next(iter(ahead))
+    prefetcher = Prefetcher(items(), depth=2, name="test")
+    first = next(iter(prefetcher))
     assert made_third.wait(10)
-    ahead.close()
+    prefetcher.close()
 
-    assert taken == 0
+    assert first == 0
     assert len(made) <= 4
 
 
-def test_an_error_is_raised_where_items_are_taken_after_those_before_it() -> None:
+def test_an_error_is_raised_in_the_consumer_after_all_earlier_items() -> None:
     def items() -> Iterator[int]:
         yield 1
         raise ValueError("broken")
 
-    ahead = Prefetcher(items(), depth=2, name="test")
-    taking = iter(ahead)
+    prefetcher = Prefetcher(items(), depth=2, name="test")
+    consumer = iter(prefetcher)
 
-    assert next(taking) == 1
+    assert next(consumer) == 1
     for _ in range(2):
         with pytest.raises(ValueError, match="broken"):
-            next(iter(ahead))
-    ahead.close()
+            next(iter(prefetcher))
+    prefetcher.close()
 
 
 def test_closing_early_leaves_no_thread() -> None:
     before = threading.active_count()
 
-    ahead = Prefetcher(itertools.count(), depth=1, name="test")
-    assert next(iter(ahead)) == 0
-    ahead.close()
-    ahead.close()
+    prefetcher = Prefetcher(itertools.count(), depth=1, name="test")
+    assert next(iter(prefetcher)) == 0
+    prefetcher.close()
+    prefetcher.close()
 
     assert threading.active_count() == before
 
 
-def test_whoever_waits_for_an_item_does_something_else_now_and_then() -> None:
+def test_the_consumer_calls_while_waiting_until_an_item_is_ready() -> None:
     has_waited = threading.Event()
 
     def items() -> Iterator[bool]:
         yield has_waited.wait(10)
 
-    ahead = Prefetcher(items(), depth=1, name="test", meanwhile=has_waited.set, seconds=0.01)
-    assert list(ahead) == [True]
-    ahead.close()
+    prefetcher = Prefetcher(items(), depth=1, name="test", while_waiting=has_waited.set, interval=0.01)
+    assert list(prefetcher) == [True]
+    prefetcher.close()

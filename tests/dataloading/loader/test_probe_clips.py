@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 import torch
 
+from dataloading.loader.config import ReadingConfig
 from dataloading.loader.probe_clips import ClipGeometry, ClipsConfig, ProbeClips, clip_frames, clip_starts, crop_windows
 from dataloading.reading.shard_set import ShardSet
 from dataloading.shards.bad_sample import BadSampleError
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import ConfigError, UserError
+from mcl_dist.evaluation.features import rank_range
 
 WriteSet = Callable[..., Path]
 CPU = torch.device("cpu")
 
 
-def _batches(shard_set: ShardSet, geometry: ClipGeometry, num_clips: int = 3) -> ProbeClips:
+def probe_clips(shard_set: ShardSet, geometry: ClipGeometry, num_clips: int = 3) -> ProbeClips:
     return ProbeClips(shard_set, geometry, device=CPU, num_clips=num_clips, batch_videos=2, threads=1)
 
 
@@ -42,7 +45,7 @@ def test_a_single_clip_starts_at_the_first_frame() -> None:
 
 def test_every_video_comes_once_in_the_order_of_the_set(write_set: WriteSet) -> None:
     shard_set = ShardSet(str(write_set([20, 24, 9, 16, 30])))
-    batches = _batches(shard_set, ClipGeometry(4, 2, 24))
+    batches = probe_clips(shard_set, ClipGeometry(4, 2, 24))
     found = list(batches)
     assert len(found) == len(batches) == 3
     assert torch.cat([batch.positions for batch in found]).tolist() == [0, 1, 2, 3, 4]
@@ -52,25 +55,25 @@ def test_every_video_comes_once_in_the_order_of_the_set(write_set: WriteSet) -> 
 
 
 @pytest.mark.parametrize("device", ["meta", pytest.param("cuda:0", marks=pytest.mark.gpu)])
-def test_clips_that_a_cpu_decodes_for_another_device_are_copied_there(write_set: WriteSet, device: str) -> None:
+def test_clips_decoded_on_a_cpu_are_copied_to_the_device(write_set: WriteSet, device: str) -> None:
     shard_set = ShardSet(str(write_set([20, 24])))
-    there = ProbeClips(
+    copied = ProbeClips(
         shard_set, ClipGeometry(4, 2, 24), device=torch.device(device), decoder_device=CPU, num_clips=3, batch_videos=2
     )
-    (batch,), (here,) = there, _batches(shard_set, ClipGeometry(4, 2, 24))
+    (batch,), (here,) = copied, probe_clips(shard_set, ClipGeometry(4, 2, 24))
     assert (batch.clips.device, batch.clips.shape) == (torch.device(device), here.clips.shape)
-    if device != "meta":  # which holds no values
+    if device != "meta":  # a meta tensor has no values
         assert torch.equal(batch.clips.cpu(), here.clips)
 
 
-def test_a_clip_shows_the_centre_of_the_frames_it_names(write_set: WriteSet) -> None:
+def test_a_clip_shows_the_centre_of_its_frames(write_set: WriteSet) -> None:
     shard_set = ShardSet(str(write_set([20])))
-    (batch,) = _batches(shard_set, ClipGeometry(4, 2, 24))
+    (batch,) = probe_clips(shard_set, ClipGeometry(4, 2, 24))
     video = shard_set.read(0)
-    wanted = clip_frames(20, 4, 2, 3)
+    frames = clip_frames(20, 4, 2, 3)
     for clip in range(3):
         for step in range(4):
-            (still,) = video.frames([int(wanted[clip, step])])
+            (still,) = video.frames([int(frames[clip, step])])
             whole = cv2.imdecode(still, cv2.IMREAD_COLOR)[..., ::-1]
             expected = whole[8:32, 16:40].astype(int)
             assert np.abs(batch.clips[0, clip, step].numpy() - expected).max() <= 3
@@ -78,29 +81,29 @@ def test_a_clip_shows_the_centre_of_the_frames_it_names(write_set: WriteSet) -> 
 
 def test_a_crop_larger_than_the_short_side_takes_a_square_and_scales_it_up(write_set: WriteSet) -> None:
     assert crop_windows(40, 56, 48).tolist() == [[0, 8, 40, 40]]
-    (batch,) = _batches(ShardSet(str(write_set([10]))), ClipGeometry(4, 2, 48))
+    (batch,) = probe_clips(ShardSet(str(write_set([10]))), ClipGeometry(4, 2, 48))
     assert batch.clips.shape[-3:] == (48, 48, 3)
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "places"),
+    ("height", "width", "corners"),
     [(40, 56, [(4, 0), (4, 12), (4, 24)]), (56, 40, [(0, 4), (12, 4), (24, 4)]), (40, 40, [(0, 4), (4, 4), (8, 4)])],
 )
-def test_three_crops_lie_along_the_longer_side(height: int, width: int, places: list[tuple[int, int]]) -> None:
-    assert crop_windows(height, width, 32, 3).tolist() == [[*place, 32, 32] for place in places]
+def test_three_crops_lie_along_the_longer_side(height: int, width: int, corners: list[tuple[int, int]]) -> None:
+    assert crop_windows(height, width, 32, 3).tolist() == [[*corner, 32, 32] for corner in corners]
 
 
-def test_three_crops_of_a_clip_show_what_each_alone_would(write_set: WriteSet) -> None:
+def test_each_of_three_crops_shows_its_own_window(write_set: WriteSet) -> None:
     shard_set = ShardSet(str(write_set([20])))
     geometry = ClipGeometry(4, 2, 24)
     (three,) = ProbeClips(shard_set, geometry, device=CPU, num_clips=3, num_crops=3, threads=1)
-    (centre,) = _batches(shard_set, geometry)
+    (centre,) = probe_clips(shard_set, geometry)
     left, middle, right = three.clips[0].chunk(3)
     assert np.abs(middle.numpy().astype(int) - centre.clips[0].numpy()).max() <= 1
     video = shard_set.read(0)
-    wanted = clip_frames(20, 4, 2, 3)
+    frames = clip_frames(20, 4, 2, 3)
     for crop, first in ((left, 0), (right, 32)):
-        (still,) = video.frames([int(wanted[2, 1])])
+        (still,) = video.frames([int(frames[2, 1])])
         whole = cv2.imdecode(still, cv2.IMREAD_COLOR)[..., ::-1]
         assert np.abs(crop[2, 1].numpy() - whole[8:32, first : first + 24].astype(int)).max() <= 3
 
@@ -110,19 +113,19 @@ def test_two_crops_are_refused() -> None:
         ClipsConfig(crops=2)
 
 
-def test_a_rank_may_look_at_its_share_alone(write_set: WriteSet) -> None:
+def test_clips_may_be_limited_to_a_range_of_positions(write_set: WriteSet) -> None:
     shard_set = ShardSet(str(write_set([20, 24, 9, 16, 30])))
     found = list(ProbeClips(shard_set, ClipGeometry(4, 2, 24), device=CPU, num_clips=1, positions=range(1, 4)))
     assert torch.cat([batch.positions for batch in found]).tolist() == [1, 2, 3]
 
 
-def test_a_video_shorter_than_a_clip_is_stretched_over_it(write_set: WriteSet) -> None:
-    (batch,) = _batches(ShardSet(str(write_set([3]))), ClipGeometry(4, 2, 24), num_clips=1)
+def test_a_video_shorter_than_a_clip_is_stretched(write_set: WriteSet) -> None:
+    (batch,) = probe_clips(ShardSet(str(write_set([3]))), ClipGeometry(4, 2, 24), num_clips=1)
     assert clip_frames(3, 4, 2, 1).tolist() == [[0, 0, 1, 2]]
     assert torch.equal(batch.clips[0, 0, 0], batch.clips[0, 0, 1])
 
 
-def test_a_still_that_only_the_decoder_refuses_is_told_with_shard_and_video(
+def test_the_error_for_an_undecodable_still_names_shard_and_video(
     write_set: WriteSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -131,4 +134,18 @@ def test_a_still_that_only_the_decoder_refuses_is_told_with_shard_and_video(
     shard_set = ShardSet(str(write_set([20])))
     monkeypatch.setattr("dataloading.loader.probe_clips.StillDecoder.__call__", refuse)
     with pytest.raises(BadSampleError, match=rf"shard-.*, video {shard_set.keys[0]}: DALI cannot decode a still"):
-        list(_batches(shard_set, ClipGeometry(4, 2, 24)))
+        list(probe_clips(shard_set, ClipGeometry(4, 2, 24)))
+
+
+def test_a_rank_gets_its_share_of_the_set_one_video_a_batch(write_set: WriteSet) -> None:
+    shard_set = ShardSet(str(write_set([20, 24, 9, 16, 30])))
+    group, data = ProcessGroup(CPU), ReadingConfig(decode_on="cpu")
+    group.rank, group.size = 1, 2
+
+    share = ProbeClips.for_rank(shard_set, ClipGeometry(4, 2, 24), group, data, num_clips=1, threads=1)
+    given = ProbeClips.for_rank(
+        shard_set, ClipGeometry(4, 2, 24), group, data, num_clips=1, threads=1, positions=range(2), batch_videos=2
+    )
+
+    assert [batch.positions.tolist() for batch in share] == [[position] for position in rank_range(5, group)]
+    assert [batch.positions.tolist() for batch in given] == [[0, 1]]

@@ -14,16 +14,16 @@ import torch
 from dataloading.loader.worker_pool import WorkerPool
 from mcl_dist.errors import UserError
 from tests.support.paths import REPOSITORY
-from tests.support.pool_job import start, start_refusing
+from tests.support.pool_job import start, start_failing
 
-ROUNDS, AT_ONCE = 20, 5
+ROUNDS, PER_ROUND = 20, 5
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 30) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> bool:
     deadline = time.monotonic() + seconds
-    while not true() and time.monotonic() < deadline:
+    while not condition() and time.monotonic() < deadline:
         os.sched_yield()  # a kill takes a moment
-    return true()
+    return condition()
 
 
 def shared_segments() -> set[str]:
@@ -31,7 +31,7 @@ def shared_segments() -> set[str]:
 
 
 def processes_of(session: int) -> list[int]:
-    """Living processes of a session; those that are dead and not yet waited for do not count."""
+    """Living processes of a session, without zombies."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -44,60 +44,60 @@ def processes_of(session: int) -> list[int]:
 
 
 def test_results_come_in_the_order_of_the_steps() -> None:
-    crew = WorkerPool(start, 3, range(12))
+    pool = WorkerPool(start, 3, range(12))
     try:
-        assert [int(done.arrays["numbers"][9, 99]) for done in crew] == list(range(12))
+        assert [int(result.arrays["numbers"][9, 99]) for result in pool] == list(range(12))
     finally:
-        crew.close()
+        pool.close()
 
 
-def test_memory_is_used_again_only_when_nobody_has_its_arrays() -> None:
-    crew = WorkerPool(start, 1, range(30))
+def test_a_buffer_is_reused_only_when_its_arrays_are_freed() -> None:
+    pool = WorkerPool(start, 1, range(30))
     try:
-        done = iter(crew)
-        kept = [torch.from_numpy(next(done).arrays["numbers"])[1:3] for _ in range(5)]
-        rest = sum(1 for _ in done)
+        results = iter(pool)
+        kept = [torch.from_numpy(next(results).arrays["numbers"])[1:3] for _ in range(5)]
+        rest = sum(1 for _ in results)
         assert rest == 25
         assert all((tensor == step).all() for step, tensor in enumerate(kept))
-        assert len(crew._rooms) <= 5 + 3
+        assert pool.num_buffers <= 5 + 3
     finally:
-        crew.close()
+        pool.close()
 
 
-def test_what_a_worker_raises_is_raised_where_results_are_taken() -> None:
-    crew = WorkerPool(start_refusing, 2, range(5))
+def test_an_error_of_a_worker_is_raised_in_the_consumer() -> None:
+    pool = WorkerPool(start_failing, 2, range(5))
     try:
-        done = iter(crew)
-        assert [next(done).arrays["numbers"][0] for _ in range(2)] == [0, 1]
+        results = iter(pool)
+        assert [next(results).arrays["numbers"][0] for _ in range(2)] == [0, 1]
         with pytest.raises(UserError, match="step 2 is too much"):
-            next(done)
+            next(results)
     finally:
-        crew.close()
+        pool.close()
 
 
 @pytest.mark.slow
-def test_a_hundred_killed_workers_are_told_and_leave_nothing() -> None:
+def test_a_hundred_killed_workers_are_reported_and_leave_nothing() -> None:
     before = shared_segments()
     for _ in range(ROUNDS):
-        crews = [WorkerPool(start, 1, range(10**6)) for _ in range(AT_ONCE)]
+        pools = [WorkerPool(start, 1, range(10**6)) for _ in range(PER_ROUND)]
         try:
-            for crew in crews:
-                taken = iter(crew)
-                os.kill(next(taken).report["pid"], signal.SIGKILL)
+            for pool in pools:
+                results = iter(pool)
+                os.kill(next(results).report["pid"], signal.SIGKILL)
                 with pytest.raises(UserError, match=r"loader worker 0 died \(exit code -9\)"):
-                    sum(1 for _ in taken)
+                    sum(1 for _ in results)
         finally:
-            for crew in crews:
-                crew.close()
+            for pool in pools:
+                pool.close()
     assert shared_segments() == before
 
 
 @pytest.mark.slow
-def test_a_hundred_killed_trainers_leave_no_process_and_no_shared_memory() -> None:
+def test_a_hundred_killed_parents_leave_no_process_and_no_shared_memory() -> None:
     before = shared_segments()
     command = [sys.executable, "-c", "from tests.support.pool_job import train; train()"]
     for _ in range(ROUNDS):
-        trainers = [
+        parents = [
             subprocess.Popen(
                 command,
                 cwd=REPOSITORY,
@@ -105,14 +105,14 @@ def test_a_hundred_killed_trainers_leave_no_process_and_no_shared_memory() -> No
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
             )
-            for _ in range(AT_ONCE)
+            for _ in range(PER_ROUND)
         ]
-        for number, trainer in enumerate(trainers):
-            with trainer:
-                assert trainer.stdout is not None
-                if number:  # the first is killed while its workers start
-                    trainer.stdout.readline()
-                trainer.kill()
-        for trainer in trainers:
-            assert wait_until(lambda session=trainer.pid: not processes_of(session)), trainer.pid
+        for number, parent in enumerate(parents):
+            with parent:
+                assert parent.stdout is not None
+                if number:  # the first one is killed while its workers start
+                    parent.stdout.readline()
+                parent.kill()
+        for parent in parents:
+            assert wait_until(lambda session=parent.pid: not processes_of(session)), parent.pid
     assert shared_segments() == before

@@ -13,12 +13,12 @@ from launch.cli.main import main
 from mcl_dist.batch import QUERY
 from tests.support.nginx import running_nginx
 
-MOST_READ = 1.15  # bytes, for each byte of the stills that are decoded
+MAX_READ_RATIO = 1.15  # bytes read per byte of the stills that are decoded
 CUT = CutConfig(frames=16, stride=2, motion_probability=0.7, area=(0.2, 1.0), aspect=(3 / 4, 4 / 3))
 
 
 def read_drawn(shards: ShardSet, epoch: int) -> None:
-    """What a step reads of each video: its maps and scores, the stills of four views, the flow of one."""
+    """Read of each video what a step reads: maps and scores, the stills of four views, the flow of one."""
     for position in range(len(shards)):
         video = shards.read(position)
         _, tubelets = draw_tubelets(
@@ -34,7 +34,7 @@ def read_drawn(shards: ShardSet, epoch: int) -> None:
 
 
 @pytest.mark.slow
-def test_ranges_of_real_clips_are_little_more_than_what_is_decoded(real_videos: Path, tmp_path: Path) -> None:
+def test_ranges_of_real_clips_read_little_more_than_is_decoded(real_videos: Path, tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "arm_wrestling").symlink_to(real_videos / "arm_wrestling")
     assert main(["shards", "build", str(tmp_path / "videos"), str(tmp_path / "set"), "--flow", "dis"]) == 0
@@ -45,4 +45,4 @@ def test_ranges_of_real_clips_are_little_more_than_what_is_decoded(real_videos: 
         shards.close()
     counters = shards.counters()
     assert counters["bytes_decoded"] > 1_000_000
-    assert counters["bytes_decoded"] < counters["bytes_read"] <= MOST_READ * counters["bytes_decoded"]
+    assert counters["bytes_decoded"] < counters["bytes_read"] <= MAX_READ_RATIO * counters["bytes_decoded"]

@@ -1,4 +1,4 @@
-"""Sets that were damaged, or made to do harm: every sample is as it was stored, or it is told that it is not."""
+"""Damaged and malicious sets: every sample is either read as it was stored or reported as bad."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ import pytest
 
 from dataloading.reading.fetcher import FetchConfig
 from dataloading.reading.shard_set import ShardSet
-from dataloading.shards.bad_sample import REASONS, BadSampleError
-from dataloading.shards.format import MANIFEST, index_name, sealed, sha256
+from dataloading.shards.bad_sample import BadSampleError
+from dataloading.shards.format import MANIFEST, add_digest, index_name, sha256
 from mcl_dist.errors import UserError
-from tests.support.shard_sets import reseal
+from mcl_dist.label_values import BAD_SAMPLE_REASONS
+from tests.support.shard_sets import update_digests
 
 WriteSet = Callable[..., Path]
 Files = dict[str, bytes]
@@ -38,7 +39,7 @@ ODD_VALUES: tuple[Any, ...] = (
 
 
 class Harm:
-    """What a pickle must never get to do."""
+    """Creates a file when it is unpickled, which must never happen."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -54,8 +55,8 @@ def any_of(files: Files, rng: np.random.Generator) -> str:
 def flip(files: Files, rng: np.random.Generator) -> None:
     name = any_of(files, rng)
     data = bytearray(files[name])
-    for place in rng.integers(0, len(data), rng.integers(1, 9)):
-        data[place] ^= int(rng.integers(1, 256))
+    for at in rng.integers(0, len(data), rng.integers(1, 9)):
+        data[at] ^= int(rng.integers(1, 256))
     files[name] = bytes(data)
 
 
@@ -84,11 +85,11 @@ def grow(files: Files, rng: np.random.Generator) -> None:
 
 def shift(files: Files, rng: np.random.Generator) -> None:
     name = any_of(files, rng)
-    place = int(rng.integers(0, len(files[name])))
-    files[name] = files[name][:place] + rng.bytes(int(rng.integers(1, 600))) + files[name][place:]
+    at = int(rng.integers(0, len(files[name])))
+    files[name] = files[name][:at] + rng.bytes(int(rng.integers(1, 600))) + files[name][at:]
 
 
-def lose(files: Files, rng: np.random.Generator) -> None:
+def delete(files: Files, rng: np.random.Generator) -> None:
     del files[any_of(files, rng)]
 
 
@@ -102,7 +103,7 @@ def bomb(files: Files, rng: np.random.Generator) -> None:
 
 
 def retar(files: Files, rng: np.random.Generator) -> None:
-    """Members missing, doubled, renamed, of another kind, or said to be huge."""
+    """Members that are missing, duplicated, renamed, reordered, links, or huge by their header."""
     name = str(rng.choice(SHARDS))
     out = io.BytesIO()
     with tarfile.open(fileobj=io.BytesIO(files[name])) as tar, tarfile.open(fileobj=out, mode="w") as new:
@@ -127,7 +128,7 @@ def retar(files: Files, rng: np.random.Generator) -> None:
 
 
 def rewrite_manifest(files: Files, rng: np.random.Generator) -> None:
-    """As its builder would have sealed it: any value is another."""
+    """Another value under any key, with a matching digest."""
     tree = json.loads(files[MANIFEST])
     target = tree if rng.random() < 0.3 else tree["shards"][int(rng.integers(2))]
     key = str(rng.choice(sorted(target)))
@@ -137,7 +138,7 @@ def rewrite_manifest(files: Files, rng: np.random.Generator) -> None:
             values = [shard.get(field) if isinstance(shard, dict) else 0 for shard in tree["shards"]]
             if isinstance(tree["totals"], dict) and all(isinstance(value, int) for value in values):
                 tree["totals"][total] = sum(values)
-    files[MANIFEST] = sealed(tree)
+    files[MANIFEST] = add_digest(tree)
 
 
 def deep_manifest(files: Files, rng: np.random.Generator) -> None:
@@ -150,15 +151,15 @@ def set_index(files: Files, shard: str, data: bytes) -> None:
     for entry in tree["shards"]:
         if entry["name"] == shard:
             entry["index_sha256"] = sha256(data)
-    files[MANIFEST] = sealed(tree)
+    files[MANIFEST] = add_digest(tree)
 
 
 def rewrite_index(files: Files, rng: np.random.Generator) -> None:
-    """As its builder would have sealed it: a number or a key leads astray."""
+    """Another number or key in the index, with a matching digest."""
     shard = str(rng.choice(SHARDS))
     with np.load(io.BytesIO(files[index_name(shard)])) as old:
         arrays = {name: old[name].copy() for name in old.files}
-    # Other labels or checksums would be another set's; places, sizes and counts are what can do harm.
+    # Other labels would only make another valid set; offsets, sizes and counts can do harm.
     name = str(rng.choice(sorted(set(arrays) - {"labels"})))
     array = arrays[name]
     if name == "keys":
@@ -175,7 +176,7 @@ def rewrite_index(files: Files, rng: np.random.Generator) -> None:
 
 
 def harmful_index(files: Files, rng: np.random.Generator) -> None:
-    """Compressed tables, tables of objects, headers of absurd shapes, foreign files."""
+    """Compressed tables, tables of objects, headers with huge shapes, foreign files."""
     shard = str(rng.choice(SHARDS))
     out = io.BytesIO()
     kind = rng.choice(["zeros", "objects", "shape", "foreign", "noise", "lost"])
@@ -197,19 +198,19 @@ def harmful_index(files: Files, rng: np.random.Generator) -> None:
             new.writestr(f"../../{HARM}", b"x")
     data = bytearray(out.getvalue())
     if kind == "noise":
-        for place in rng.integers(0, len(data), 5):
-            data[place] ^= 255
+        for at in rng.integers(0, len(data), 5):
+            data[at] ^= 255
     set_index(files, shard, bytes(data))
 
 
 def harmful_members(files: Files, rng: np.random.Generator) -> None:
-    """Members that their checksums fit, but that are pickles, or pictures or arrays of absurd sizes."""
+    """Pickles, and images or arrays of huge sizes, with matching checksums."""
     shard = str(rng.choice(SHARDS))
     with np.load(io.BytesIO(files[index_name(shard)])) as index:
         members, stills = index["members"], index["frame_stills"]
     data = bytearray(files[shard])
-    kind = rng.choice(["picture", "pickle", "objects", "shape", "deep"])
-    if kind == "picture":
+    kind = rng.choice(["image", "pickle", "objects", "shape", "deep"])
+    if kind == "image":
         offset, size = stills[int(rng.integers(len(stills)))].tolist()
         header = data.index(b"\xff\xc0", offset, offset + size)
         data[header + 5 : header + 9] = b"\xff\xff\xff\xff"
@@ -220,19 +221,19 @@ def harmful_members(files: Files, rng: np.random.Generator) -> None:
         new = {"pickle": PICKLE, "objects": OBJECTS, "shape": shape, "deep": b"[" * size}[str(kind)]
         data[offset : offset + size] = new[:size].ljust(size, b"\n")
     files[shard] = bytes(data)
-    files[RESEALED] = b""
+    files[UPDATE_DIGESTS] = b""
 
 
-RESEALED = "to be resealed"
-PICKLE = OBJECTS = ZEROS = b""  # made for the folder of the test
+UPDATE_DIGESTS = "update-digests"  # a mark for the test: recompute the digests
+PICKLE = OBJECTS = ZEROS = b""  # set by the test, for its folder
 MUTATIONS: tuple[Mutation, ...] = (
-    flip, flip, flip, cut, cut_at_a_member, blank, grow, shift, lose, swap, bomb, retar, retar,
+    flip, flip, flip, cut, cut_at_a_member, blank, grow, shift, delete, swap, bomb, retar, retar,
     rewrite_manifest, rewrite_manifest, deep_manifest, rewrite_index, rewrite_index, harmful_index, harmful_members,
 )  # fmt: skip
 
 
 def sample(shards: ShardSet, position: int) -> tuple[Any, ...]:
-    """All that is stored of a video."""
+    """Everything that is stored of a video."""
     video = shards.read(position)
     stills = [part.tobytes() for part in (*video.frames(range(video.num_frames)), *video.flow(range(video.num_frames)))]
     sizes = (video.height, video.width, video.flow_height, video.flow_width)
@@ -240,22 +241,22 @@ def sample(shards: ShardSet, position: int) -> tuple[Any, ...]:
 
 
 def outcome(shards: ShardSet, position: int, expected: Any) -> str:
-    """`as stored`, or why the sample was refused; anything else fails the test."""
+    """`as stored`, or why the sample was rejected; any other outcome fails the test."""
     try:
         found = sample(shards, position)
     except BadSampleError as error:
         return error.reason if error.key == shards.keys[position] else "of another sample"
     except UserError as error:
-        return "set refused" if "index.npz" in str(error) else "something else"
+        return "set rejected" if "index.npz" in str(error) else "something else"
     return "as stored" if found == expected else "unreported"
 
 
 def outcomes(url: str, cache: Path | None, fetch: str, expected: list[Any], keys: list[str]) -> Counter[str]:
-    """How many samples were as they should be, and how many were refused for which reason."""
+    """Number of samples by outcome."""
     try:
         shards = ShardSet(url, None if cache is None else str(cache), FetchConfig(fetch=fetch))
     except UserError as error:
-        return Counter(["set refused" if "\n" not in str(error) else "more than a line"])
+        return Counter(["set rejected" if "\n" not in str(error) else "more than one line"])
     if shards.keys.tolist() != keys:
         return Counter(["other keys"])
     found = Counter(outcome(shards, position, expected[position]) for position in range(len(shards)))
@@ -265,7 +266,7 @@ def outcomes(url: str, cache: Path | None, fetch: str, expected: list[Any], keys
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["in place", "whole", "ranges"])
-def test_no_sample_of_2000_mutated_sets_is_wrong_unreported_or_does_harm(
+def test_2000_mutated_sets_yield_no_unreported_damage_and_do_no_harm(
     write_set: WriteSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     monkeypatch.setattr("mcl_dist.storage.store_requests.FIRST_WAIT", 0.0)
@@ -289,9 +290,9 @@ def test_no_sample_of_2000_mutated_sets_is_wrong_unreported_or_does_harm(
             path.unlink()
         for name, data in files.items():
             (folder / name).write_bytes(data)
-        if files.pop(RESEALED, None) is not None:
-            (folder / RESEALED).unlink()
-            reseal(folder)
+        if files.pop(UPDATE_DIGESTS, None) is not None:
+            (folder / UPDATE_DIGESTS).unlink()
+            update_digests(folder)
         url, cache = str(folder), None
         if way != "in place":
             url, cache = f"memory://{tmp_path.name}", tmp_path / "cache"
@@ -301,11 +302,11 @@ def test_no_sample_of_2000_mutated_sets_is_wrong_unreported_or_does_harm(
             memory.rm(f"/{tmp_path.name}", recursive=True)
             shutil.rmtree(cache, ignore_errors=True)
 
-    assert found.keys() <= {"as stored", "set refused", *REASONS}
+    assert found.keys() <= {"as stored", "set rejected", *BAD_SAMPLE_REASONS}
     assert not list(tmp_path.parent.rglob(f"*{HARM}*"))
     assert {path.name for path in tmp_path.iterdir()} <= {"set", "cache"}
     assert not Path("/tmp", HARM).exists()
-    # ru_maxrss is in KiB: nothing made room for what a header claims.
+    # ru_maxrss is in KiB: no memory was allocated for the sizes in forged headers.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19
     assert found["as stored"] > 300
-    assert min(found[kind] for kind in ("set refused", "checksum", "missing", "size", "maps")) > 0
+    assert min(found[kind] for kind in ("set rejected", "checksum", "missing", "size", "maps")) > 0

@@ -1,4 +1,4 @@
-"""Sets in real stores, behind a proxy that makes three of ten requests fail."""
+"""Shard sets in real stores, behind a proxy that makes three of ten requests fail."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REASONS = {"503": "server_error", "reset": "reset", "stall": "stall", "short": "
 
 
 def fingerprint(shards: ShardSet) -> str:
-    """Of all that can be read of a set, in an order that goes to and fro between shards."""
+    """Digest of everything that can be read of a set, in random order across shards."""
     digest = hashlib.sha256()
     order = np.random.default_rng(0).permutation(len(shards)).tolist()
     shards.expect(order)
@@ -56,7 +56,7 @@ def check_identity(folder: Path, url: str, proxy: FaultProxy, cache: Path, fetch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fetch", ["whole", "ranges"])
-def test_a_set_on_s3_is_the_same_when_requests_fail_and_each_failure_is_counted(
+def test_a_set_on_s3_reads_the_same_with_faults_and_each_fault_is_counted(
     folder: Path, tmp_path: Path, s3_store: S3Store, s3_url: str, monkeypatch: pytest.MonkeyPatch, fetch: str
 ) -> None:
     with behind_s3(folder, s3_store, s3_url, monkeypatch) as (url, proxy):
@@ -65,7 +65,7 @@ def test_a_set_on_s3_is_the_same_when_requests_fail_and_each_failure_is_counted(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fetch", ["whole", "ranges"])
-def test_a_set_at_http_is_the_same_when_requests_fail_and_each_failure_is_counted(
+def test_a_set_over_http_reads_the_same_with_faults_and_each_fault_is_counted(
     folder: Path, tmp_path: Path, fetch: str
 ) -> None:
     with behind_http(folder, tmp_path / "nginx") as (url, proxy):
@@ -73,7 +73,9 @@ def test_a_set_at_http_is_the_same_when_requests_fail_and_each_failure_is_counte
 
 
 @pytest.mark.parametrize("kind", ["503", "reset", "stall", "short", "flip"])
-def test_a_store_that_fails_for_good_is_one_line_after_the_deadline(folder: Path, tmp_path: Path, kind: str) -> None:
+def test_a_store_that_keeps_failing_is_a_one_line_error_after_the_deadline(
+    folder: Path, tmp_path: Path, kind: str
+) -> None:
     with behind_http(folder, tmp_path / "nginx") as (url, proxy):
         shards = ShardSet(url, str(tmp_path / "cache"), FetchConfig(retry_seconds=0.4, request_seconds=0.1))
         proxy.share, proxy.kinds = 1.0, frozenset([kind])
@@ -89,14 +91,14 @@ def test_a_store_that_fails_for_good_is_one_line_after_the_deadline(folder: Path
     assert retries[REASONS[kind]] == sum(retries.values()) > 1
 
 
-def test_a_store_that_is_not_there_is_one_line(folder: Path, tmp_path: Path) -> None:
+def test_an_unreachable_store_is_a_one_line_error(folder: Path, tmp_path: Path) -> None:
     with behind_http(folder, tmp_path / "nginx") as (url, _):
         pass
     with pytest.raises(UserError, match=r"^http://127\.0\.0\.1:\d+/set/manifest\.json: .*; given up"):
         ShardSet(url, str(tmp_path / "cache"), FetchConfig(retry_seconds=0.2))
 
 
-def test_credentials_in_a_url_are_told_to_nobody(folder: Path, tmp_path: Path) -> None:
+def test_names_and_errors_contain_no_credentials_of_the_url(folder: Path, tmp_path: Path) -> None:
     with behind_http(folder, tmp_path / "nginx") as (url, proxy):
         secret = url.replace("://", f"://user:{SECRET}@")
         shards = ShardSet(secret, str(tmp_path / "cache"), FetchConfig(retry_seconds=0.1, request_seconds=0.1))

@@ -16,11 +16,11 @@ WriteSet = Callable[..., Path]
 
 
 class Fetches:
-    """Notes what is fetched, and lets wait for it."""
+    """Records fetched items, and waits for them."""
 
-    def __init__(self, room: int = 100, failing: int | None = None) -> None:
+    def __init__(self, capacity: int = 100, failing: int | None = None) -> None:
         self.items: list[int] = []
-        self._room = room
+        self._capacity = capacity
         self._failing = failing
         self._changed = threading.Condition()
 
@@ -30,14 +30,14 @@ class Fetches:
             self._changed.notify_all()
         if item == self._failing:
             raise UserError("the store is down")
-        return len(self.items) < self._room
+        return len(self.items) < self._capacity
 
     def wait_for(self, items: set[int]) -> None:
         with self._changed:
             assert self._changed.wait_for(lambda: items <= set(self.items), timeout=30)
 
 
-def test_what_is_expected_is_fetched_and_what_replaces_it_too() -> None:
+def test_expected_items_and_those_that_replace_them_are_fetched() -> None:
     fetches = Fetches()
     ahead = ReadAhead(fetches)
     ahead.expect([3, 1, 2])
@@ -48,7 +48,7 @@ def test_what_is_expected_is_fetched_and_what_replaces_it_too() -> None:
     assert sorted(fetches.items) == [1, 2, 3, 4]
 
 
-def test_a_failure_is_left_to_whoever_needs_the_item_and_the_next_order_is_followed() -> None:
+def test_prefetching_continues_with_the_next_items_after_a_failure() -> None:
     fetches = Fetches(failing=1)
     ahead = ReadAhead(fetches)
     ahead.expect([1])
@@ -58,14 +58,14 @@ def test_a_failure_is_left_to_whoever_needs_the_item_and_the_next_order_is_follo
     ahead.close()
 
 
-def test_shards_that_are_expected_are_there_when_they_are_read(write_set: WriteSet, tmp_path: Path) -> None:
+def test_expected_shards_are_in_the_cache_when_they_are_read(write_set: WriteSet, tmp_path: Path) -> None:
     folder = write_set([9, 9, 9, 9], per_shard=1)
     fsspec.filesystem("memory").put(str(folder), f"/{tmp_path.name}", recursive=True)
     shards = ShardSet(f"memory://{tmp_path.name}", str(tmp_path / "cache"))
     shards.expect(range(4))
-    alone = threading.Event()
+    never = threading.Event()
     while len(list((tmp_path / "cache").glob("*.tar"))) < 4:
-        alone.wait(0.001)
+        never.wait(0.001)
     fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
     assert [len(shards.read(position).frames([0])) for position in range(4)] == [1] * 4
     counters = shards.counters()
@@ -73,7 +73,7 @@ def test_shards_that_are_expected_are_there_when_they_are_read(write_set: WriteS
     shards.close()
 
 
-def test_calls_side_by_side_return_in_order_and_end_before_an_error_is_told() -> None:
+def test_parallel_calls_return_in_order_and_all_end_before_an_error_is_raised() -> None:
     pool = ThreadMap(4, "calls")
     both = threading.Barrier(2)
     assert pool.map(lambda item: (both.wait(30), item)[1], range(4)) == [0, 1, 2, 3]
@@ -88,5 +88,5 @@ def test_calls_side_by_side_return_in_order_and_end_before_an_error_is_told() ->
         pool.map(call, range(8))
     assert sorted(ended) == list(range(1, 8))
     pool.close()
-    with pytest.raises(RuntimeError, match="after its end"):
+    with pytest.raises(RuntimeError, match="called after close"):
         pool.map(call, [1])

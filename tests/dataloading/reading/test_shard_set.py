@@ -12,10 +12,11 @@ import pytest
 from dataloading.reading.fetcher import FetchConfig
 from dataloading.reading.shard_set import ShardSet
 from dataloading.shards.bad_sample import BadSampleError
-from dataloading.shards.format import Manifest
+from dataloading.shards.format import Manifest, read_index, read_manifest
 from dataloading.shards.index import ShardIndex
 from mcl_dist.errors import ConfigError, UserError
-from tests.support.shard_sets import reseal
+from mcl_dist.storage.folder import Folder
+from tests.support.shard_sets import update_digests
 
 WriteSet = Callable[..., Path]
 LENGTHS = [9, 12, 8, 20, 10]
@@ -26,28 +27,31 @@ def folder(write_set: WriteSet) -> Path:
     return write_set(LENGTHS, per_shard=2)
 
 
-def overwrite(folder: Path, shard: str, place: tuple[int, int], data: bytes) -> None:
-    """Write over the beginning of (offset, size) of a shard, leaving its length."""
+def overwrite(folder: Path, shard: str, extent: tuple[int, int], data: bytes) -> None:
+    """Overwrite the start of an (offset, size) of a shard; its length is unchanged."""
     with (folder / shard).open("r+b") as file:
-        file.seek(place[0])
+        file.seek(extent[0])
         file.write(data)
 
 
-def still_place(folder: Path, shard: int, sample: int, kind: str, still: int) -> tuple[int, int]:
-    shards = ShardSet(str(folder))
-    index: ShardIndex = shards._indices[shard]
-    offset, size = index.stills(sample, kind)[still].tolist()  # type: ignore[arg-type]
+def index_of(folder: Path, shard: int) -> ShardIndex:
+    store = Folder(str(folder))
+    return read_index(store, read_manifest(store).shards[shard])
+
+
+def still_extent(folder: Path, shard: int, sample: int, kind: str, still: int) -> tuple[int, int]:
+    offset, size = index_of(folder, shard).stills(sample, kind)[still].tolist()  # type: ignore[arg-type]
     return offset, size
 
 
 def remote(folder: Path, name: str) -> str:
-    """A copy of the set that is not on this machine, as far as fsspec knows."""
+    """A copy of the set that is remote for fsspec."""
     url = f"memory://{name}"
     fsspec.filesystem("memory").put(str(folder), f"/{name}", recursive=True)
     return url
 
 
-def test_videos_are_found_by_their_position_in_the_set(folder: Path) -> None:
+def test_a_position_in_the_set_leads_to_its_video(folder: Path) -> None:
     shards = ShardSet(str(folder))
 
     assert len(shards) == 5
@@ -60,7 +64,7 @@ def test_videos_are_found_by_their_position_in_the_set(folder: Path) -> None:
         assert video.where.endswith(f"shard-{position // 2:06d}.tar, video video-{position}")
 
 
-def test_stills_are_those_of_the_member(folder: Path) -> None:
+def test_stills_are_those_of_the_requested_frames(folder: Path) -> None:
     video = ShardSet(str(folder)).read(3)
 
     frames, flow = video.frames([5, 2, 2]), video.flow([5])
@@ -80,10 +84,12 @@ def test_stills_are_those_of_the_member(folder: Path) -> None:
         (cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()[:-2], "is 8x8 pixels, must be 56x40"),
     ],
 )
-def test_a_still_that_is_no_such_jpeg_is_named(folder: Path, damage: bytes, found: str) -> None:
-    offset, size = still_place(folder, shard=1, sample=1, kind="frames", still=4)
+def test_a_still_that_is_no_jpeg_of_the_right_size_is_an_error_with_its_name(
+    folder: Path, damage: bytes, found: str
+) -> None:
+    offset, size = still_extent(folder, shard=1, sample=1, kind="frames", still=4)
     overwrite(folder, "shard-000001.tar", (offset, size), damage[:size])
-    reseal(folder)
+    update_digests(folder)
     video = ShardSet(str(folder)).read(3)
 
     with pytest.raises(BadSampleError) as raised:
@@ -94,28 +100,27 @@ def test_a_still_that_is_no_such_jpeg_is_named(folder: Path, damage: bytes, foun
     assert message.endswith(f"run `mcl shards verify {folder}`")
 
 
-def test_a_still_without_its_end_is_named(folder: Path) -> None:
-    offset, size = still_place(folder, shard=0, sample=0, kind="flow", still=1)
+def test_a_truncated_still_is_an_error_with_its_name(folder: Path) -> None:
+    offset, size = still_extent(folder, shard=0, sample=0, kind="flow", still=1)
     overwrite(folder, "shard-000000.tar", (offset + size - 2, 2), b"\0\0")
-    reseal(folder)
+    update_digests(folder)
 
     with pytest.raises(UserError, match="video video-0: flow still 1 is not a whole JPEG"):
         ShardSet(str(folder)).read(0).flow([1])
 
 
-def test_maps_that_are_no_array_are_named(folder: Path) -> None:
-    shards = ShardSet(str(folder))
-    overwrite(folder, "shard-000000.tar", tuple(shards._indices[0].members[1, 3]), b"rubbish")
-    reseal(folder)
+def test_maps_that_are_no_array_are_an_error_with_the_video(folder: Path) -> None:
+    overwrite(folder, "shard-000000.tar", tuple(index_of(folder, 0).members[1, 3]), b"rubbish")
+    update_digests(folder)
 
     with pytest.raises(
-        BadSampleError, match=r"video video-1: its maps or scores are no NumPy arrays; run `mcl sh"
+        BadSampleError, match=r"video video-1: its maps or scores are not NumPy arrays; run `mcl sh"
     ) as bad:
         ShardSet(str(folder)).read(1)
     assert (bad.value.shard, bad.value.key, bad.value.reason) == (f"{folder}/shard-000000.tar", "video-1", "maps")
 
 
-def test_a_shard_that_vanished_is_named(folder: Path) -> None:
+def test_a_missing_local_shard_is_an_error_with_its_name(folder: Path) -> None:
     shards = ShardSet(str(folder))
     (folder / "shard-000002.tar").unlink()
 
@@ -123,7 +128,7 @@ def test_a_shard_that_vanished_is_named(folder: Path) -> None:
         shards.read(4)
 
 
-def test_a_remote_shard_is_fetched_once_when_it_is_needed(folder: Path, tmp_path: Path) -> None:
+def test_a_remote_shard_is_fetched_once_on_first_use(folder: Path, tmp_path: Path) -> None:
     url, cache = remote(folder, "fetched"), tmp_path / "cache"
     shards = ShardSet(url, str(cache))
     assert not list(cache.glob("*.tar"))
@@ -140,30 +145,28 @@ def test_a_remote_shard_is_fetched_once_when_it_is_needed(folder: Path, tmp_path
 
 
 @pytest.mark.parametrize("fetch", ["whole", "ranges"])
-def test_of_a_shard_that_is_damaged_where_it_lies_the_other_samples_stay_usable(
+def test_the_other_samples_of_a_shard_that_is_damaged_in_the_store_stay_usable(
     folder: Path, tmp_path: Path, fetch: str
 ) -> None:
     expected = ShardSet(str(folder)).read(1).frames([2])[0]
-    overwrite(folder, "shard-000000.tar", still_place(folder, 0, 0, "frames", 3), b"\0\0\0")
+    overwrite(folder, "shard-000000.tar", still_extent(folder, 0, 0, "frames", 3), b"\0\0\0")
     shards = ShardSet(remote(folder, f"damaged-{fetch}"), str(tmp_path / "cache"), FetchConfig(fetch=fetch))
 
     assert np.array_equal(shards.read(1).frames([2])[0], expected)
     video = shards.read(0)
     assert len(video.frames([0, 1, 2])) == 3
-    with pytest.raises(BadSampleError, match=r"video video-0: frames still 3 is not what was stored; run") as bad:
+    with pytest.raises(BadSampleError, match=r"video video-0: frames still 3 does not match its checksum; run") as bad:
         video.frames([2, 3])
     assert bad.value.reason == "checksum"
     assert shards.counters()["retries"]["wrong_digest"] == 1
 
 
 @pytest.mark.parametrize("fetch", ["whole", "ranges"])
-def test_of_a_shard_that_was_cut_the_samples_before_the_cut_stay_usable(
-    folder: Path, tmp_path: Path, fetch: str
-) -> None:
-    place = still_place(folder, 0, 1, "frames", 3)[0]
+def test_the_samples_before_the_end_of_a_truncated_shard_stay_usable(folder: Path, tmp_path: Path, fetch: str) -> None:
+    end = still_extent(folder, 0, 1, "frames", 3)[0]
     url = remote(folder, f"cut-{fetch}")
     path = f"/cut-{fetch}/shard-000000.tar"
-    fsspec.filesystem("memory").pipe(path, (folder / "shard-000000.tar").read_bytes()[:place])
+    fsspec.filesystem("memory").pipe(path, (folder / "shard-000000.tar").read_bytes()[:end])
     shards = ShardSet(url, str(tmp_path / "cache"), FetchConfig(fetch=fetch))
 
     assert len(shards.read(0).frames(range(9))) == 9
@@ -173,7 +176,7 @@ def test_of_a_shard_that_was_cut_the_samples_before_the_cut_stay_usable(
 
 
 @pytest.mark.parametrize("fetch", ["whole", "ranges"])
-def test_a_shard_that_is_not_there_is_a_sample_that_is_missing(folder: Path, tmp_path: Path, fetch: str) -> None:
+def test_a_sample_of_a_missing_remote_shard_is_missing(folder: Path, tmp_path: Path, fetch: str) -> None:
     url = remote(folder, f"gone-{fetch}")
     fsspec.filesystem("memory").rm(f"/gone-{fetch}/shard-000000.tar")
     shards = ShardSet(url, str(tmp_path / "cache"), FetchConfig(fetch=fetch))
@@ -184,12 +187,11 @@ def test_a_shard_that_is_not_there_is_a_sample_that_is_missing(folder: Path, tmp
     assert len(shards.read(2).flow([0])) == 1
 
 
-def test_a_copy_that_went_bad_in_the_cache_is_fetched_again(folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_copy_in_the_cache_is_fetched_again(folder: Path, tmp_path: Path) -> None:
     shards = ShardSet(remote(folder, "rotten"), str(tmp_path / "cache"))
     before = shards.read(0).frames([4])[0]
     (copy,) = (tmp_path / "cache").glob("*.tar")
-    place = still_place(folder, 0, 0, "frames", 4)
-    overwrite(copy.parent, copy.name, place, b"\0" * 9)
+    overwrite(copy.parent, copy.name, still_extent(folder, 0, 0, "frames", 4), b"\0" * 9)
 
     assert np.array_equal(shards.read(0).frames([4])[0], before)
     counters = shards.counters()
@@ -201,7 +203,7 @@ def test_a_remote_set_needs_a_cache(folder: Path) -> None:
         ShardSet(remote(folder, "elsewhere"))
 
 
-def test_a_set_of_no_videos_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_set_without_videos_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(Manifest({}, (), (), ()).to_json())
     with pytest.raises(UserError, match="holds no video"):
         ShardSet(str(tmp_path))
@@ -210,11 +212,10 @@ def test_a_set_of_no_videos_is_told_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "found"), [(b"\xff\xff", "its json cannot be read"), (b"[]", "its json is no object")]
 )
-def test_a_json_that_is_none_is_named(folder: Path, damage: bytes, found: str) -> None:
-    shards = ShardSet(str(folder))
-    offset, size = shards._indices[0].members[0, 0]
+def test_an_invalid_json_is_an_error_with_the_video(folder: Path, damage: bytes, found: str) -> None:
+    offset, size = index_of(folder, 0).members[0, 0]
     overwrite(folder, "shard-000000.tar", (offset, size), damage.ljust(size))
-    reseal(folder)
+    update_digests(folder)
 
     with pytest.raises(BadSampleError, match=f"video video-0: {found}"):
         ShardSet(str(folder)).read(0).info()

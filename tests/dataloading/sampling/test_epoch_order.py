@@ -14,42 +14,42 @@ from mcl_dist.errors import ConfigError, UserError
 from mcl_dist.storage.folder import Folder
 
 
-def plan(num_samples: int = 47, lanes: int = 8, seed: int = 3, shuffle_window: int = 4) -> EpochOrder:
+def order_of(num_samples: int = 47, lanes: int = 8, seed: int = 3, shuffle_window: int = 4) -> EpochOrder:
     return EpochOrder(num_samples, lanes=lanes, seed=seed, shuffle_window=shuffle_window)
 
 
 def epoch_of(order: EpochOrder, epoch: int) -> np.ndarray:
-    """(places, lanes)"""
-    places = range(order.lane_length)
-    return np.array([[order.sample(epoch, lane, place) for lane in range(order.lanes)] for place in places])
+    """The samples of an epoch, (lane_length, lanes)."""
+    positions = range(order.lane_length)
+    return np.array([[order.sample(epoch, lane, position) for lane in range(order.lanes)] for position in positions])
 
 
 def test_no_sample_comes_twice_in_an_epoch() -> None:
-    order = plan()
+    order = order_of()
 
     for epoch in range(10):
         assert len(np.unique(epoch_of(order, epoch))) == order.lane_length * order.lanes
 
 
-def test_every_sample_sits_out_equally_often() -> None:
-    order = plan()
+def test_every_sample_is_left_out_equally_often() -> None:
+    order = order_of()
 
     seen = np.bincount(np.concatenate([epoch_of(order, epoch).ravel() for epoch in range(47)]))
 
     assert seen.tolist() == [40] * 47
 
 
-def test_other_samples_sit_out_in_the_next_epoch() -> None:
-    order = plan()
+def test_the_next_epoch_leaves_out_other_samples() -> None:
+    order = order_of()
 
-    sitting_out = [set(range(47)) - set(epoch_of(order, epoch).ravel()) for epoch in range(2)]
+    left_out = [set(range(47)) - set(epoch_of(order, epoch).ravel()) for epoch in range(2)]
 
-    assert len(sitting_out[0]) == len(sitting_out[1]) == 7
-    assert not sitting_out[0] & sitting_out[1]
+    assert len(left_out[0]) == len(left_out[1]) == 7
+    assert not left_out[0] & left_out[1]
 
 
 def test_a_lane_stays_in_its_part_of_the_set() -> None:
-    order = plan(num_samples=807)
+    order = order_of(num_samples=807)
 
     for epoch in range(5):
         for lane, samples in enumerate(epoch_of(order, epoch).T):
@@ -58,7 +58,7 @@ def test_a_lane_stays_in_its_part_of_the_set() -> None:
 
 
 def test_a_lane_shuffles_within_windows() -> None:
-    order = plan(num_samples=64, lanes=4, shuffle_window=4)
+    order = order_of(num_samples=64, lanes=4, shuffle_window=4)
 
     first, second = epoch_of(order, 0), epoch_of(order, 1)
 
@@ -68,16 +68,16 @@ def test_a_lane_shuffles_within_windows() -> None:
         assert np.array_equal(np.sort(samples.T.reshape(4, 4, 4), axis=2), windows)
 
 
-def test_the_order_is_the_same_however_one_gets_to_a_place() -> None:
-    expected = [epoch_of(plan(), epoch) for epoch in range(4)]
-    jumping = plan()
+def test_a_sample_does_not_depend_on_the_samples_asked_for_before() -> None:
+    expected = [epoch_of(order_of(), epoch) for epoch in range(4)]
+    jumping = order_of()
 
-    for epoch, lane, place in ((3, 7, 4), (0, 1, 3), (2, 0, 1), (0, 7, 0)):
-        assert jumping.sample(epoch, lane, place) == expected[epoch][place, lane]
+    for epoch, lane, position in ((3, 7, 4), (0, 1, 3), (2, 0, 1), (0, 7, 0)):
+        assert jumping.sample(epoch, lane, position) == expected[epoch][position, lane]
 
 
-def test_only_the_window_of_a_sample_is_shuffled_to_find_it() -> None:
-    order = plan(num_samples=10**9, lanes=64, shuffle_window=256)
+def test_finding_a_sample_shuffles_only_its_window() -> None:
+    order = order_of(num_samples=10**9, lanes=64, shuffle_window=256)
 
     start = time.process_time()
     found = [order.sample(epoch, 63, order.lane_length - 1) for epoch in range(100)]
@@ -87,13 +87,13 @@ def test_only_the_window_of_a_sample_is_shuffled_to_find_it() -> None:
 
 
 def test_the_order_depends_on_the_seed() -> None:
-    assert not np.array_equal(epoch_of(plan(seed=1), 0), epoch_of(plan(seed=2), 0))
+    assert not np.array_equal(epoch_of(order_of(seed=1), 0), epoch_of(order_of(seed=2), 0))
 
 
-def test_ranks_share_the_lanes_out_in_order() -> None:
-    shares = [lanes_of_rank(rank, num_ranks=4, lanes=8) for rank in range(4)]
+def test_ranks_own_the_lanes_in_order() -> None:
+    groups = [lanes_of_rank(rank, num_ranks=4, lanes=8) for rank in range(4)]
 
-    assert [lane for share in shares for lane in share] == list(range(8))
+    assert [lane for lanes in groups for lane in lanes] == list(range(8))
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused() -> None:
@@ -103,10 +103,10 @@ def test_ranks_that_do_not_divide_the_batch_are_refused() -> None:
 
 def test_a_set_smaller_than_the_global_batch_is_refused() -> None:
     with pytest.raises(UserError, match="7 usable videos are fewer than the 8 of a global batch"):
-        plan(num_samples=7)
+        order_of(num_samples=7)
 
 
-def test_a_set_that_is_too_small_is_named_without_credentials(write_set: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_error_for_a_small_set_hides_its_credentials(write_set: Callable[..., Path], tmp_path: Path) -> None:
     url = f"memory://user:s3cret@{tmp_path.name}/set"
     for file in write_set([16]).iterdir():
         Folder(url).put(file, file.name)
@@ -115,10 +115,10 @@ def test_a_set_that_is_too_small_is_named_without_credentials(write_set: Callabl
         VideoSource(config, seed=0, global_batch=8, rank=0, num_ranks=1)
 
 
-def test_generators_of_one_sample_are_equal_and_of_others_differ() -> None:
-    names = [(1, 2, 3, 0), (1, 2, 4, 0), (1, 3, 3, 0), (2, 2, 3, 0), (1, 2, 3, 1)]
+def test_generators_differ_by_seed_epoch_sample_and_attempt() -> None:
+    keys = [(1, 2, 3, 0), (1, 2, 4, 0), (1, 3, 3, 0), (2, 2, 3, 0), (1, 2, 3, 1)]
 
-    draws = {name: sample_generator(*name).random(8).tolist() for name in names}
+    draws = {key: sample_generator(*key).random(8).tolist() for key in keys}
 
     assert draws[1, 2, 3, 0] == sample_generator(1, 2, 3).random(8).tolist()
-    assert len({tuple(values) for values in draws.values()}) == len(names)
+    assert len({tuple(values) for values in draws.values()}) == len(keys)

@@ -38,7 +38,7 @@ def test_a_clip_never_leaves_its_half(draw, num_frames: int) -> None:  # type: i
         assert first.min() >= 1
         assert first.max() + 31 <= middle
         assert second.max() + 31 <= num_frames
-        # With one or no motion-focused start in a half, the pair is 1 and the window's length.
+        # If a half has no motion-focused start, the starts are 1 and the window's length.
         assert second.min() >= min(middle, 32)
 
 
@@ -51,7 +51,7 @@ def test_the_two_later_clips_are_sorted_in_time(draw) -> None:  # type: ignore[n
 
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("num_frames", [32, 33, 34, 50, 63])
-def test_short_videos_agree_with_the_label(draw, num_frames: int) -> None:  # type: ignore[no-untyped-def]
+def test_starts_in_short_videos_agree_with_the_order_label(draw, num_frames: int) -> None:  # type: ignore[no-untyped-def]
     ascending, late_first = starts(draw, num_frames, 1), starts(draw, num_frames, 0)
 
     assert (np.diff(ascending, axis=1) >= 0).all()
@@ -77,7 +77,7 @@ def test_motion_focused_starts_are_the_best_half_by_score() -> None:
     assert (drawn[:, 1:].min(), drawn[:, 1:].max()) == (133, 167)
 
 
-def test_the_motion_region_holds_the_four_strongest_cells() -> None:
+def test_the_motion_region_contains_the_four_strongest_cells() -> None:
     mean_map = np.zeros((7, 7))
     mean_map[2:4, 5:7] = [[4, 3], [2, 1]]
 
@@ -87,7 +87,7 @@ def test_the_motion_region_holds_the_four_strongest_cells() -> None:
 @pytest.mark.parametrize(
     ("bottom", "right", "cover"), [(2, 2, 0.9), (4, 2, 0.8), (6, 2, 0.7), (7, 2, 0.0), (1, 7, 0.8)]
 )
-def test_a_larger_region_needs_less_cover(bottom: int, right: int, cover: float) -> None:
+def test_a_larger_region_requires_less_coverage(bottom: int, right: int, cover: float) -> None:
     cells = [(0, 0), (0, 1), (bottom - 1, right - 1), (bottom - 1, right - 2)]
     mean_map = np.zeros((7, 7))
     mean_map[tuple(np.transpose(cells))] = 1
@@ -95,7 +95,7 @@ def test_a_larger_region_needs_less_cover(bottom: int, right: int, cover: float)
     assert motion_region(mean_map, 7, 7).cover == cover
 
 
-def test_a_clip_without_motion_asks_for_no_place() -> None:
+def test_a_clip_without_motion_has_no_required_coverage() -> None:
     assert motion_region(np.zeros((7, 7)), 70, 140) == MotionRegion(0.0, 70.0, 0.0, 140.0, 0.0)
 
 
@@ -121,7 +121,7 @@ def test_a_crop_that_can_cover_the_region_nearly_always_does() -> None:
     assert all(covered_share(box, region) >= 0.9 for box in boxes)
 
 
-def test_a_frame_that_no_shape_fits_gets_a_crop_that_holds_the_region() -> None:
+def test_a_frame_that_no_shape_fits_gets_a_crop_that_contains_the_region() -> None:
     rng = np.random.default_rng(3)
     region = MotionRegion(10.5, 20.5, 300.5, 320.5, 0.9)
 
@@ -136,7 +136,7 @@ def test_a_frame_that_no_shape_fits_gets_a_crop_that_holds_the_region() -> None:
         assert kept_top_left or kept_bottom_right
 
 
-def test_query_and_first_key_share_their_clip_and_not_their_crop() -> None:
+def test_query_and_first_key_share_their_clip_but_not_their_crop() -> None:
     rng = np.random.default_rng(4)
 
     _, (query, first, second, _) = tubelets(rng, num_frames=200)
@@ -160,19 +160,19 @@ def test_the_order_label_is_a_fair_coin() -> None:
     assert 160 < sum(labels) < 240
 
 
-def test_motion_focused_draws_are_as_frequent_as_asked() -> None:
+def test_motion_focused_draws_are_as_frequent_as_configured() -> None:
     scores = np.zeros(169)
-    scores[[0, 150]] = 1.0  # a third of the uniform draws would not be in the best half
+    scores[[0, 150]] = 1.0  # a third of the uniform draws are outside the best half
     never, always = (
         [tubelets(np.random.default_rng(seed), 200, scores, share)[1] for seed in range(100)] for share in (0.0, 1.0)
     )
 
-    # Best half of equal scores: the earlier starts, so none of the later half of either half.
+    # The best half of equal scores has the earlier starts, so none is in the later half of either half.
     assert max(view.frames[0] for views in always for view in views) < 150.5
     assert max(view.frames[0] for views in never for view in views) > 160
 
 
-def test_crops_lie_anywhere_when_they_need_not_cover_what_moves() -> None:
+def test_without_motion_crops_a_crop_may_miss_the_motion_region() -> None:
     maps = np.zeros((200, 7, 7), np.uint8)
     maps[:, 1:3, 3:5] = 255
     covers = {}

@@ -19,11 +19,11 @@ from dataloading.shards.format import (
     Sample,
     ShardEntry,
     ShardWriter,
+    add_digest,
     index_name,
-    manifest_from,
+    parse_manifest,
+    read_complete_manifest,
     read_index,
-    read_manifest,
-    sealed,
 )
 from dataloading.shards.index import MEMBERS
 from mcl_dist.errors import UserError
@@ -68,13 +68,13 @@ def written(tmp_path: Path) -> tuple[Folder, Manifest]:
 
 def change(folder: Folder, **values: Any) -> None:
     tree = json.loads(folder.read(MANIFEST)) | values
-    folder.write(MANIFEST, sealed(tree))
+    folder.write(MANIFEST, add_digest(tree))
 
 
-# webdataset leaves its file to the garbage collector
+# webdataset does not close its file
 @pytest.mark.filterwarnings("ignore:.*unclosed file:ResourceWarning")
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*FileIO:pytest.PytestUnraisableExceptionWarning")
-def test_webdataset_alone_finds_every_sample_with_all_members(written: tuple[Folder, Manifest]) -> None:
+def test_plain_webdataset_reads_every_sample_with_all_members(written: tuple[Folder, Manifest]) -> None:
     shard = written[0].path(SHARD)
     found = list(webdataset.WebDataset(shard, shardshuffle=False))
     assert [item["__key__"] for item in found] == ["first", "second-one"]
@@ -82,12 +82,12 @@ def test_webdataset_alone_finds_every_sample_with_all_members(written: tuple[Fol
         assert {name: item[name] for name in MEMBERS} == expected.members()
 
 
-def test_members_lie_in_the_documented_order(written: tuple[Folder, Manifest]) -> None:
+def test_members_are_in_the_documented_order(written: tuple[Folder, Manifest]) -> None:
     with tarfile.open(written[0].path(SHARD)) as tar:
         assert tar.getnames() == [f"{item.key}.{member}" for item in SAMPLES for member in MEMBERS]
 
 
-def test_the_index_leads_to_every_member_and_every_still(written: tuple[Folder, Manifest]) -> None:
+def test_the_index_locates_every_member_and_every_still(written: tuple[Folder, Manifest]) -> None:
     folder, manifest = written
     data = folder.read(SHARD)
     index = read_index(folder, manifest.shards[0])
@@ -105,13 +105,13 @@ def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
 
 def test_a_manifest_survives_the_round_trip(written: tuple[Folder, Manifest]) -> None:
     folder, manifest = written
-    assert read_manifest(folder) == manifest
+    assert read_complete_manifest(folder) == manifest
     assert (manifest.num_videos, manifest.num_frames) == (2, 8)
 
 
 def test_a_folder_without_a_manifest_is_no_shard_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"manifest\.json: missing.*mcl shards build"):
-        read_manifest(Folder(str(tmp_path)))
+        read_complete_manifest(Folder(str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -123,42 +123,42 @@ def test_a_folder_without_a_manifest_is_no_shard_set(tmp_path: Path) -> None:
         ({"totals": {}}, "totals"),
     ],
 )
-def test_a_foreign_manifest_is_refused(written: tuple[Folder, Manifest], values: dict[str, Any], message: str) -> None:
+def test_a_foreign_manifest_is_rejected(written: tuple[Folder, Manifest], values: dict[str, Any], message: str) -> None:
     change(written[0], **values)
     with pytest.raises(UserError, match=message):
-        read_manifest(written[0])
+        read_complete_manifest(written[0])
 
 
-def test_a_manifest_cannot_name_a_file_outside_its_folder(written: tuple[Folder, Manifest]) -> None:
+def test_a_manifest_that_lists_a_file_outside_its_folder_is_rejected(written: tuple[Folder, Manifest]) -> None:
     folder, _ = written
     shards = json.loads(folder.read(MANIFEST))["shards"]
     change(folder, shards=[shards[0] | {"name": "../secret.tar"}])
-    with pytest.raises(UserError, match="is no shard's name"):
-        read_manifest(folder)
+    with pytest.raises(UserError, match="is not a shard's name"):
+        read_complete_manifest(folder)
 
 
-def test_a_shard_of_another_size_is_refused(written: tuple[Folder, Manifest]) -> None:
+def test_a_shard_of_another_size_is_rejected(written: tuple[Folder, Manifest]) -> None:
     folder, _ = written
     folder.write(SHARD, folder.read(SHARD)[:-512])
-    with pytest.raises(UserError, match=r"shard-000000\.tar: \d+ bytes, the manifest says \d+"):
-        read_manifest(folder)
+    with pytest.raises(UserError, match=r"shard-000000\.tar: \d+ bytes, \d+ in the manifest"):
+        read_complete_manifest(folder)
 
 
-def test_a_missing_shard_is_refused(written: tuple[Folder, Manifest]) -> None:
+def test_a_missing_shard_is_rejected(written: tuple[Folder, Manifest]) -> None:
     folder, _ = written
     folder.remove(SHARD)
     with pytest.raises(UserError, match=r"shard-000000\.tar: missing"):
-        read_manifest(folder)
+        read_complete_manifest(folder)
 
 
-def test_a_changed_index_is_refused(written: tuple[Folder, Manifest]) -> None:
+def test_a_changed_index_is_rejected(written: tuple[Folder, Manifest]) -> None:
     folder, manifest = written
     folder.write(index_name(SHARD), folder.read(index_name(SHARD)) + b"x")
-    with pytest.raises(UserError, match="not the index that the manifest names"):
+    with pytest.raises(UserError, match="its digest differs from the manifest's"):
         read_index(folder, manifest.shards[0])
 
 
-def test_an_index_without_checksums_is_refused_with_what_to_do(written: tuple[Folder, Manifest]) -> None:
+def test_an_index_without_checksums_is_rejected_with_a_remedy(written: tuple[Folder, Manifest]) -> None:
     folder, manifest = written
     old = {name: array for name, array in vars(read_index(folder, manifest.shards[0])).items() if "crc" not in name}
     buffer = io.BytesIO()
@@ -166,16 +166,16 @@ def test_an_index_without_checksums_is_refused_with_what_to_do(written: tuple[Fo
     entry = replace(manifest.shards[0], index_sha256=hashlib.sha256(buffer.getvalue()).hexdigest())
     folder.write(index_name(SHARD), buffer.getvalue())
     with pytest.raises(
-        UserError, match=r"holds no member_crcs; sets of an earlier version have no checksums; rebuild the set"
+        UserError, match=r"has no member_crcs; sets of an earlier version have no checksums; rebuild the set"
     ):
         read_index(folder, entry)
 
 
-def test_a_manifest_that_was_changed_in_any_byte_is_refused(written: tuple[Folder, Manifest]) -> None:
+def test_a_manifest_with_any_changed_byte_is_rejected(written: tuple[Folder, Manifest]) -> None:
     folder, _ = written
     data = folder.read(MANIFEST)
-    for place in range(len(data)):
+    for position in range(len(data)):
         changed = bytearray(data)
-        changed[place] ^= 4
+        changed[position] ^= 4
         with pytest.raises(UserError, match=r"manifest\.json: (not JSON|format|damaged).*rebuild the set"):
-            manifest_from(bytes(changed), "manifest.json")
+            parse_manifest(bytes(changed), "manifest.json")

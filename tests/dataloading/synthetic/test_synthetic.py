@@ -19,25 +19,25 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _decoded(path: Path) -> np.ndarray:
+def decode_grey(path: Path) -> np.ndarray:
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="gray") for frame in container.decode(video=0)])
 
 
-def test_every_class_has_its_folder_with_as_many_videos_as_asked_for(small_set: Path) -> None:
+def test_every_class_folder_has_the_requested_number_of_videos(small_set: Path) -> None:
     for split, per_class in (("train", 2), ("test", 1)):
         found = {folder.name: len(list(folder.glob("*.mp4"))) for folder in (small_set / split).iterdir()}
         assert found == dict.fromkeys(CLASSES, per_class)
 
 
-def test_a_file_is_a_real_video_close_to_what_was_drawn(small_set: Path) -> None:
-    drawn = render_alike(CLASSES[0], np.random.default_rng((3, 0, 0, 1)))
-    decoded = _decoded(small_set / "train" / CLASSES[0] / "0001.mp4")
-    assert decoded.shape == drawn.shape == (DEMO_FRAMES, DEMO_SIZE, DEMO_SIZE)
-    assert np.abs(decoded.astype(int) - drawn).mean() < 3
+def test_a_file_decodes_to_nearly_the_rendered_frames(small_set: Path) -> None:
+    rendered = render_alike(CLASSES[0], np.random.default_rng((3, 0, 0, 1)))
+    decoded = decode_grey(small_set / "train" / CLASSES[0] / "0001.mp4")
+    assert decoded.shape == rendered.shape == (DEMO_FRAMES, DEMO_SIZE, DEMO_SIZE)
+    assert np.abs(decoded.astype(int) - rendered).mean() < 3
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(small_set: Path, tmp_path: Path) -> None:
+def test_equal_seeds_give_equal_bytes_and_other_seeds_other_bytes(small_set: Path, tmp_path: Path) -> None:
     name = Path("test") / CLASSES[5] / "0000.mp4"
     for seed in (3, 4):
         write_synthetic(tmp_path / str(seed), seed=seed, train_per_class=0, test_per_class=1, processes=1)
@@ -47,7 +47,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(small_set: P
 
 def test_train_and_test_share_no_video(small_set: Path) -> None:
     train, test = (small_set / split / CLASSES[0] / "0000.mp4" for split in ("train", "test"))
-    assert not np.array_equal(_decoded(train), _decoded(test))
+    assert not np.array_equal(decode_grey(train), decode_grey(test))
 
 
 @pytest.mark.parametrize("motion", ["across", "spin", "pulse"])
@@ -59,8 +59,8 @@ def test_the_fast_period_changes_more_from_frame_to_frame_than_the_slow(motion: 
     assert change["fast"] > 1.3 * change["slow"]
 
 
-def test_a_single_frame_does_not_tell_most_motions_apart() -> None:
-    # Both are a round disc with upright stripes: mean brightness and contrast must agree across videos.
+def test_single_frames_of_two_motions_look_alike() -> None:
+    # Both show a round disc with vertical stripes, so the mean contrast must agree.
     contrast = [
         np.mean([render_alike(name, np.random.default_rng(n))[0].std() for n in range(12)])
         for name in ("across_slow", "orbit_fast")
@@ -68,15 +68,15 @@ def test_a_single_frame_does_not_tell_most_motions_apart() -> None:
     assert contrast[0] == pytest.approx(contrast[1], rel=0.1)
 
 
-def test_a_distracting_video_moves_for_a_while_in_each_half_and_hardly_else() -> None:
+def test_the_disc_of_a_distracting_video_moves_only_for_a_while_in_each_half() -> None:
     frames = render_distracting("across_fast", np.random.default_rng(0)).astype(int)
-    change = np.abs(np.diff(frames, axis=0)).max(axis=(1, 2, 3))  # the drift changes no pixel as much as the disc does
+    change = np.abs(np.diff(frames, axis=0)).max(axis=(1, 2, 3))  # the disc changes pixels more than the drift
     moving = change > 100
     halves = moving[: len(frames) // 2], moving[len(frames) // 2 :]
     for half in halves:
         assert 0.5 * MOVING_FRAMES < half.sum() <= MOVING_FRAMES
 
 
-def test_distracting_videos_of_a_class_share_no_background() -> None:
+def test_distracting_videos_of_a_class_have_different_backgrounds() -> None:
     first, second = (render_distracting("spin_slow", np.random.default_rng(seed))[0].astype(int) for seed in (0, 1))
     assert np.abs(first - second).mean() > 20

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 
-from dataloading.shards.npy import from_npy, to_npy
+from dataloading.shards.headers import from_npy, to_npy
 
 
 @pytest.mark.parametrize(
@@ -18,17 +18,17 @@ from dataloading.shards.npy import from_npy, to_npy
         np.arange(6, dtype=np.uint8).reshape(3, 2).T,
     ],
 )
-def test_arrays_survive_the_way_through_bytes(array: np.ndarray) -> None:
+def test_arrays_survive_the_round_trip(array: np.ndarray) -> None:
     back = from_npy(to_npy(array))
     assert back.dtype == array.dtype
     assert np.array_equal(back, array)
 
 
-def test_bytes_are_those_that_numpy_reads() -> None:
+def test_numpy_reads_the_bytes() -> None:
     assert np.load(io.BytesIO(to_npy(np.arange(5)))).tolist() == [0, 1, 2, 3, 4]
 
 
-def test_a_shape_that_its_bytes_do_not_fill_makes_no_room() -> None:
+def test_a_shape_that_the_bytes_do_not_fill_is_rejected_without_an_allocation() -> None:
     data = to_npy(np.zeros((10, 10), np.uint8))
     with pytest.raises(ValueError, match="are not an array of shape"):
         from_npy(data.replace(b"(10, 10)", b"(10, 99)"))
@@ -37,7 +37,7 @@ def test_a_shape_that_its_bytes_do_not_fill_makes_no_room() -> None:
         from_npy(huge)
 
 
-def test_objects_are_never_loaded() -> None:
+def test_an_array_of_objects_is_never_loaded() -> None:
     buffer = io.BytesIO()
     np.save(buffer, np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="no npy header of a plain array"):
