@@ -1,1 +1,1 @@
-"""Metrics for Prometheus, fed by the listeners of the other packages."""
+"""Monitoring: run events and run folders in; Prometheus metrics, run views, dashboards and alerts out."""

@@ -1,1 +1,1 @@
-"""Dashboards for Grafana, and what provisions them."""
+"""Grafana dashboards: panel definitions in, provisioned JSON files out."""

@@ -1,4 +1,4 @@
-"""Dashboard "builder": videos on their way into a shard set."""
+"""Dashboard "builder": progress and errors of a shard set build."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def _rate(counter: str, by: str = "run") -> str:
 
 BUILD = [
     Panel(
-        "Done",
-        "Share of the videos that are stored, refused, or were stored by a build before.",
+        "Progress",
+        "Share of the source videos that are stored or refused, including those of an earlier, interrupted build.",
         "percentunit",
         {"{{run}}": "run:mcl_build_done:ratio{@run}"},
         kind="stat",
@@ -20,8 +20,8 @@ BUILD = [
         top=1,
     ),
     Panel(
-        "Pace",
-        "Videos stored in a second.",
+        "Throughput",
+        "Stored videos per second.",
         "cps",
         {"{{run}}": "run:mcl_build_videos:rate5m{@run}"},
         kind="stat",
@@ -29,7 +29,7 @@ BUILD = [
     ),
     Panel(
         "Refused",
-        "Share of the videos that could not be used in the last minutes.",
+        "Share of refused videos over the last minutes.",
         "percentunit",
         {
             "{{run}}": f"{_rate('mcl_build_refused_total')} / "
@@ -42,7 +42,7 @@ BUILD = [
     ),
     Panel(
         "Complete",
-        "1 once the manifest is written: before that, the folder is no shard set.",
+        "1 once the manifest is written; before that, the folder is not a shard set.",
         "none",
         {"{{run}}": "mcl_build_complete{@instance}"},
         kind="stat",
@@ -50,33 +50,33 @@ BUILD = [
     ),
 ]
 
-IMMUTABLE_KEYS = [
-    Panel("Videos", "Stored in a second.", "cps", {"{{run}}": _rate("mcl_build_videos_total")}),
-    Panel("Frames", "Stored in a second.", "cps", {"{{run}}": _rate("mcl_build_frames_total")}),
-    Panel("Bytes", "Written to the shard set in a second.", "Bps", {"{{run}}": _rate("mcl_build_bytes_total")}),
+DETAILS = [
+    Panel("Videos", "Stored videos per second.", "cps", {"{{run}}": _rate("mcl_build_videos_total")}),
+    Panel("Frames", "Stored frames per second.", "cps", {"{{run}}": _rate("mcl_build_frames_total")}),
+    Panel("Bytes", "Bytes written to the shard set per second.", "Bps", {"{{run}}": _rate("mcl_build_bytes_total")}),
     Panel(
         "Refused by reason",
-        "Videos that could not be used; the set's `manifest.json` lists them.",
+        "Refused videos; `manifest.json` of the set lists them.",
         "none",
         {"{{reason}}": "sum by (reason) (increase(mcl_build_refused_total{@instance}[$__rate_interval]))"},
         limit=1,
     ),
     Panel(
         "Retries by reason",
-        "Requests to the store that had to be made again.",
+        "Retried requests to the store, per second.",
         "reqps",
         {"{{reason}}": _rate("mcl_build_retries_total", "reason")},
         limit=1,
     ),
     Panel(
         "CPU time of the builder",
-        "CPU seconds in a second of the process that writes the shards, its workers not included.",
+        "CPU seconds per second of the process that writes the shards, without its workers.",
         "none",
         {"{{run}}": 'sum by (run) (rate(process_cpu_seconds_total{@instance,rank=""}[$__rate_interval]))'},
     ),
     Panel(
         "Memory of the builder",
-        "Memory that the process which writes the shards holds.",
+        "Resident memory of the process that writes the shards.",
         "bytes",
         {"{{run}}": 'process_resident_memory_bytes{@instance,rank=""}'},
     ),
@@ -84,8 +84,8 @@ IMMUTABLE_KEYS = [
 
 BUILDER = dashboard(
     "builder",
-    "Videos on their way into a shard set: pace, what a video costs, what was refused and why.",
+    "Build of a shard set: progress, throughput, refused videos and their reasons.",
     "mcl_build_videos_planned",
-    {"Build": BUILD, "Course": IMMUTABLE_KEYS},
+    {"Build": BUILD, "Details": DETAILS},
     ("job", "run", "instance"),
 )

@@ -1,4 +1,4 @@
-"""Dashboard "data": what feeds the training, from the store to the batch."""
+"""Dashboard "data": the input pipeline, from the store to the batch."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def _per_sample(counter: str, by: str) -> str:
 SAMPLES = [
     Panel(
         "Samples",
-        "Samples that a step expected, that came, and that had to be replaced by others.",
+        "Requested, delivered and replaced samples per second.",
         "cps",
         {
-            what: f"sum(rate(mcl_loader_samples_{what}_total{{@rank}}[$__rate_interval]))"
-            for what in ("expected", "delivered", "replaced")
+            outcome: f"sum(rate(mcl_loader_samples_{outcome}_total{{@rank}}[$__rate_interval]))"
+            for outcome in ("expected", "delivered", "replaced")
         },
     ),
     Panel(
         "Replaced",
-        "Share of the samples that could not be used.",
+        "Share of samples that were bad and replaced by others.",
         "percentunit",
         {"{{run}}": "run:mcl_loader_samples_replaced:ratio15m{@run}"},
         limit=0.001,
@@ -34,21 +34,21 @@ SAMPLES = [
     ),
     Panel(
         "Bad samples by reason",
-        "Different samples found bad; `bad_samples.jsonl` in the run's folder lists them.",
+        "Distinct bad samples; `bad_samples.jsonl` in the run folder lists them.",
         "none",
         {"{{reason}}": "sum by (reason) (increase(mcl_loader_bad_samples_total{@rank}[$__rate_interval]))"},
         limit=1,
     ),
     Panel(
-        "Unaccounted for",
-        "Samples expected, minus delivered, minus replaced. Never anything but 0.",
+        "Unaccounted samples",
+        "Requested samples that were neither delivered nor replaced. Always 0 in a correct loader.",
         "none",
         {"{{run}} {{rank}}": "abs(mcl_loader_samples_unaccounted{@rank})"},
         limit=1,
     ),
     Panel(
-        "Waiting for data",
-        "Share of the time in which a rank waits for its next batch.",
+        "Data wait",
+        "Share of time that a rank waits for its next batch.",
         "percentunit",
         {"{{run}} {{rank}}": _rate("mcl_loader_wait_seconds_total", "run, rank")},
         limit=0.2,
@@ -56,7 +56,7 @@ SAMPLES = [
     ),
     Panel(
         "Batches ready",
-        "Batches made ahead of the step. At 0 training waits.",
+        "Batches in the prefetch queue. At 0, training waits.",
         "none",
         {"{{run}} {{rank}}": "mcl_loader_queue_batches{@rank}"},
         limit=1,
@@ -66,21 +66,21 @@ SAMPLES = [
 
 COST = [
     Panel(
-        "CPU time a sample by stage",
-        "What the loader's own process spends on a sample; with `data.workers` most is in the workers.",
+        "CPU time per sample by stage",
+        "CPU time of the loader for one sample. With `data.workers`, most of it is in the worker processes.",
         "s",
         {"{{stage}}": _per_sample("mcl_loader_stage_cpu_seconds_total", "stage")},
         kind="stack",
     ),
     Panel(
         "CPU time of workers",
-        "CPU seconds in a second of a rank's worker processes. 0 without `data.workers`.",
+        "CPU seconds per second of a rank's worker processes. 0 without `data.workers`.",
         "none",
         {"{{run}} {{rank}}": _rate("mcl_loader_worker_cpu_seconds_total", "run, rank")},
     ),
     Panel(
         "Memory of workers",
-        "The most that a rank's worker processes have held. 0 without `data.workers`.",
+        "Sum of the peak memory of a rank's worker processes. 0 without `data.workers`.",
         "bytes",
         {"{{run}} {{rank}}": "mcl_loader_worker_peak_bytes{@rank}"},
     ),
@@ -89,44 +89,44 @@ COST = [
 STORE = [
     Panel(
         "Bytes read",
-        "From the store or the disk, and how many of them were decoded.",
+        "Bytes read from the store or disk, and bytes passed to the decoder, per second.",
         "Bps",
-        {what: f"sum(rate(mcl_storage_bytes_{what}_total{{@rank}}[$__rate_interval]))" for what in ("read", "decoded")},
+        {kind: f"sum(rate(mcl_storage_bytes_{kind}_total{{@rank}}[$__rate_interval]))" for kind in ("read", "decoded")},
     ),
     Panel(
         "Requests",
-        "Requests to the store or the disk, those made again included.",
+        "Requests to the store or disk, including retries.",
         "reqps",
         {"{{run}}": _rate("mcl_storage_requests_total", "run")},
     ),
     Panel(
         "Retries by reason",
-        "Requests that had to be made again. Storms of them mean a store that is overloaded or ill.",
+        "Retried requests per second. Many retries mean that the store is overloaded or faulty.",
         "reqps",
         {"{{reason}}": _rate("mcl_storage_retries_total", "reason")},
         limit=1,
     ),
     Panel(
-        "Share of requests made again",
-        "From one in twenty on, somebody is told.",
+        "Retry ratio",
+        "Share of requests that are retried. Above 5 %, an alert fires.",
         "percentunit",
         {"{{run}}": "run:mcl_storage_retries:ratio5m{@run}"},
         limit=0.05,
     ),
     Panel(
-        "Time at the store by stage",
-        "Wall seconds in a second, over all threads.",
+        "Read time by stage",
+        "Seconds per second spent on reading, over all threads.",
         "none",
         {"{{stage}}": _rate("mcl_storage_seconds_total", "stage")},
         kind="stack",
     ),
     Panel(
         "Cache",
-        "Shards found in `data.cache`, not found, evicted, and fetched again because they were damaged there.",
+        "Shard cache (`data.cache`): hits, misses, evictions, and repairs of damaged shards, per second.",
         "cps",
         {
-            what: f"sum(rate(mcl_storage_cache_{what}_total{{@rank}}[$__rate_interval]))"
-            for what in ("hits", "misses", "evictions", "repairs")
+            event: f"sum(rate(mcl_storage_cache_{event}_total{{@rank}}[$__rate_interval]))"
+            for event in ("hits", "misses", "evictions", "repairs")
         },
     ),
     DISK_FREE,
@@ -134,8 +134,8 @@ STORE = [
 
 DATA = dashboard(
     "data",
-    "What feeds the training: samples, what they cost, and what the store answers.",
+    "Input pipeline: samples, their cost, and reads from the store.",
     "mcl_loader_samples_expected_total",
-    {"What comes": SAMPLES, "What they cost": COST, "Store and cache": STORE},
+    {"Samples and batches": SAMPLES, "Cost": COST, "Store and cache": STORE},
     ("job", "run", "rank"),
 )

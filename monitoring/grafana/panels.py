@@ -1,4 +1,4 @@
-"""How a panel and a dashboard are written down for Grafana (its classic dashboard model)."""
+"""Panels and dashboards in Grafana's classic dashboard model."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-SCHEMA_VERSION = 41  # of Grafana 11.6; later ones migrate it on loading
+SCHEMA_VERSION = 41  # of Grafana 11.6; later versions migrate it on loading
 COLUMNS, HEIGHTS = 24, {"stat": 4, "lines": 8, "stack": 8}
-SOURCE = {"type": "prometheus", "uid": "${datasource}"}
-OWN = {
+DATA_SOURCE = {"type": "prometheus", "uid": "${datasource}"}
+# Abbreviations in expressions: `mcl_step{@run}`, `{@rank}` for metrics of every rank, `{@instance}` for a build's.
+SELECTORS = {
     "@run": 'job=~"$job",run=~"$run"',
     "@rank": 'job=~"$job",run=~"$run",rank=~"$rank"',
     "@instance": 'job=~"$job",run=~"$run",instance=~"$instance"',
 }
-"""What an expression may say for the chosen series: `mcl_step{@run}`, `{@rank}` for what every rank exports, and
-`{@instance}` for what a build does."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +22,13 @@ class Panel:
     """One panel.
 
     Attributes:
-        unit: by Grafana's name for it; values are in base units.
-        queries: legend to PromQL, in which `@run`, `@rank` and `@instance` stand for the chosen series.
-        limit: where good ends; none where no value is good or bad in itself.
-        good: the side of the limit that is good.
-        kind: a number with its course behind it, lines over time, or areas that add up.
-        width: in columns of 24.
-        top: the largest value that there can be.
+        unit: Grafana's name of the unit; values are in base units.
+        queries: legend to PromQL, with the abbreviations of `SELECTORS`.
+        limit: threshold between good and bad values; None if no value is good or bad in itself.
+        good: the good side of the limit.
+        kind: a number with its history behind it, lines over time, or stacked areas.
+        width: in columns, of 24.
+        top: largest possible value; the axis then starts at 0.
     """
 
     title: str
@@ -43,14 +42,14 @@ class Panel:
     top: float | None = None
 
     def to_json(self, number: int, x: int, y: int) -> dict[str, Any]:
-        """The panel at a place of the grid."""
+        """JSON model of the panel at a grid position."""
         is_stat = self.kind == "stat"
         return {
             "id": number,
             "type": "stat" if is_stat else "timeseries",
             "title": self.title,
             "description": self.description,
-            "datasource": SOURCE,
+            "datasource": DATA_SOURCE,
             "gridPos": {"x": x, "y": y, "w": self.width, "h": HEIGHTS[self.kind]},
             "targets": [self._target(number, *query) for number, query in enumerate(self.queries.items())],
             "fieldConfig": {
@@ -58,8 +57,8 @@ class Panel:
                     "unit": self.unit,
                     **({} if self.top is None else {"min": 0, "max": self.top}),
                     "color": {"mode": "thresholds" if is_stat else "palette-classic"},
-                    "thresholds": {"mode": "absolute", "steps": self._steps()},
-                    "custom": {} if is_stat else self._drawing(),
+                    "thresholds": {"mode": "absolute", "steps": self._thresholds()},
+                    "custom": {} if is_stat else self._line_style(),
                 },
                 "overrides": [],
             },
@@ -67,18 +66,18 @@ class Panel:
         }
 
     def _target(self, number: int, legend: str, expression: str) -> dict[str, Any]:
-        for short, selector in OWN.items():
-            expression = expression.replace(short, selector)
+        for abbreviation, selector in SELECTORS.items():
+            expression = expression.replace(abbreviation, selector)
         letter = chr(ord("A") + number)
-        return {"refId": letter, "datasource": SOURCE, "expr": expression, "legendFormat": legend, "range": True}
+        return {"refId": letter, "datasource": DATA_SOURCE, "expr": expression, "legendFormat": legend, "range": True}
 
-    def _steps(self) -> list[dict[str, Any]]:
-        colours = ("green", "red") if self.good == "below" else ("red", "green")
+    def _thresholds(self) -> list[dict[str, Any]]:
+        first, second = ("green", "red") if self.good == "below" else ("red", "green")
         if self.limit is None:
             return [{"color": "green", "value": None}]
-        return [{"color": colours[0], "value": None}, {"color": colours[1], "value": self.limit}]
+        return [{"color": first, "value": None}, {"color": second, "value": self.limit}]
 
-    def _drawing(self) -> dict[str, Any]:
+    def _line_style(self) -> dict[str, Any]:
         is_stack = self.kind == "stack"
         return {
             "drawStyle": "line",
@@ -103,15 +102,15 @@ LINES: dict[str, Any] = {
 
 
 def dashboard(
-    name: str, description: str, chosen_by: str, rows: Mapping[str, Sequence[Panel]], labels: Sequence[str]
+    name: str, description: str, variables_from: str, rows: Mapping[str, Sequence[Panel]], labels: Sequence[str]
 ) -> dict[str, Any]:
-    """A whole dashboard, which nobody edits in the browser: the next start would lose it.
+    """JSON model of a dashboard; it is read-only in the browser, where edits would be lost at the next start.
 
     Args:
-        name: one word; the dashboard's address is `/d/mcl-NAME`.
-        chosen_by: the metric whose labels offer the choices.
-        rows: titles to panels.
-        labels: that are chosen by, from the widest on.
+        name: the dashboard's address is `/d/mcl-NAME`.
+        variables_from: metric whose label values fill the variables.
+        rows: row title to panels.
+        labels: variables, widest first; each one narrows the next.
     """
     return {
         "uid": f"mcl-{name}",
@@ -124,20 +123,20 @@ def dashboard(
         "refresh": "30s",
         "time": {"from": "now-3h", "to": "now"},
         "timezone": "browser",
-        "templating": {"list": [_source_choice(), *_label_choices(chosen_by, labels)]},
-        "annotations": {"list": [_alerts()]},
-        "links": [_link()],
+        "templating": {"list": [_data_source_variable(), *_label_variables(variables_from, labels)]},
+        "annotations": {"list": [_alert_annotations()]},
+        "links": [_dashboard_links()],
         "panels": list(_panels(rows)),
     }
 
 
 def _panels(rows: Mapping[str, Sequence[Panel]]) -> Iterator[dict[str, Any]]:
-    """Rows from top to bottom, each filled from left to right."""
+    """Lay out rows from top to bottom and their panels from left to right."""
     number, y = 0, 0
     for title, panels in rows.items():
         number += 1
-        place = {"x": 0, "y": y, "w": COLUMNS, "h": 1}
-        yield {"id": number, "type": "row", "title": title, "collapsed": False, "gridPos": place, "panels": []}
+        position = {"x": 0, "y": y, "w": COLUMNS, "h": 1}
+        yield {"id": number, "type": "row", "title": title, "collapsed": False, "gridPos": position, "panels": []}
         x, y, height = 0, y + 1, 0
         for panel in panels:
             if x + panel.width > COLUMNS:
@@ -148,11 +147,11 @@ def _panels(rows: Mapping[str, Sequence[Panel]]) -> Iterator[dict[str, Any]]:
         y += height
 
 
-def _source_choice() -> dict[str, Any]:
+def _data_source_variable() -> dict[str, Any]:
     return {"name": "datasource", "type": "datasource", "label": "Prometheus", "query": "prometheus", "refresh": 1}
 
 
-def _label_choices(metric: str, labels: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _label_variables(metric: str, labels: Sequence[str]) -> Iterator[dict[str, Any]]:
     for number, label in enumerate(labels):
         wider = ",".join(f'{name}=~"${name}"' for name in labels[:number])
         query = f"label_values({metric}{{{wider}}}, {label})"
@@ -160,28 +159,28 @@ def _label_choices(metric: str, labels: Sequence[str]) -> Iterator[dict[str, Any
             "name": label,
             "type": "query",
             "label": label.capitalize(),
-            "datasource": SOURCE,
+            "datasource": DATA_SOURCE,
             "query": query,
             "refresh": 2,
             "sort": 7,
             "multi": True,
             "includeAll": True,
-            "allValue": ".+",  # `.*` would take what has no such label, too: a build is no rank
+            "allValue": ".+",  # `.*` would also match series without the label, such as a build's, which has no rank
             "current": {"text": "All", "value": "$__all"},
         }
 
 
-def _alerts() -> dict[str, Any]:
+def _alert_annotations() -> dict[str, Any]:
     return {
         "name": "Alerts",
-        "datasource": SOURCE,
+        "datasource": DATA_SOURCE,
         "enable": True,
         "iconColor": "red",
         "expr": 'ALERTS{alertstate="firing",alertname=~"Mcl.*",run=~"$run"}',
     }
 
 
-def _link() -> dict[str, Any]:
+def _dashboard_links() -> dict[str, Any]:
     return {
         "title": "MCL",
         "type": "dashboards",
@@ -196,10 +195,10 @@ def _link() -> dict[str, Any]:
     }
 
 
-# On more than one dashboard.
+# Shared by several dashboards.
 DISK_FREE = Panel(
     "Disk free",
-    "Share of the disks of run folder, cache and checkpoints that is free.",
+    "Free share of the disks that hold run folder, cache and checkpoints.",
     "percentunit",
     {"{{run}} {{node}} {{volume}}": "node:mcl_disk_free:ratio{@run}"},
     limit=0.05,
@@ -208,7 +207,7 @@ DISK_FREE = Panel(
 )
 HOST_MEMORY_FREE = Panel(
     "Host memory free",
-    "Share of a node's memory that is still available.",
+    "Available share of each node's memory.",
     "percentunit",
     {"{{node}}": "mcl_host_memory_available_bytes{@run} / mcl_host_memory_size_bytes{@run}"},
     limit=0.1,

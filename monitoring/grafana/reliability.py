@@ -1,4 +1,4 @@
-"""Dashboard "reliability": what was lost, what could be, and what runs out."""
+"""Dashboard "reliability": alerts, lost time, checkpoints and resources."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from monitoring.grafana.panels import DISK_FREE, HOST_MEMORY_FREE, Panel, dashbo
 NOW = [
     Panel(
         "Alerts",
-        "Alerts that fire now for the chosen runs; docs/runbook.md says what each asks for.",
+        "Firing alerts of the selected runs; docs/how-to/runbook.md describes each of them.",
         "none",
         {"alerts": 'sum(ALERTS{alertstate="firing",alertname=~"Mcl.*",@run}) or vector(0)'},
         limit=1,
@@ -15,8 +15,8 @@ NOW = [
         width=4,
     ),
     Panel(
-        "Ranks that answer",
-        "Share of the ranks whose exporter answered the last scrape.",
+        "Ranks up",
+        "Share of ranks whose metrics server answered the last scrape.",
         "percentunit",
         {"{{run}}": "avg by (run) (up{@rank})"},
         limit=1,
@@ -27,7 +27,7 @@ NOW = [
     ),
     Panel(
         "Goodput",
-        "Share of the run's time that went into steps that count, restarts included.",
+        "Productive share of the run's time, including restarts.",
         "percentunit",
         {"{{run}}": "mcl_goodput_ratio{@run}"},
         limit=0.8,
@@ -38,7 +38,7 @@ NOW = [
     ),
     Panel(
         "Last step",
-        "Time since the rank that waits longest finished a step.",
+        "Longest time since a rank finished a step.",
         "s",
         {"{{run}}": "max by (run) (mcl_heartbeat_age_seconds{@run})"},
         limit=300,
@@ -47,7 +47,7 @@ NOW = [
     ),
     Panel(
         "Last checkpoint",
-        "Time since the newest complete checkpoint: what a crash would cost now.",
+        "Age of the newest complete checkpoint: training time that a crash would lose now.",
         "s",
         {"{{run}}": "mcl_checkpoint_age_seconds{@run}"},
         limit=7200,
@@ -55,8 +55,8 @@ NOW = [
         width=4,
     ),
     Panel(
-        "Asked to stop",
-        "1 once the run was asked to stop: it saves and leaves.",
+        "Stop requested",
+        "1 after a stop request: the run saves a checkpoint and exits.",
         "none",
         {"{{run}}": "mcl_stopping{@run}"},
         kind="stat",
@@ -64,17 +64,18 @@ NOW = [
     ),
 ]
 
-LOSSES = [
+LOST_TIME = [
     Panel(
         "Heartbeat",
-        "Seconds since each rank's last step. One that grows alone hangs; all that grow wait for one that is gone.",
+        "Time since each rank's last step. If it grows for one rank only, that rank hangs; if for all, they wait for a "
+        "lost rank.",
         "s",
         {"{{run}} {{rank}}": "mcl_heartbeat_age_seconds{@rank}"},
         limit=300,
     ),
     Panel(
-        "Answering",
-        "1 for each rank whose exporter answers.",
+        "Up by rank",
+        "1 for each rank whose metrics server answers.",
         "none",
         {"{{run}} {{rank}}": "up{@rank}"},
         limit=1,
@@ -82,21 +83,21 @@ LOSSES = [
     ),
     Panel(
         "Time lost by cause",
-        "Seconds in a second of the last quarter of an hour that brought nothing.",
+        "Unproductive share of the last 15 minutes.",
         "percentunit",
         {"{{cause}}": "sum by (cause) (run:mcl_lost:ratio15m{@run})"},
         kind="stack",
     ),
     Panel(
         "Restarts by cause",
-        "Starts after the first, within the last hour, by what ended the run before.",
+        "Restarts in the last hour, by the cause of the previous exit.",
         "none",
         {"{{cause}}": "sum by (cause) (run:mcl_restarts:increase1h{@run})"},
         limit=1,
     ),
     Panel(
         "Productive time",
-        "Share of the last quarter of an hour that went into steps that count, less what is to be repeated.",
+        "Productive share of the last 15 minutes, without steps that are repeated after a restart.",
         "percentunit",
         {"{{run}}": "run:mcl_productive:ratio15m{@run}"},
         limit=0.8,
@@ -108,44 +109,44 @@ LOSSES = [
 CHECKPOINTS = [
     Panel(
         "Steps since the checkpoint",
-        "Steps that a crash would cost now.",
+        "Steps that a crash would lose now.",
         "none",
         {"{{run}}": "run:mcl_checkpoint_lag:steps{@run}"},
     ),
     Panel(
-        "Time to write",
-        "Seconds that the newest checkpoint took, and for how many of them training stood still.",
+        "Write time",
+        "Duration of writing the newest checkpoint, and the training pause within it.",
         "s",
         {
-            "{{run}} in all": "mcl_checkpoint_seconds{@run}",
-            "{{run}} standing still": "mcl_checkpoint_stall_seconds{@run}",
+            "{{run}} total": "mcl_checkpoint_seconds{@run}",
+            "{{run}} training pause": "mcl_checkpoint_stall_seconds{@run}",
         },
     ),
     Panel("Size", "Bytes of the newest checkpoint.", "bytes", {"{{run}}": "mcl_checkpoint_bytes{@run}"}),
     Panel(
         "Written, failed, refused",
-        "Checkpoints written, not written, and found unusable at a start.",
+        "Completed checkpoints, failed writes, and checkpoints that failed verification at a start.",
         "none",
         {
-            what: f"sum(increase(mcl_checkpoints_{what}_total{{@run}}[$__rate_interval]))"
-            for what in ("written", "failed", "refused")
+            outcome: f"sum(increase(mcl_checkpoints_{outcome}_total{{@run}}[$__rate_interval]))"
+            for outcome in ("written", "failed", "refused")
         },
     ),
     Panel(
         "Failed in a row",
-        "Checkpoints that could not be written since the last that could.",
+        "Consecutive failed checkpoint writes since the last completed one.",
         "none",
         {"{{run}}": "mcl_checkpoints_failed_in_a_row{@run}"},
         limit=1,
     ),
 ]
 
-ROOM = [
+RESOURCES = [
     DISK_FREE,
     HOST_MEMORY_FREE,
     Panel(
-        "Files open",
-        "Share of the files that a rank's process may hold open.",
+        "Open files",
+        "Open file descriptors of a rank as a share of its limit.",
         "percentunit",
         {"{{run}} {{rank}}": "process_open_fds{@rank} / process_max_fds{@rank}"},
         limit=0.8,
@@ -155,8 +156,8 @@ ROOM = [
 
 RELIABILITY = dashboard(
     "reliability",
-    "What runs have lost, what a crash would cost now, and what is about to run out.",
+    "Alerts, lost time, cost of a crash, checkpoints and resources.",
     "mcl_run_info",
-    {"Now": NOW, "Losses": LOSSES, "CheckpointManager": CHECKPOINTS, "Room": ROOM},
+    {"Now": NOW, "Lost time": LOST_TIME, "Checkpoints": CHECKPOINTS, "Resources": RESOURCES},
     ("job", "run", "rank"),
 )

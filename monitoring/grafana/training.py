@@ -1,4 +1,4 @@
-"""Dashboard "training": how far, how fast, and whether it learns."""
+"""Dashboard "training": progress, speed, learning curves and machines."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from monitoring.grafana.panels import HOST_MEMORY_FREE, Panel, dashboard
 
 PROGRESS = [
     Panel(
-        "Done",
-        "Share of the run's steps that are done.",
+        "Steps done",
+        "Completed share of the planned steps.",
         "percentunit",
         {"{{run}}": "mcl_step{@run} / mcl_steps_planned{@run}"},
         kind="stat",
@@ -15,8 +15,8 @@ PROGRESS = [
         top=1,
     ),
     Panel(
-        "Left",
-        "Time that the remaining steps take at the pace of the last hour.",
+        "Time left",
+        "Remaining steps times the mean step time of the last hour.",
         "dtdurations",
         {"{{run}}": "(mcl_steps_planned{@run} - mcl_step{@run}) * on (job, run) run:mcl_step_seconds:mean1h{@run}"},
         kind="stat",
@@ -24,7 +24,7 @@ PROGRESS = [
     ),
     Panel(
         "Epoch",
-        "Epoch that the run is in, counted from 0.",
+        "Current epoch, counted from 0.",
         "none",
         {"{{run}}": "mcl_epoch{@run}"},
         kind="stat",
@@ -32,15 +32,15 @@ PROGRESS = [
     ),
     Panel(
         "Loss",
-        "Weighted sum of all terms in the last step that was taken.",
+        "Total loss (weighted sum of all terms) of the last applied step.",
         "none",
         {"{{run}}": 'mcl_loss{@run,term="total"}'},
         kind="stat",
         width=4,
     ),
     Panel(
-        "Waiting for data",
-        "Share of the steps' time spent waiting for batches. From a fifth on the loader is what limits the run.",
+        "Data wait",
+        "Share of step time spent waiting for batches. Above 20 %, the loader limits the run.",
         "percentunit",
         {"{{run}}": "run:mcl_data_wait:ratio5m{@run}"},
         limit=0.2,
@@ -50,7 +50,7 @@ PROGRESS = [
     ),
     Panel(
         "Steps skipped",
-        "Steps whose loss or gradient was no number; they changed nothing.",
+        "Steps whose loss or gradient was not finite; they updated no parameters.",
         "none",
         {"{{run}}": "sum by (run) (increase(mcl_steps_skipped_total{@run}[$__rate_interval]))"},
         limit=1,
@@ -62,13 +62,13 @@ PROGRESS = [
 SPEED = [
     Panel(
         "Throughput",
-        "Videos trained on in a second, over all ranks.",
+        "Training videos per second, over all ranks.",
         "cps",
         {"{{run}}": "sum by (run) (rate(mcl_videos_total{@run}[$__rate_interval]))"},
     ),
     Panel(
         "Step time",
-        "Median and 99th percentile of a step's wall time over the chosen ranks. Far apart: some steps hang.",
+        "Median and 99th percentile of the step time of the selected ranks. A large gap means delays in some steps.",
         "s",
         {
             f"{{{{run}}}} p{percent}": f"histogram_quantile({percent / 100}, sum by (run, le) "
@@ -77,8 +77,8 @@ SPEED = [
         },
     ),
     Panel(
-        "Where a step's time goes",
-        "Mean seconds a step by phase, over the chosen ranks.",
+        "Step time by phase",
+        "Mean time per step in each phase, over the selected ranks.",
         "s",
         {
             "{{phase}}": "sum by (phase) (rate(mcl_step_phase_seconds_sum{@rank}[$__rate_interval])) "
@@ -87,28 +87,28 @@ SPEED = [
         kind="stack",
     ),
     Panel(
-        "Ranks' own time",
-        "Mean seconds a step that a rank needs whatever the others do: waiting for its data and encoding keys. One "
-        "that lies above the others holds all of them up.",
+        "Own time by rank",
+        "Mean time per step that a rank needs independently of the others: data wait and key encoding. A rank above "
+        "the others is a straggler.",
         "s",
         {"{{run}} {{rank}}": "rank:mcl_own_seconds:mean5m{@rank}"},
     ),
     Panel(
-        "Slowest rank",
-        "Own time of the slowest rank over that of the rank in the middle. At 1 all are alike.",
+        "Straggler ratio",
+        "Own time of the slowest rank divided by the median over ranks. 1 means equal ranks.",
         "none",
         {"{{run}}": "run:mcl_straggler:ratio5m{@run}"},
         limit=1.25,
     ),
     Panel(
-        "Arithmetic",
-        "Floating-point operations (convolutions and matrix products) in a second, over all ranks.",
+        "FLOP/s",
+        "Floating-point operations (convolutions and matrix products) per second, over all ranks.",
         "flops",
         {"{{run}}": "sum by (run) (rate(mcl_flops_total{@run}[$__rate_interval]))"},
     ),
     Panel(
-        "Share of the devices' peak",
-        "Arithmetic done over what the devices could do. Empty where the peak is unknown, as on CPUs.",
+        "Model FLOPs utilisation",
+        "FLOP/s divided by the devices' peak. Empty where the peak is unknown, as on CPUs.",
         "percentunit",
         {"{{run}}": "mcl_flops_peak_ratio{@run}"},
         top=1,
@@ -118,61 +118,62 @@ SPEED = [
 LEARNING = [
     Panel(
         "Loss terms",
-        "Unweighted terms of the last step that was taken, means over ranks.",
+        "Unweighted loss terms of the last applied step, mean over ranks.",
         "none",
         {"{{run}} {{term}}": "mcl_loss{@run}"},
     ),
     Panel(
         "Similarities",
-        "Cosines of a query with its positive keys and with the queue's. Positives should rise above negatives.",
+        "Cosine similarity of queries to their positive keys and to the negative queue. Positives should rise above "
+        "negatives.",
         "none",
         {"{{run}} {{term}}": "mcl_similarity{@run}"},
     ),
     Panel(
-        "Nearest neighbours",
-        "Accuracy on held-out videos by their nearest neighbours. Empty without `evaluate.every`.",
+        "Online kNN",
+        "kNN accuracy on held-out videos. Empty without `evaluate.every`.",
         "percentunit",
         {"{{run}} {{measure}}": "mcl_knn_accuracy_ratio{@run}"},
         top=1,
     ),
     Panel(
         "Gradient norm",
-        "Of the last step that was taken, over all parameters.",
+        "Gradient norm of the last applied step, over all parameters.",
         "none",
         {"{{run}}": "mcl_gradient_norm{@run}"},
     ),
-    Panel("Learning rate", "Of the last step.", "none", {"{{run}}": "mcl_learning_rate{@run}"}),
+    Panel("Learning rate", "Learning rate of the last step.", "none", {"{{run}}": "mcl_learning_rate{@run}"}),
     Panel(
-        "Key encoder's momentum",
-        "Share of itself that the key encoder keeps in a step.",
+        "Key encoder momentum",
+        "Share of its own weights that the key encoder keeps in a step.",
         "percentunit",
         {"{{run}}": "mcl_momentum{@run}"},
         top=1,
     ),
     Panel(
-        "Queue",
-        "Share of the queue that holds keys of this run.",
+        "Queue fill",
+        "Share of the negative queue that holds keys of this run.",
         "percentunit",
         {"{{run}}": "mcl_queue_fill_ratio{@run}"},
         top=1,
     ),
     Panel(
         "Age of the oldest key",
-        "Steps since the oldest key in the queue was encoded. Keys that are too old were made by another network.",
+        "Steps since the oldest key in the negative queue was encoded. The encoder has changed since then.",
         "none",
         {"{{run}}": "mcl_queue_age_steps{@run}"},
     ),
     Panel(
-        "Not finite",
-        "Steps skipped because their loss or gradient was no number. More than a few mean a rate that is too high or "
-        "broken data.",
+        "Non-finite steps",
+        "Steps skipped because their loss or gradient was not finite. More than a few mean that the learning rate is "
+        "too high or the data are damaged.",
         "none",
         {"{{run}}": "sum by (run) (increase(mcl_steps_skipped_total{@run}[$__rate_interval]))"},
         limit=1,
     ),
     Panel(
-        "Leaps of the loss",
-        "Losses far above those before them, by what was done about them.",
+        "Loss spikes",
+        "Loss spikes, by the response to them.",
         "none",
         {"{{run}} {{answer}}": "sum by (run, answer) (increase(mcl_loss_spikes_total{@run}[$__rate_interval]))"},
         limit=1,
@@ -181,8 +182,8 @@ LEARNING = [
 
 MACHINES = [
     Panel(
-        "GPU use",
-        "Share of the time in which a kernel ran. Empty without GPUs.",
+        "GPU utilisation",
+        "Share of time in which a kernel ran. Empty without GPUs.",
         "percentunit",
         {"{{run}} {{rank}}": "mcl_gpu_utilization_ratio{@rank}"},
         limit=0.5,
@@ -191,7 +192,7 @@ MACHINES = [
     ),
     Panel(
         "GPU memory",
-        "Share of the device's memory in use, by anyone. Empty without GPUs.",
+        "Share of GPU memory in use by all processes. Empty without GPUs.",
         "percentunit",
         {"{{run}} {{rank}}": "mcl_gpu_memory_used_bytes{@rank} / mcl_gpu_memory_size_bytes{@rank}"},
         limit=0.95,
@@ -199,20 +200,20 @@ MACHINES = [
     ),
     Panel(
         "GPU temperature",
-        "Devices slow down from about 85 degrees on. Empty without GPUs.",
+        "GPUs throttle above about 85 °C. Empty without GPUs.",
         "celsius",
         {"{{run}} {{rank}}": "mcl_gpu_temperature_celsius{@rank}"},
         limit=85,
     ),
     Panel(
         "CPU time of ranks",
-        "CPU seconds in a second, a rank's worker processes not included.",
+        "CPU seconds per second of a rank, without its worker processes.",
         "none",
         {"{{run}} {{rank}}": "sum by (run, rank) (rate(process_cpu_seconds_total{@rank}[$__rate_interval]))"},
     ),
     Panel(
         "Memory of ranks",
-        "Memory that a rank's process holds.",
+        "Resident memory of a rank.",
         "bytes",
         {"{{run}} {{rank}}": "process_resident_memory_bytes{@rank}"},
     ),
@@ -221,8 +222,8 @@ MACHINES = [
 
 TRAINING = dashboard(
     "training",
-    "How far pre-training is, how fast it goes, where its time goes, and whether it learns.",
+    "Progress, speed, learning curves and machines of pre-training runs.",
     "mcl_step_seconds_count",
-    {"Progress": PROGRESS, "Speed": SPEED, "TrainingState": LEARNING, "Machines": MACHINES},
+    {"Progress": PROGRESS, "Speed": SPEED, "Learning": LEARNING, "Machines": MACHINES},
     ("job", "run", "rank"),
 )

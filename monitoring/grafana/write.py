@@ -1,4 +1,4 @@
-"""Writes the dashboards where Grafana's provisioning reads them: `python -m monitoring.grafana.write`."""
+"""Write the dashboards to the provisioning folder: `python -m monitoring.grafana.write`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ FOLDER = Path(__file__).parent / "dashboards"
 DASHBOARDS = (TRAINING, DATA, BUILDER, RELIABILITY)
 
 
-def text_of(board: dict[str, Any]) -> str:
-    """A dashboard's file."""
-    return json.dumps(board, indent=1) + "\n"
+def dashboard_json(dashboard: dict[str, Any]) -> str:
+    """Content of a dashboard's file."""
+    return json.dumps(dashboard, indent=1) + "\n"
 
 
 def main() -> None:
-    """Write a file a dashboard."""
-    for board in DASHBOARDS:
-        (FOLDER / f"{board['uid']}.json").write_text(text_of(board))
+    """Write one file per dashboard."""
+    for dashboard in DASHBOARDS:
+        (FOLDER / f"{dashboard['uid']}.json").write_text(dashboard_json(dashboard))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The history of a run: in go lines of its folder, out comes one `RunView` for terminals, pages and `--json`."""
+"""The history of a run: turns the records of its folder into one `RunView` for terminals, pages and `--json`."""

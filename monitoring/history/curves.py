@@ -1,4 +1,4 @@
-"""Figures of every step in bounded memory: the newest as they were, all of them as means over more and more steps."""
+"""Values of every step in bounded memory: the newest steps exactly, all steps as means over growing intervals."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
-MOST_POINTS = 300  # of the whole run: about as many as a chart has pixels to tell apart
+MOST_POINTS = 300  # of the whole run: about the horizontal resolution of a chart
 NUM_RECENT = 120
 DIGITS = 6
 
 
 class Columns(TypedDict):
-    """Points in order; a value that a point lacks, or that is not finite, is none."""
+    """Points in step order; a missing or non-finite value is None."""
 
     step: list[int]
     time: list[float | None]
@@ -23,43 +23,43 @@ class Columns(TypedDict):
 
 @dataclass
 class _Point:
-    """Some steps in a row: the last one's number and time, and what their finite values add up to."""
+    """Consecutive steps: number and time of the last one, and (sum, count) of their finite values."""
 
     step: int
     time: float | None
     num_steps: int = 1
     sums: dict[str, tuple[float, int]] = field(default_factory=dict)
 
-    def add(self, later: _Point) -> None:
-        """Take in the steps that come next."""
-        self.step, self.time = later.step, later.time
-        self.num_steps += later.num_steps
-        for name, (value, count) in later.sums.items():
+    def add(self, following: _Point) -> None:
+        """Extend this point by the steps that follow it."""
+        self.step, self.time = following.step, following.time
+        self.num_steps += following.num_steps
+        for name, (value, count) in following.sums.items():
             own_value, own_count = self.sums.get(name, (0.0, 0))
             self.sums[name] = own_value + value, own_count + count
 
     def mean(self, name: str) -> float | None:
-        """Mean of the steps that have a finite value."""
+        """Mean over the steps with a finite value."""
         value, count = self.sums.get(name, (0.0, 0))
         return float(f"{value / count:.{DIGITS}g}") if count else None
 
 
 class Curves:
-    """The course of a run, a step at a time; what a step costs does not grow with the run."""
+    """Values over the steps of a run; the cost of a step does not grow with the run."""
 
     def __init__(self) -> None:
         self._points: list[_Point] = []
         self._recent: deque[_Point] = deque(maxlen=NUM_RECENT)
-        self._width = 1  # steps to a point
+        self._steps_per_point = 1
 
     def append(self, step: int, time: float | None, values: Mapping[str, Any]) -> None:
-        """Add a step; steps after it, which a run that went back has left behind, are forgotten."""
+        """Add a step; drops later steps, which remain from before a rollback."""
         if self._recent and step <= self._recent[-1].step:
             self.rewind(step)
         sums = {name: (float(value), 1) for name, value in values.items() if _is_finite(value)}
         self._recent.append(_Point(step, time, 1, sums))
         newest = _Point(step, time, 1, dict(sums))
-        if self._points and self._points[-1].num_steps < self._width:
+        if self._points and self._points[-1].num_steps < self._steps_per_point:
             self._points[-1].add(newest)
             return
         self._points.append(newest)
@@ -67,7 +67,7 @@ class Curves:
             self._halve()
 
     def rewind(self, step: int) -> None:
-        """Forget this step and those after it."""
+        """Drop this step and all later ones."""
         self._recent = deque((point for point in self._recent if point.step < step), maxlen=NUM_RECENT)
         while self._points and self._points[-1].step >= step:
             self._points.pop()
@@ -77,18 +77,18 @@ class Curves:
         return _columns(self._points)
 
     def recent(self) -> Columns:
-        """The newest steps, each a point."""
+        """The newest steps, one point each."""
         return _columns(self._recent)
 
     def _halve(self) -> None:
         pairs = zip(self._points[::2], self._points[1::2], strict=False)
         odd = self._points[-1:] if len(self._points) % 2 else []
         merged = []
-        for point, later in pairs:
-            point.add(later)
+        for point, following in pairs:
+            point.add(following)
             merged.append(point)
         self._points = merged + odd
-        self._width *= 2
+        self._steps_per_point *= 2
 
 
 def _columns(points: Iterable[_Point]) -> Columns:

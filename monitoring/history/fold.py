@@ -1,4 +1,4 @@
-"""A run's own history, folded in bounded memory from the lines of its `metrics.jsonl` and `log.jsonl`."""
+"""Folds the records of a run's `metrics.jsonl` and `log.jsonl` into its view, in bounded memory."""
 
 from __future__ import annotations
 
@@ -8,11 +8,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from monitoring.history.curves import Curves
-from monitoring.history.messages import message
-from monitoring.history.run_view import VERSION, Checkpoint, Message, RankView, RunView, quiet_limit, usual, warnings_of
+from monitoring.history.messages import Record, event_message
+from monitoring.history.run_view import (
+    VERSION,
+    Checkpoint,
+    Message,
+    RankView,
+    RunView,
+    active_warnings,
+    known_median,
+    stall_timeout,
+)
 
 NUM_MESSAGES = 50
-GONE_SECONDS = 5.0  # without news before a lock that nobody holds says that the run is gone
+EXIT_SECONDS = 5.0  # without a record, and with the lock free, after which the run counts as stopped
 STATES = {
     "Started": "starting",
     "Evaluating": "evaluating",
@@ -21,25 +30,25 @@ STATES = {
     "Finished": "finished",
     "Failed": "failed",
 }
-UNTIL_A_STEP = ("waiting", "starting", "evaluating")
-PHASE = "phase:"  # in front of a phase's name among a step's figures
-NO_FIGURES = ("time", "step", "epoch", "taken", "phases")
-COUNTED = {
+STATES_BEFORE_STEPS = ("waiting", "starting", "evaluating")
+PHASE = "phase:"  # prefix of a phase among the values of a step
+NOT_VALUES = ("time", "step", "epoch", "taken", "phases")
+COUNTERS = {
     "Started": "starts",
     "StepSkipped": "skipped",
     "LossSpike": "spikes",
     "CheckpointFailed": "checkpoints_failed",
 }
-IN_A_ROW = {
+STREAKS = {
     "StepSkipped": "skipped_in_a_row",
     "CheckpointFailed": "checkpoints_failed_in_a_row",
     "CheckpointWritten": "checkpoints_failed_in_a_row",
 }
-COUNTS = (*COUNTED.values(), *IN_A_ROW.values())
+COUNTS = (*COUNTERS.values(), *STREAKS.values())
 
 
 class History:
-    """Takes a run's lines one by one, and tells what they come to."""
+    """Accumulates a run's records one by one and returns the resulting view."""
 
     def __init__(self, run: str, source: str) -> None:
         self._run, self._source = run, source
@@ -47,7 +56,7 @@ class History:
         self._evaluations = Curves()
         self._messages: deque[Message] = deque(maxlen=NUM_MESSAGES)
         self._counts = dict.fromkeys(COUNTS, 0)
-        self._state, self._why = "waiting", "nothing has been told yet"
+        self._state, self._why = "waiting", "no event yet"
         self._step = 0
         self._epoch: int | None = None
         self._total_steps: int | None = None
@@ -55,33 +64,33 @@ class History:
         self._updated: float | None = None
         self._latest: dict[str, float | None] = {}
         self._checkpoint: Checkpoint | None = None
-        self._reports: dict[int, Mapping[str, Any]] = {}
+        self._reports: dict[int, Record] = {}
         self._restarts: dict[str, int] = {}
         self._goodput: float | None = None
 
-    def take_step(self, line: Mapping[str, Any]) -> None:
-        """Add a line of `metrics.jsonl`."""
-        figures = {name: value for name, value in line.items() if name not in NO_FIGURES}
-        figures |= {PHASE + name: value for name, value in line.get("phases", {}).items()}
-        self._step, self._epoch, self._updated = line["step"], line["epoch"], line.get("time")
-        self._latest = figures
-        self._curves.append(line["step"], line.get("time"), figures)
-        if self._state in UNTIL_A_STEP:
+    def add_step(self, record: Record) -> None:
+        """Add a record of `metrics.jsonl`."""
+        values = {name: value for name, value in record.items() if name not in NOT_VALUES}
+        values |= {PHASE + name: value for name, value in record.get("phases", {}).items()}
+        self._step, self._epoch, self._updated = record["step"], record["epoch"], record.get("time")
+        self._latest = values
+        self._curves.append(record["step"], record.get("time"), values)
+        if self._state in STATES_BEFORE_STEPS:
             self._state, self._why = "running", ""
-        if line.get("taken", True):
+        if record.get("taken", True):
             self._counts["skipped_in_a_row"] = 0
 
-    def take_event(self, line: Mapping[str, Any], rank: int = 0) -> None:
-        """Add a line of a rank's log; of other ranks than the first only what feeds them is heard."""
-        if line["event"] == "LoaderReport":
-            self._reports[rank] = line
+    def add_event(self, record: Record, rank: int = 0) -> None:
+        """Add a record of a rank's log; only loader reports count from ranks other than the first."""
+        if record["event"] == "LoaderReport":
+            self._reports[rank] = record
         elif rank == 0:
-            self._hear(line)
+            self._add_first_rank_event(record)
 
     def view(self, *, alive: bool | None = True) -> RunView:
-        """The run now; `alive` says whether its process still is, none where that cannot be known."""
+        """The current view; `alive`: whether the run's process exists, None if unknown."""
         whole, recent, now = self._curves.whole(), self._curves.recent(), time.time()
-        step_seconds = usual(recent["values"].get("seconds", []))
+        step_seconds = known_median(recent["values"].get("seconds", []))
         state, why = self._state_at(now, alive, step_seconds)
         left = max(0, self._total_steps - self._step) if self._total_steps is not None else None
         view = RunView(
@@ -104,68 +113,68 @@ class History:
             evaluations=self._evaluations.whole(),
             counts=dict(self._counts),
             checkpoint=self._checkpoint,
-            loader=_fed(self._reports),
-            ranks=[_rank(rank, report, self._started) for rank, report in sorted(self._reports.items())],
+            loader=_loader_totals(self._reports),
+            ranks=[_rank_view(rank, report, self._started) for rank, report in sorted(self._reports.items())],
             restarts=dict(self._restarts),
             goodput=self._goodput,
             warnings=[],
             messages=list(self._messages),
         )
-        view["warnings"] = warnings_of(view)
+        view["warnings"] = active_warnings(view)
         return view
 
     def _state_at(self, now: float, alive: bool | None, step_seconds: float | None) -> tuple[str, str]:
         if self._state in ("finished", "failed", "waiting"):
             return self._state, self._why
-        heard = [moment for moment in (self._started, self._updated) if moment is not None]
-        quiet = now - max(heard) if heard else 0.0
-        if alive is False and quiet > GONE_SECONDS:
-            said = self._why if self._state == "stopping" else ""
-            return "stopped", said or "its process is gone without a word"
-        if self._state == "running" and quiet > quiet_limit(step_seconds):
-            return "stalled", f"no step for {quiet:.0f} s"
+        times = [moment for moment in (self._started, self._updated) if moment is not None]
+        idle_seconds = now - max(times) if times else 0.0
+        if alive is False and idle_seconds > EXIT_SECONDS:
+            reason = self._why if self._state == "stopping" else ""
+            return "stopped", reason or "the process exited unexpectedly"
+        if self._state == "running" and idle_seconds > stall_timeout(step_seconds):
+            return "stalled", f"no step for {idle_seconds:.0f} s"
         return self._state, self._why
 
-    def _hear(self, line: Mapping[str, Any]) -> None:
-        if told := message(line):
-            self._messages.append(told)
-        name = line["event"]
+    def _add_first_rank_event(self, record: Record) -> None:
+        if message := event_message(record):
+            self._messages.append(message)
+        name = record["event"]
         if name in STATES:
-            self._state, self._why = STATES[name], line.get("reason", "")
-        self._count(name, line)
+            self._state, self._why = STATES[name], record.get("reason", "")
+        self._count(name, record)
         match name:
             case "Started":
-                self._started, self._step, self._total_steps = line["time"], line["step"], line["total_steps"]
+                self._started, self._step, self._total_steps = record["time"], record["step"], record["total_steps"]
                 self._reports.clear()
-                self._evaluations.rewind(line["step"] + 1)
+                self._evaluations.rewind(record["step"] + 1)
             case "CheckpointWritten":
-                self._checkpoint = _checkpoint(line)
+                self._checkpoint = _checkpoint(record)
             case "Evaluating":
-                self._why = f"{line['done']:,} of {line['videos']:,} videos of a set, on the first rank"
+                self._why = f"{record['done']:,} of {record['videos']:,} videos of a set, on the first rank"
             case "Evaluated":
-                figures = {**line["scores"], "seconds": line["seconds"]}
-                self._evaluations.append(line["step"], line["time"], figures)
+                values = {**record["scores"], "seconds": record["seconds"]}
+                self._evaluations.append(record["step"], record["time"], values)
             case "Restarted":
-                self._restarts[line["cause"]] = self._restarts.get(line["cause"], 0) + 1
+                self._restarts[record["cause"]] = self._restarts.get(record["cause"], 0) + 1
             case "Accounts":
-                self._goodput, self._restarts = line["goodput"], dict(line["restarts"])
+                self._goodput, self._restarts = record["goodput"], dict(record["restarts"])
             case "Finished":
-                self._step = line["step"]
+                self._step = record["step"]
 
-    def _count(self, name: str, line: Mapping[str, Any]) -> None:
-        if name in COUNTED:
-            self._counts[COUNTED[name]] += 1
-        if name in IN_A_ROW:
-            self._counts[IN_A_ROW[name]] = line.get("in_a_row", 0)
+    def _count(self, name: str, record: Record) -> None:
+        if name in COUNTERS:
+            self._counts[COUNTERS[name]] += 1
+        if name in STREAKS:
+            self._counts[STREAKS[name]] = record.get("in_a_row", 0)
 
 
-def _checkpoint(line: Mapping[str, Any]) -> Checkpoint:
+def _checkpoint(record: Record) -> Checkpoint:
     return Checkpoint(
-        step=line["step"],
-        time=line["time"],
-        seconds=line["seconds"],
-        stall_seconds=line.get("stall_seconds"),
-        bytes=line.get("bytes"),
+        step=record["step"],
+        time=record["time"],
+        seconds=record["seconds"],
+        stall_seconds=record.get("stall_seconds"),
+        bytes=record.get("bytes"),
     )
 
 
@@ -179,31 +188,31 @@ def _means(values: Mapping[str, list[float | None]]) -> dict[str, float]:
     return means
 
 
-def _fed(reports: Mapping[int, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """What has fed these ranks, all together."""
+def _loader_totals(reports: Mapping[int, Record]) -> dict[str, Any] | None:
+    """Totals of the ranks' loader reports."""
     if not reports:
         return None
     newest = reports.values()
-    fed: dict[str, Any] = {
+    totals: dict[str, Any] = {
         name: sum(report[name] for report in newest) for name in ("expected", "delivered", "replaced", "queue")
     }
-    fed["unaccounted"] = fed["expected"] - fed["delivered"] - fed["replaced"]
-    fed["bad_samples"] = _by_reason(report["bad_samples"] for report in newest)
-    fed["retries"] = _by_reason(report["storage"].get("retries", {}) for report in newest)
+    totals["unaccounted"] = totals["expected"] - totals["delivered"] - totals["replaced"]
+    totals["bad_samples"] = _by_reason(report["bad_samples"] for report in newest)
+    totals["retries"] = _by_reason(report["storage"].get("retries", {}) for report in newest)
     for name in ("cache_hits", "cache_misses", "bytes_read"):
-        fed[name] = sum(report["storage"].get(name, 0) for report in newest)
-    return fed
+        totals[name] = sum(report["storage"].get(name, 0) for report in newest)
+    return totals
 
 
 def _by_reason(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Counts of all ranks, by reason, without those of nothing."""
+    """Totals of the ranks' counts by reason, without zeros."""
     total: Counter[str] = Counter()
     for count in counts:
         total.update(count)
     return {reason: number for reason, number in total.most_common() if number}
 
 
-def _rank(rank: int, report: Mapping[str, Any], started: float | None) -> RankView:
+def _rank_view(rank: int, report: Record, started: float | None) -> RankView:
     seconds = report["time"] - started if started is not None else 0.0
     return RankView(
         rank=rank,

@@ -1,4 +1,4 @@
-"""What happened to a run, in a person's words, from the lines of its `log.jsonl`."""
+"""Messages for people from the records of a run's `log.jsonl`."""
 
 from __future__ import annotations
 
@@ -7,45 +7,44 @@ from typing import Any
 
 from monitoring.history.run_view import Message
 
-NAMED = 3  # samples of a message; the log has them all
-Line = Mapping[str, Any]
+MAX_SAMPLES = 3  # samples in a message; the log has all
+Record = Mapping[str, Any]
 
 
-def message(line: Line) -> Message | None:
-    """What a person reads of this event; none of those that come all the time."""
-    known = _WORDS.get(line["event"])
-    if known is None:
+def event_message(record: Record) -> Message | None:
+    """The message of an event; None for frequent events, which have no message."""
+    if record["event"] not in _FORMATS:
         return None
-    level, words = known
-    return Message(time=line["time"], level=level, text=words(line))
+    level, text = _FORMATS[record["event"]]
+    return Message(time=record["time"], level=level, text=text(record))
 
 
-def _started(line: Line) -> str:
-    start = f"resumed after step {line['step']:,}" if line["resumed_from"] else "started"
-    return f"{start}, {line['total_steps']:,} steps in all"
+def _started(record: Record) -> str:
+    start = f"resumed after step {record['step']:,}" if record["resumed_from"] else "started"
+    return f"{start}, {record['total_steps']:,} steps in total"
 
 
-def _skipped(line: Line) -> str:
-    named = ", ".join(map(str, line["samples"][:NAMED])) or "no sample named"
-    more = f" and {len(line['samples']) - NAMED} more" if line["samples"][NAMED:] else ""
-    return f"step {line['step']:,} skipped, {line['reason']}: {named}{more}"
+def _skipped(record: Record) -> str:
+    samples = ", ".join(map(str, record["samples"][:MAX_SAMPLES])) or "no sample named"
+    more = f" and {len(record['samples']) - MAX_SAMPLES} more" if record["samples"][MAX_SAMPLES:] else ""
+    return f"step {record['step']:,} skipped, {record['reason']}: {samples}{more}"
 
 
-def _spike(line: Line) -> str:
-    back = line["rolled_back_to"]
-    answer = "" if back is None else f", went back to the checkpoint of step {back:,}"
-    return f"step {line['step']:,}: the loss leapt to {line['loss']:.3f}{answer}"
+def _spike(record: Record) -> str:
+    back = record["rolled_back_to"]
+    rollback = "" if back is None else f"; rolled back to the checkpoint of step {back:,}"
+    return f"step {record['step']:,}: loss spike: {record['loss']:.3f}{rollback}"
 
 
-_WORDS: Mapping[str, tuple[str, Callable[[Line], str]]] = {
+_FORMATS: Mapping[str, tuple[str, Callable[[Record], str]]] = {
     "Started": ("info", _started),
     "StepSkipped": ("warning", _skipped),
     "LossSpike": ("warning", _spike),
-    "CheckpointFailed": ("error", lambda line: f"checkpoint of step {line['step']:,} not written: {line['reason']}"),
-    "CheckpointRefused": ("warning", lambda line: f"{line['url']} refused: {line['reason']}"),
-    "Restarted": ("warning", lambda line: f"restarted after {line['cause']}, {line['lost_seconds']:.0f} s lost"),
-    "Stopping": ("info", lambda line: f"stopping after step {line['step']:,}: {line['reason']}"),
-    "Notice": ("info", lambda line: str(line["text"])),
-    "Finished": ("info", lambda line: f"finished {line['step']:,} steps"),
-    "Failed": ("error", lambda line: str(line["reason"])),
+    "CheckpointFailed": ("error", lambda record: f"checkpoint of step {record['step']:,} failed: {record['reason']}"),
+    "CheckpointRefused": ("warning", lambda record: f"{record['url']} rejected: {record['reason']}"),
+    "Restarted": ("warning", lambda record: f"restarted after {record['cause']}, {record['lost_seconds']:.0f} s lost"),
+    "Stopping": ("info", lambda record: f"stopping after step {record['step']:,}: {record['reason']}"),
+    "Notice": ("info", lambda record: str(record["text"])),
+    "Finished": ("info", lambda record: f"finished {record['step']:,} steps"),
+    "Failed": ("error", lambda record: str(record["reason"])),
 }

@@ -1,4 +1,4 @@
-"""The view of a run that its first rank serves."""
+"""The view of a run, fetched from the first rank's server."""
 
 from __future__ import annotations
 
@@ -12,54 +12,54 @@ from mcl_dist.errors import UserError
 from monitoring.history.run_view import VERSION, RunView
 from monitoring.http.client import HttpClient
 
-SECONDS = 10.0
-MOST_BYTES = 16 * 2**20
+TIMEOUT_SECONDS = 10.0
+MAX_BYTES = 16 * 2**20
 
 
 class RemoteRun:
-    """A run at a URL.
+    """A run whose first rank serves its view.
 
     Args:
         url: of the run's first rank, `http(s)://host:port`.
-        credentials: file that holds `user:password`, for no one else to read.
-        certificates: PEM file of who is trusted to sign the server's certificate, where the system does not know it.
+        credentials: file with `user:password`, readable by its owner only.
+        ca_file: PEM file of the CA that signed the server's certificate, if the system does not trust it.
 
     Raises:
-        ConfigError: the URL holds a password, or a file cannot be used.
+        ConfigError: the URL is invalid or contains a password, or a file cannot be used.
     """
 
-    def __init__(self, url: str, credentials: Path | None = None, certificates: Path | None = None) -> None:
-        self._client = HttpClient(url, credentials, certificates)
+    def __init__(self, url: str, credentials: Path | None = None, ca_file: Path | None = None) -> None:
+        self._client = HttpClient(url, credentials, ca_file)
 
     def view(self) -> RunView:
-        """The run as its first rank tells it now.
+        """The run's current view.
 
         Raises:
-            UserError: nobody answers, or not with a run's view.
+            UserError: the server does not answer, or its answer is not a run's view.
         """
         url = self._client.url
         try:
-            with self._client.open(f"{url}/api/history", SECONDS) as answer:
-                view = json.loads(answer.read(MOST_BYTES))
+            with self._client.open(f"{url}/api/history", TIMEOUT_SECONDS) as answer:
+                view = json.loads(answer.read(MAX_BYTES))
         except HTTPError as error:
             with error:
-                raise UserError(f"{url}: {_told(error)}") from error
+                raise UserError(f"{url}: {_reason(error)}") from error
         except (URLError, OSError, HTTPException) as error:
             reason = getattr(error, "reason", error)
-            raise UserError(f"{url}: {reason}; is the run on, and its monitoring.address reachable?") from error
+            raise UserError(f"{url}: {reason}; is the run active, and its monitoring.address reachable?") from error
         except ValueError:
             view = None
         if not isinstance(view, dict) or view.get("version") != VERSION:
-            raise UserError(f"{url}: no run's view there; give the address of a run's first rank")
+            raise UserError(f"{url}: the answer is not a run's view; give the address of a run's first rank")
         return cast(RunView, view)
 
 
-def _told(error: HTTPError) -> str:
+def _reason(error: HTTPError) -> str:
     match error.code:
         case 401 | 403:
-            return "asks for a user and password, or these are wrong; give --credentials FILE with user:password"
+            return "asks for a user and password, or they are wrong; give --credentials FILE with user:password"
         case 404:
-            return "no run's view there; give the address of a run's first rank, not of another or of Prometheus"
+            return "serves no run's view; give the address of a run's first rank, not of another rank or of Prometheus"
         case 503:
             return "the run has written nothing yet"
-    return f"answers {error.code} {error.reason}"
+    return f"answered {error.code} {error.reason}"

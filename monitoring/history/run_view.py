@@ -1,4 +1,4 @@
-"""What a person wants to know of a run, as plain data: a terminal, a page and `--json` show this and nothing else."""
+"""The view of a run as plain data: the only input of the terminal monitor, the web page and `--json`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any, TypedDict
 from monitoring.history.curves import Columns
 
 VERSION = 2
-QUIET_STEPS = 10  # a step that takes this many times the usual one, and a minute, is none: the run stalls
-QUIET_SECONDS = 60.0
+STALL_FACTOR = 10  # a run stalls when a step takes this many times the median and at least STALL_SECONDS
+STALL_SECONDS = 60.0
 STARVED_RATIO = 0.2  # of a step spent waiting for data
 
 
 class Checkpoint(TypedDict):
-    """The newest complete checkpoint; what is not known is none."""
+    """The newest complete checkpoint; unknown fields are None."""
 
     step: int
     time: float | None
@@ -23,10 +23,13 @@ class Checkpoint(TypedDict):
 
 
 class RankView(TypedDict):
-    """What is known of one rank; what is not known is none.
+    """One rank; unknown fields are None.
 
-    `time` is its last word; `wait_ratio` the share of its time spent waiting for data; `queue` its batches that are
-    ready; `bad_samples` and `retries` count from its start.
+    Attributes:
+        time: Unix seconds of its last report.
+        wait_ratio: share of its time spent waiting for data.
+        queue: batches that are ready.
+        bad_samples, retries: counts since its start.
     """
 
     rank: int
@@ -41,7 +44,7 @@ class RankView(TypedDict):
 
 
 class Message(TypedDict):
-    """Something that happened; `level` is `info`, `warning` or `error`."""
+    """An event for people to read; `level` is `info`, `warning` or `error`."""
 
     time: float | None
     level: str
@@ -52,21 +55,23 @@ class RunView(TypedDict):
     """A run at one moment.
 
     Attributes:
-        version: of this form.
-        source: where these figures come from.
-        now, started, updated: Unix seconds: of this view, of the newest start, of the newest step.
+        version: of these fields.
+        source: origin of the values.
+        now, started, updated: Unix seconds of this view, of the newest start and of the newest step.
         state: `waiting` (nothing yet), `starting`, `running`, `evaluating`, `stalled`, `stopping`, `stopped`,
-            `finished`, `failed`; `why` says more where there is more to say.
-        seconds_left: at the pace of the newest steps.
-        latest: figures of the newest step; those of a step that was skipped may be none.
+            `finished`, `failed`.
+        why: details of the state, or empty.
+        seconds_left: at the median duration of the newest steps.
+        latest: values of the newest step; a skipped step may have None.
         phases: mean seconds of the newest steps, by phase.
-        whole, recent: the figures by step.
-        evaluations: accuracies on held-out videos by step: `top1`, `top5`, `mean_class`, and the `seconds` it took.
+        whole, recent: values by step, of the whole run and of the newest steps.
+        evaluations: online kNN accuracies by step: `top1`, `top5`, `mean_class`, and the duration `seconds`.
         counts: `skipped`, `skipped_in_a_row`, `spikes`, `starts`, `checkpoints_failed`, `checkpoints_failed_in_a_row`.
-        loader: what has fed the ranks that are known: `expected`, `delivered`, `replaced`, `unaccounted`, `queue`,
+        loader: totals over the ranks that have reported: `expected`, `delivered`, `replaced`, `unaccounted`, `queue`,
             `bad_samples` and `retries` by reason, `cache_hits`, `cache_misses`, `bytes_read`.
-        restarts: by cause; `goodput` is the share of the time that went into steps that count.
-        warnings: what a person should look at now.
+        restarts: counts by cause.
+        goodput: productive share of the wall time.
+        warnings: current problems, most urgent first.
     """
 
     version: int
@@ -96,27 +101,27 @@ class RunView(TypedDict):
     messages: list[Message]
 
 
-def usual(values: list[float | None]) -> float | None:
-    """The median of what is there."""
+def known_median(values: list[float | None]) -> float | None:
+    """The upper median of the known values."""
     known = sorted(value for value in values if value is not None)
     return known[len(known) // 2] if known else None
 
 
-def quiet_limit(step_seconds: float | None) -> float:
+def stall_timeout(step_seconds: float | None) -> float:
     """Seconds without a step after which a run counts as stalled."""
-    return max(QUIET_SECONDS, QUIET_STEPS * (step_seconds or 0.0))
+    return max(STALL_SECONDS, STALL_FACTOR * (step_seconds or 0.0))
 
 
-def warnings_of(view: RunView) -> list[str]:
-    """What a person should look at now, most pressing first."""
+def active_warnings(view: RunView) -> list[str]:
+    """Current problems, most urgent first."""
     counts, loader = view["counts"], view["loader"] or {}
-    waiting = usual(view["recent"]["values"].get("data_wait_ratio", []))
-    found = [
+    waiting = known_median(view["recent"]["values"].get("data_wait_ratio", []))
+    checks = [
         (view["state"] in ("stalled", "failed"), f"{view['state']}: {view['why']}"),
-        (counts["skipped_in_a_row"], f"steps in a row that were not finite: {counts['skipped_in_a_row']}"),
+        (counts["skipped_in_a_row"], f"non-finite steps in a row: {counts['skipped_in_a_row']}"),
         (
             counts["checkpoints_failed_in_a_row"],
-            f"checkpoints in a row that could not be written: {counts['checkpoints_failed_in_a_row']}",
+            f"failed checkpoints in a row: {counts['checkpoints_failed_in_a_row']}",
         ),
         (loader.get("unaccounted"), f"samples unaccounted for: {loader.get('unaccounted')}"),
         (
@@ -124,4 +129,4 @@ def warnings_of(view: RunView) -> list[str]:
             f"{waiting or 0:.0%} of a step is spent waiting for data",
         ),
     ]
-    return [text for is_so, text in found if is_so]
+    return [text for applies, text in checks if applies]

@@ -1,1 +1,1 @@
-"""HTTP: a server for `/metrics`, `/healthz` and pages, and clients for a Pushgateway and for other runs."""
+"""HTTP server for `/metrics`, `/healthz` and the run page; clients for a Pushgateway and for other runs' servers."""

@@ -1,4 +1,4 @@
-"""The file by which Prometheus finds a run's ranks (`file_sd_configs`)."""
+"""Target file of a run for Prometheus's file-based service discovery (`file_sd_configs`)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from mcl_dist.storage.folder import Folder
 
-FILE = "targets.json"
+TARGETS_FILE = "targets.json"
 
 
 @dataclass(frozen=True)
 class ScrapeTarget:
-    """Where one rank answers, and the labels that its series bear."""
+    """Address of one rank's metrics server, and the labels of its series."""
 
     rank: int
     node: str
@@ -22,7 +22,7 @@ class ScrapeTarget:
 
 
 def write_targets(path: Path, targets: list[ScrapeTarget], run: str, *, tls: bool) -> None:
-    """Tell Prometheus of a run's ranks; none, once it has ended in order: a target that is gone is an alarm.
+    """Write the targets of a run; an empty list after an orderly end, because a missing target raises an alert.
 
     Raises:
         UserError: the file cannot be written.

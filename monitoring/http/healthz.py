@@ -1,4 +1,4 @@
-"""Whether a process still gets on: when its last step or sign of life was, and what `/healthz` says of it."""
+"""The endpoint `/healthz`: whether a process makes progress, and its step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 
 class Healthz:
-    """The time of the last step, and a WSGI application that tells it.
+    """WSGI application that reports the time since the last heartbeat.
 
     Args:
-        stale_seconds: after which a process without a step counts as stuck.
+        stale_seconds: time without a heartbeat after which the process counts as stale.
 
     Attributes:
-        step: steps done.
+        step: completed steps.
     """
 
     def __init__(self, stale_seconds: float) -> None:
@@ -24,19 +24,19 @@ class Healthz:
         self.step = 0
 
     def beat(self, step: int) -> None:
-        """A step is done, or what stands between two of them, an evaluation, gets on."""
+        """Record a heartbeat: a completed step, or progress of an evaluation between two steps."""
         self._last = time.monotonic()
         self.step = step
 
     @property
     def age(self) -> float:
-        """Seconds since the last beat, or the start."""
+        """Seconds since the last heartbeat or the start."""
         return time.monotonic() - self._last
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:  # noqa: ARG002
-        """Answer 200, or 503 when stuck, with what is known as JSON."""
+        """Answer 200, or 503 when stale, with status, step and age as JSON."""
         age = self.age
         is_stale = age > self._stale_seconds
         start_response("503 Service Unavailable" if is_stale else "200 OK", [("Content-Type", "application/json")])
-        said = {"status": "stale" if is_stale else "ok", "step": self.step, "age_seconds": round(age, 3)}
-        return [json.dumps(said).encode() + b"\n"]
+        health = {"status": "stale" if is_stale else "ok", "step": self.step, "age_seconds": round(age, 3)}
+        return [json.dumps(health).encode() + b"\n"]

@@ -1,4 +1,4 @@
-"""Metrics of a command that may end between two scrapes, pushed to a Pushgateway, where Prometheus finds them later."""
+"""Push the metrics of a batch job to a Pushgateway, which Prometheus scrapes; the job may end between two scrapes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from prometheus_client import CollectorRegistry, push_to_gateway
 
 from monitoring.http.client import HttpClient
 
-PUSH_SECONDS = 15.0  # between two pushes, as between two scrapes
-REQUEST_SECONDS = 10.0  # for the gateway to answer; at its end a command waits for it twice at the most
+PUSH_SECONDS = 15.0  # push interval, equal to the scrape interval
+REQUEST_SECONDS = 10.0  # request timeout; a job that ends waits for at most two requests
 
 
 class Pushgateway:
-    """A Pushgateway, and the group of metrics there that is this command's.
+    """One group of metrics on a Pushgateway.
 
     Args:
-        client: of the gateway.
-        job: label of the group.
-        labels: its other labels.
-        tell: is told in a line when pushing begins to fail, and at the end how often it has.
-        seconds: between two pushes.
+        client: HTTP client of the Pushgateway.
+        job: job label of the group.
+        labels: other labels of the group.
+        log: receives one line when pushing starts to fail, and one with the number of failures at the end.
+        seconds: push interval.
     """
 
     def __init__(
@@ -32,54 +32,54 @@ class Pushgateway:
         client: HttpClient,
         job: str,
         labels: Mapping[str, str],
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
         seconds: float = PUSH_SECONDS,
     ) -> None:
         self._client = client
         self._job, self._labels = job, dict(labels)
-        self._tell = tell
+        self._log = log
         self._seconds = seconds
         self._failed = 0
-        self._fails = False
+        self._is_failing = False
 
     @contextmanager
-    def pushing(self, registry: CollectorRegistry, count_failure: Callable[[], None]) -> Iterator[None]:
-        """Push now and then, and once more at the end; what cannot be pushed is told and counted, and fails nothing."""
+    def push_periodically(self, collectors: CollectorRegistry, count_failure: Callable[[], None]) -> Iterator[None]:
+        """Push at every interval inside the block and at its end; a failed push is logged and counted, not raised."""
         ended = threading.Event()
 
-        def push_on() -> None:
+        def push_loop() -> None:
             while not ended.wait(self._seconds):
-                self._push(registry, count_failure)
+                self._push(collectors, count_failure)
 
-        thread = threading.Thread(target=push_on, name="push", daemon=True)
+        thread = threading.Thread(target=push_loop, name="push", daemon=True)
         thread.start()
         try:
             yield
         finally:
             ended.set()
             thread.join()
-            self._push(registry, count_failure)
+            self._push(collectors, count_failure)
             if self._failed:
-                self._tell(f"{self._client.url}: {self._failed} pushes of metrics failed")
+                self._log(f"{self._client.url}: {self._failed} metrics pushes failed")
 
-    def _push(self, registry: CollectorRegistry, count_failure: Callable[[], None]) -> None:
+    def _push(self, collectors: CollectorRegistry, count_failure: Callable[[], None]) -> None:
         try:
             push_to_gateway(
-                self._client.url, self._job, registry, self._labels, timeout=REQUEST_SECONDS, handler=self._request
+                self._client.url, self._job, collectors, self._labels, timeout=REQUEST_SECONDS, handler=self._request
             )
         except (OSError, HTTPException) as error:
             self._failed += 1
             count_failure()
-            if not self._fails:
-                self._tell(f"{self._client.url}: metrics cannot be pushed ({_told(error)}); going on without")
-            self._fails = True
+            if not self._is_failing:
+                self._log(f"{self._client.url}: cannot push metrics ({_reason(error)}); continuing without")
+            self._is_failing = True
         else:
-            self._fails = False
+            self._is_failing = False
 
     def _request(
         self, url: str, method: str, timeout: float, headers: Iterable[tuple[str, str]], data: bytes
     ) -> Callable[[], None]:
-        """What prometheus_client asks of a handler."""
+        """Handler for prometheus_client."""
 
         def send() -> None:
             self._client.open(url, timeout, method=method, data=data, headers=dict(headers)).close()
@@ -87,8 +87,8 @@ class Pushgateway:
         return send
 
 
-def _told(error: OSError | HTTPException) -> str:
+def _reason(error: OSError | HTTPException) -> str:
     if isinstance(error, HTTPError):
         with error:
-            return f"it answers {error.code} {error.reason}"
+            return f"status {error.code} {error.reason}"
     return str(getattr(error, "reason", error))

@@ -1,1 +1,1 @@
-"""Prometheus metrics: in go events of a run or a build, out come the series of the catalogue."""
+"""Prometheus metrics: run and build events in, metric families of the catalogue out."""

@@ -1,50 +1,55 @@
-"""`docs/metrics.md`, made from the catalogue: `python -m monitoring.metrics.catalogue_page > docs/metrics.md`."""
+"""Write `docs/reference/metrics.md` from the catalogue.
+
+Usage: `python -m monitoring.metrics.catalogue_page > docs/reference/metrics.md`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from monitoring.metrics.catalogue import SECTIONS, Metric, series_of
+from monitoring.metrics.catalogue import SECTIONS, Metric, max_series
 
-RANKS, NODE = 512, 8  # of the run whose series are counted
+RANKS, NODE = 512, 8  # example run whose series are counted: ranks, and ranks per node
 
 INTRODUCTION = """\
 # Metrics
 
 Generated from `monitoring/metrics/catalogue.py` by
-`python -m monitoring.metrics.catalogue_page > docs/metrics.md`; a test keeps them equal.
+`python -m monitoring.metrics.catalogue_page > docs/reference/metrics.md`; a test checks that the two agree.
 
-Every rank answers at `monitoring.port` plus its number on the machine. Scope says who exports a metric: `run` the first
-rank, for all of them; `rank` every rank; `node` the first rank of every machine; `build` a build of a shard set.
-`run`, `rank` and `node` are labels of the targets, which Prometheus takes from `targets.json`; `job` and `instance` are
-its own. Counters of a process start at 0 with it, and for every value of their label. Those that go on over all
-restarts of a run (`mcl_restarts_total`, and the seconds of the run, productive and lost) are absent until a start has
-taken them up again, gauges until they are known, those of a GPU where there is none. A label value that is not listed
-counts as `other`.
-Of a build there is the section Process, too, without a label `rank`. `mcl bench loader` exports Loader and Process.
-Pushed to a gateway, a build's series have the labels `job="mcl-build"`, `run`, the name of the set's folder, and
-`instance`, the machine.
+Every rank serves its metrics at port `monitoring.port` + local rank. The scope is the exporter of a metric: `run` is
+rank 0 for the whole run, `rank` every rank, `node` the first rank of each machine, `build` a build of a shard set.
+Prometheus takes the labels `run`, `rank` and `node` from `targets.json` and adds `job` and `instance` itself.
+
+A counter starts at 0 with its process, for each value of its label. Three kinds of metrics are absent until their value
+is known: gauges, GPU metrics on machines without a GPU, and the counters that continue over all restarts of a run
+(`mcl_restarts_total`, `mcl_run_seconds_total`, `mcl_productive_seconds_total`, `mcl_lost_seconds_total`). An unlisted
+label value is exported as `other`.
+
+A build also exports the section Process, without the label `rank`. `mcl bench loader` exports Loader and Process.
+Metrics that a build pushes to a Pushgateway have the labels `job="mcl-build"`, `run` (name of the set's folder) and
+`instance` (the machine).
 """
 
 
 def page() -> str:
-    """The whole document."""
+    """The whole page in Markdown."""
     return "\n".join([INTRODUCTION, *_series(), *_sections()])
 
 
 def _series() -> Iterator[str]:
-    rank, node, run = series_of("rank"), series_of("rank", "node"), series_of("rank", "node", "run")
+    rank, node, run = max_series("rank"), max_series("rank", "node"), max_series("rank", "node", "run")
     total = RANKS * rank + RANKS // NODE * (node - rank) + run - node
-    yield "## How many series\n"
-    yield f"At the most, with a GPU: {rank} a rank, {node} the first rank of a machine, {run} the first of a run;"
+    yield "## Number of series\n"
+    yield f"Upper bounds, with a GPU: {rank} for a rank, {node} for the first rank of a machine, {run} for rank 0;"
     yield f"{total:,} for {RANKS} ranks on {RANKS // NODE} machines. A scrape of one rank takes less than 50 ms (a test"
-    yield "holds both).\n"
+    yield "checks both).\n"
 
 
 def _sections() -> Iterator[str]:
     for name, metrics in SECTIONS.items():
         yield f"## {name}\n"
-        yield "| name | type | scope | unit | label | what it is |"
+        yield "| name | type | scope | unit | label | meaning |"
         yield "|---|---|---|---|---|---|"
         yield from map(_row, metrics)
         yield ""

@@ -1,4 +1,4 @@
-"""A GPU as NVIDIA's management library (NVML) and torch see it, and what it can do at most."""
+"""GPU metrics from NVIDIA's management library (NVML) and torch, and the peak FLOP/s of known GPUs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-# Dense, in 10¹² operations a second, from NVIDIA's data sheets: (part of the name, bfloat16, TF32, in which PyTorch
-# convolves float32). The first that fits counts.
-PEAKS = (
+# Dense peak in TFLOP/s from NVIDIA's data sheets: (part of the name, bfloat16, TF32). PyTorch computes float32
+# convolutions in TF32. The first match counts.
+PEAK_TFLOPS = (
     ("B200", 2250.0, 1125.0),
     ("H100 PCIe", 756.0, 378.0),
     ("H100 NVL", 835.0, 417.5),
@@ -22,12 +22,12 @@ PEAKS = (
 
 
 class Gpu:
-    """One GPU of this machine; what NVML cannot tell, or where it is not installed, is absent.
+    """One GPU of this machine; values that NVML cannot read are absent.
 
     Args:
-        nvml: the module `pynvml`, initialised; None without it.
-        handle: what it knows the GPU by.
-        allocated: bytes that this process's tensors hold.
+        nvml: the initialised module `pynvml`; None if it is not installed.
+        handle: NVML's handle of the GPU.
+        allocated: returns the bytes that tensors of this process occupy.
     """
 
     def __init__(self, nvml: Any, handle: Any, allocated: Callable[[], int]) -> None:
@@ -36,48 +36,48 @@ class Gpu:
         self._allocated = allocated
 
     @classmethod
-    def of(cls, device: torch.device) -> Gpu | None:
-        """That of a device; None for a CPU."""
+    def for_device(cls, device: torch.device) -> Gpu | None:
+        """The GPU of a torch device; None for a CPU."""
         if device.type != "cuda":
             return None
         uuid = str(torch.cuda.get_device_properties(device).uuid)
         nvml, handle = _nvml(uuid)
         return cls(nvml, handle, lambda: torch.cuda.memory_allocated(device))
 
-    def figures(self) -> dict[str, float]:
-        """Values by the names of their metrics."""
-        found = {"mcl_gpu_memory_allocated_bytes": float(self._allocated())}
+    def read(self) -> dict[str, float]:
+        """Current values by metric name."""
+        values = {"mcl_gpu_memory_allocated_bytes": float(self._allocated())}
         nvml, handle = self._nvml, self._handle
         if nvml is None:
-            return found
-        looks: tuple[tuple[str, Callable[[], Any]], ...] = (
+            return values
+        queries: tuple[tuple[str, Callable[[], Any]], ...] = (
             ("mcl_gpu_utilization_ratio", lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100),
             ("mcl_gpu_memory_used_bytes", lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used),
             ("mcl_gpu_memory_size_bytes", lambda: nvml.nvmlDeviceGetMemoryInfo(handle).total),
             ("mcl_gpu_temperature_celsius", lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
             ("mcl_gpu_power_watts", lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3),
         )
-        for name, look in looks:
-            with suppress(nvml.NVMLError):  # a slice of a GPU, or one that knows no power, tells less
-                found[name] = float(look())
-        return found
+        for name, query in queries:
+            with suppress(nvml.NVMLError):  # MIG slices and some GPUs do not support every query
+                values[name] = float(query())
+        return values
 
 
 def peak_flops(name: str, precision: str) -> float | None:
-    """Operations a second that a GPU of that name can do at most in a precision; None where nobody has noted it.
+    """Peak FLOP/s of a GPU model in a precision; None if the model is not in `PEAK_TFLOPS`.
 
     Args:
-        name: as torch tells it, for example `NVIDIA H100 80GB HBM3`.
+        name: as torch reports it, for example `NVIDIA H100 80GB HBM3`.
         precision: `float32` or `bfloat16`.
     """
-    for part, bfloat16, tf32 in PEAKS:
+    for part, bfloat16, tf32 in PEAK_TFLOPS:
         if part in name:
             return 1e12 * (bfloat16 if precision == "bfloat16" else tf32)
     return None
 
 
 def _nvml(uuid: str) -> tuple[Any, Any]:
-    """NVML and its handle of the GPU, whatever of the machine's GPUs this process sees; (None, None) without it."""
+    """NVML and its handle of the GPU with this UUID, whatever CUDA_VISIBLE_DEVICES is; (None, None) without NVML."""
     try:
         import pynvml
     except ImportError:

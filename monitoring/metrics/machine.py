@@ -1,4 +1,4 @@
-"""What a process's machine has left: memory, disks, and the process's GPU."""
+"""Machine metrics of a process: host memory, disk space and its GPU."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from monitoring.metrics.gpu import Gpu
 from monitoring.metrics.registry import Registry
 
 MEMORY = {"MemTotal": "mcl_host_memory_size_bytes", "MemAvailable": "mcl_host_memory_available_bytes"}
-MEMORY_FILE = Path("/proc/meminfo")  # Linux; elsewhere the host's memory is absent
+MEMORY_FILE = Path("/proc/meminfo")  # Linux only; elsewhere the host memory metrics are absent
 
 
-def watch_machine(board: Registry, volumes: Mapping[str, Path], gpu: Gpu | None) -> None:
-    """Look at every scrape.
+def register_machine_metrics(registry: Registry, volumes: Mapping[str, Path], gpu: Gpu | None) -> None:
+    """Update the machine metrics at every scrape.
 
     Args:
-        board: what is shown.
-        volumes: folders on the disks to be watched, by the name of the volume; they need not be there yet.
-        gpu: of this process, if it has one.
+        registry: exports the metrics.
+        volumes: volume name to a folder on its disk; the folder need not exist yet.
+        gpu: the GPU of this process, if any.
     """
 
-    def look() -> None:
-        _memory(board)
+    def update() -> None:
+        _update_memory(registry)
         for volume, folder in volumes.items():
-            _disk(board, volume, folder)
+            _update_disk(registry, volume, folder)
         if gpu is not None:
-            for name, value in gpu.figures().items():
-                board.set(name, value)
+            for name, value in gpu.read().items():
+                registry.set(name, value)
 
-    board.before_scrape(look)
+    registry.before_scrape(update)
 
 
-def _memory(board: Registry) -> None:
+def _update_memory(registry: Registry) -> None:
     with suppress(OSError):
         for line in MEMORY_FILE.read_text().splitlines():
             name, _, rest = line.partition(":")
             if name in MEMORY:
-                board.set(MEMORY[name], int(rest.split()[0]) * 1024)  # told in kB, which here are KiB
+                registry.set(MEMORY[name], int(rest.split()[0]) * 1024)  # /proc/meminfo's kB are KiB
 
 
-def _disk(board: Registry, volume: str, folder: Path) -> None:
-    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+def _update_disk(registry: Registry, volume: str, folder: Path) -> None:
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     with suppress(OSError):
-        found = os.statvfs(there)
-        board.set("mcl_disk_size_bytes", found.f_blocks * found.f_frsize, volume)
-        board.set("mcl_disk_free_bytes", found.f_bavail * found.f_frsize, volume)
+        status = os.statvfs(existing)
+        registry.set("mcl_disk_size_bytes", status.f_blocks * status.f_frsize, volume)
+        registry.set("mcl_disk_free_bytes", status.f_bavail * status.f_frsize, volume)

@@ -1,4 +1,4 @@
-"""What one process exports: the values of the catalogue's metrics, as they are now."""
+"""Registry of a process's exported metrics: the catalogue's metrics and their current values."""
 
 from __future__ import annotations
 
@@ -13,108 +13,108 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from monitoring.metrics import catalogue
-from monitoring.metrics.catalogue import OTHER, OWN, Scope
+from monitoring.metrics.catalogue import METRICS, OTHER, Scope
 
 
 @dataclass
-class _Counts:
-    """A histogram's: how many values fell into each bucket, the one above all included, and their sum."""
+class _Histogram:
+    """Number of values in each bucket, the +Inf bucket last, and their sum."""
 
-    in_bucket: list[int]
+    buckets: list[int]
     total: float = 0.0
 
 
 @dataclass
-class _Shown:
-    """A metric with its values by their labels; a histogram has counts instead."""
+class _Family:
+    """A metric with its values by label values; a histogram has `histograms` instead."""
 
     metric: catalogue.Metric
     values: dict[tuple[str, ...], float] = field(default_factory=dict)
-    counts: dict[tuple[str, ...], _Counts] = field(default_factory=dict)
+    histograms: dict[tuple[str, ...], _Histogram] = field(default_factory=dict)
 
 
 class Registry(Collector):
-    """Values to be scraped; any thread may change them.
+    """Thread-safe values of the metrics that a process exports.
 
-    Counters are there from the start, at 0 for every known value of their label, so that the first increase counts;
-    gauges, and counters that span restarts, once they are known: a 0 before would make all that they have come to look
-    like an increase. Metrics of other scopes than the process's are not shown, whoever sets them.
+    A counter starts at 0 for every listed value of its label, so that Prometheus sees the first increase. A gauge is
+    absent until it is set. So is a counter that spans restarts: starting it at 0 would show its whole value as one
+    increase. Metrics outside the scopes of the process are ignored.
     """
 
     def __init__(self, scopes: Collection[Scope]) -> None:
         self._lock = threading.RLock()
-        self._shown = {name: _Shown(metric) for name, metric in OWN.items() if metric.scope in scopes}
+        self._families = {name: _Family(metric) for name, metric in METRICS.items() if metric.scope in scopes}
         self._before_scrape: list[Callable[[], None]] = []
-        for name, shown in self._shown.items():
-            if shown.metric.kind == "counter" and not shown.metric.spans_restarts:
-                self.update(name, dict.fromkeys(shown.metric.values, 0.0) if shown.metric.labels else 0.0)
+        for name, family in self._families.items():
+            if family.metric.kind == "counter" and not family.metric.spans_restarts:
+                self.update(name, dict.fromkeys(family.metric.values, 0.0) if family.metric.labels else 0.0)
 
-    def at_once(self) -> AbstractContextManager[bool]:
-        """Within, no scrape sees some changes and not yet the others."""
+    def atomic(self) -> AbstractContextManager[bool]:
+        """Make all changes inside the block visible to scrapes at once."""
         return self._lock
 
-    def before_scrape(self, look: Callable[[], None]) -> None:
-        """Call this at the start of every scrape, for what is known only then."""
-        self._before_scrape.append(look)
+    def before_scrape(self, update: Callable[[], None]) -> None:
+        """Call `update` at the start of every scrape, for values that are read on demand."""
+        self._before_scrape.append(update)
 
     def set(self, name: str, value: float, *labels: str) -> None:
-        """The value is now this: a gauge's, or what a counter that others keep has come to."""
-        if shown := self._shown.get(name):
+        """Set a gauge, or a counter whose total is kept elsewhere."""
+        if family := self._families.get(name):
             with self._lock:
-                shown.values[_bounded(shown.metric, labels)] = value
+                family.values[_bounded(family.metric, labels)] = value
 
     def update(self, name: str, values: float | Mapping[str, float]) -> None:
-        """`set`, of a metric without a label or for each value of its label; what `other` stands for is added up."""
+        """Set a metric without a label, or one value for each label value; unlisted label values are summed."""
         if not isinstance(values, Mapping):
             self.set(name, values)
             return
-        if shown := self._shown.get(name):
+        if family := self._families.get(name):
             bounded: dict[tuple[str, ...], float] = {}
             for label, value in values.items():
-                key = _bounded(shown.metric, (label,))
+                key = _bounded(family.metric, (label,))
                 bounded[key] = bounded.get(key, 0.0) + value
             with self._lock:
-                shown.values.update(bounded)
+                family.values.update(bounded)
 
     def add(self, name: str, amount: float = 1.0, *labels: str) -> None:
-        """So much more of a counter."""
-        if shown := self._shown.get(name):
-            key = _bounded(shown.metric, labels)
+        """Increase a counter."""
+        if family := self._families.get(name):
+            key = _bounded(family.metric, labels)
             with self._lock:
-                shown.values[key] = shown.values.get(key, 0.0) + amount
+                family.values[key] = family.values.get(key, 0.0) + amount
 
     def observe(self, name: str, value: float, *labels: str) -> None:
-        """One more value of a histogram."""
-        if shown := self._shown.get(name):
-            key, bounds = _bounded(shown.metric, labels), shown.metric.buckets
+        """Add a value to a histogram."""
+        if family := self._families.get(name):
+            key, bounds = _bounded(family.metric, labels), family.metric.buckets
             with self._lock:
-                counts = shown.counts.setdefault(key, _Counts([0] * (len(bounds) + 1)))
-                counts.in_bucket[bisect_left(bounds, value)] += 1
-                counts.total += value
+                histogram = family.histograms.setdefault(key, _Histogram([0] * (len(bounds) + 1)))
+                histogram.buckets[bisect_left(bounds, value)] += 1
+                histogram.total += value
 
     def collect(self) -> Iterable[Metric]:
-        """What Prometheus' client asks for at a scrape."""
-        for look in self._before_scrape:
-            look()
+        """Return the metric families; prometheus_client calls this at each scrape."""
+        for update in self._before_scrape:
+            update()
         with self._lock:
-            return [_family(shown) for shown in self._shown.values() if shown.values or shown.counts]
+            return [_exported(family) for family in self._families.values() if family.values or family.histograms]
 
 
 def _bounded(metric: catalogue.Metric, labels: tuple[str, ...]) -> tuple[str, ...]:
     return (OTHER,) if metric.values and labels[0] not in metric.values else labels
 
 
-def _family(shown: _Shown) -> Metric:
-    metric = shown.metric
+def _exported(family: _Family) -> Metric:
+    metric = family.metric
     if metric.kind == "histogram":
-        histogram = HistogramMetricFamily(metric.name, metric.help, labels=metric.labels)
+        exported = HistogramMetricFamily(metric.name, metric.help, labels=metric.labels)
         bounds = [*(str(float(bound)) for bound in metric.buckets), "+Inf"]
-        for labels, counts in shown.counts.items():
-            cumulative = zip(bounds, accumulate(counts.in_bucket), strict=True)
-            histogram.add_metric(labels, list(cumulative), counts.total)
-        return histogram
+        for labels, histogram in family.histograms.items():
+            cumulative = zip(bounds, accumulate(histogram.buckets), strict=True)
+            exported.add_metric(labels, list(cumulative), histogram.total)
+        return exported
     kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
-    family = kind(metric.name, metric.help, labels=metric.labels)
-    for labels, value in shown.values.items():
-        family.add_metric(labels, value)
-    return family
+    values = kind(metric.name, metric.help, labels=metric.labels)
+    for labels, value in family.values.items():
+        values.add_metric(labels, value)
+    return values

@@ -1,4 +1,4 @@
-"""From the events of a run to the metrics of the catalogue."""
+"""Listener that turns the events of a run into metrics of the catalogue."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mcl_dist.events import (
     StepSkipped,
     Stopping,
 )
-from mcl_dist.run_log.goodput import CAUSES
+from mcl_dist.run_log.goodput import RESTART_CAUSES
 from monitoring.http.healthz import Healthz
 from monitoring.metrics.catalogue import LOSSES
 from monitoring.metrics.registry import Registry
@@ -30,138 +30,136 @@ STORAGE_COUNTS = (
 
 
 class TrainingMetrics:
-    """A listener that shows on a board what a rank hears.
+    """Listener that updates the metrics of a rank.
 
     Args:
-        board: where; it shows only what the rank's scopes hold.
-        pulse: beats with every step.
-        peak_flops: floating-point operations a second that all ranks' devices can do at most, where it is known.
+        registry: exports the metrics; it ignores those outside the rank's scopes.
+        healthz: gets a beat with every step.
+        peak_flops: peak FLOP/s of all ranks' devices together, if known.
     """
 
-    def __init__(self, board: Registry, pulse: Healthz, peak_flops: float | None = None) -> None:
-        self._board = board
-        self._pulse = pulse
+    def __init__(self, registry: Registry, healthz: Healthz, peak_flops: float | None = None) -> None:
+        self._registry = registry
+        self._healthz = healthz
         self._peak_flops = peak_flops
-        self._saved = time.monotonic()
-        board.before_scrape(self._ages)
+        self._last_checkpoint = time.monotonic()
+        registry.before_scrape(self._update_ages)
 
     def __call__(self, event: Event) -> None:
-        """Count what happened."""
-        with self._board.at_once():
-            self._show(event)
+        """Update the metrics that the event changes, visible at once."""
+        with self._registry.atomic():
+            self._update(event)
 
-    def _show(self, event: Event) -> None:
-        board = self._board
+    def _update(self, event: Event) -> None:
+        registry = self._registry
         match event:
             case Started(step, total_steps):
-                self._pulse.beat(step)
-                board.set("mcl_step", step)
-                board.set("mcl_checkpoint_step", step)
-                board.set("mcl_steps_planned", total_steps)
-                board.set("mcl_stopping", 0)
+                self._healthz.beat(step)
+                registry.set("mcl_step", step)
+                registry.set("mcl_checkpoint_step", step)
+                registry.set("mcl_steps_planned", total_steps)
+                registry.set("mcl_stopping", 0)
             case StepDone():
-                self._pulse.beat(event.step)
-                self._step(event)
+                self._healthz.beat(event.step)
+                self._update_step(event)
             case StepSkipped() | LossSpike():
-                self._mishap(event)
+                self._count_anomaly(event)
             case LoaderReport():
-                show_loader(self._board, event)
+                update_loader_metrics(self._registry, event)
             case CheckpointWritten():
-                self._checkpoint(event)
+                self._update_checkpoint(event)
             case CheckpointFailed() | CheckpointRefused():
-                self._no_checkpoint(event)
+                self._count_failed_checkpoint(event)
             case Evaluating() | Evaluated():
-                self._pulse.beat(event.step)
-                self._evaluation(event)
+                self._healthz.beat(event.step)
+                self._update_evaluation(event)
             case Stopping():
-                board.set("mcl_stopping", 1)
+                registry.set("mcl_stopping", 1)
             case Accounts():
-                self._accounts(event)
+                self._update_goodput(event)
 
-    def _step(self, done: StepDone) -> None:
-        board = self._board
-        board.add("mcl_videos_total", done.videos)
-        board.set("mcl_step", done.step)
-        board.set("mcl_steps_planned", done.total_steps)
-        board.set("mcl_epoch", done.epoch)
-        board.observe("mcl_step_seconds", done.seconds)
+    def _update_step(self, done: StepDone) -> None:
+        registry = self._registry
+        registry.add("mcl_videos_total", done.videos)
+        registry.set("mcl_step", done.step)
+        registry.set("mcl_steps_planned", done.total_steps)
+        registry.set("mcl_epoch", done.epoch)
+        registry.observe("mcl_step_seconds", done.seconds)
         for phase, seconds in done.phases.items():
-            board.observe("mcl_step_phase_seconds", seconds, phase)
-        board.set("mcl_data_wait_ratio", done.data_wait_ratio)
-        board.set("mcl_learning_rate", done.learning_rate)
-        board.set("mcl_momentum", done.momentum)
-        board.set("mcl_queue_fill_ratio", done.queue_fill)
-        board.set("mcl_queue_age_steps", done.queue_age)
-        board.add("mcl_flops_total", done.operations)
-        board.set("mcl_flops_per_second", done.operations / done.seconds)
+            registry.observe("mcl_step_phase_seconds", seconds, phase)
+        registry.set("mcl_data_wait_ratio", done.data_wait_ratio)
+        registry.set("mcl_learning_rate", done.learning_rate)
+        registry.set("mcl_momentum", done.momentum)
+        registry.set("mcl_queue_fill_ratio", done.queue_fill)
+        registry.set("mcl_queue_age_steps", done.queue_age)
+        registry.add("mcl_flops_total", done.flops)
+        registry.set("mcl_flops_per_second", done.flops / done.seconds)
         if self._peak_flops:
-            board.set("mcl_flops_peak_ratio", done.operations / done.seconds / self._peak_flops)
-        if not done.taken:
-            return
-        board.set("mcl_steps_skipped_in_a_row", 0)
-        board.set("mcl_gradient_norm", done.gradient_norm)
-        for name, value in done.losses.items():
-            what, _, term = name.partition("_")
-            board.set(f"mcl_{what}", value, term or "total")
+            registry.set("mcl_flops_peak_ratio", done.flops / done.seconds / self._peak_flops)
+        if done.taken:
+            registry.set("mcl_steps_skipped_in_a_row", 0)
+            registry.set("mcl_gradient_norm", done.gradient_norm)
+            for name, value in done.losses.items():
+                metric, _, term = name.partition("_")
+                registry.set(f"mcl_{metric}", value, term or "total")
 
-    def _checkpoint(self, written: CheckpointWritten) -> None:
-        board, self._saved = self._board, time.monotonic()
-        board.add("mcl_checkpoints_written_total")
-        board.set("mcl_checkpoints_failed_in_a_row", 0)
-        board.set("mcl_checkpoint_step", written.step)
-        board.set("mcl_checkpoint_seconds", written.seconds)
-        board.set("mcl_checkpoint_stall_seconds", written.stall_seconds)
-        board.set("mcl_checkpoint_bytes", written.bytes)
+    def _update_checkpoint(self, written: CheckpointWritten) -> None:
+        registry, self._last_checkpoint = self._registry, time.monotonic()
+        registry.add("mcl_checkpoints_written_total")
+        registry.set("mcl_checkpoints_failed_in_a_row", 0)
+        registry.set("mcl_checkpoint_step", written.step)
+        registry.set("mcl_checkpoint_seconds", written.seconds)
+        registry.set("mcl_checkpoint_stall_seconds", written.stall_seconds)
+        registry.set("mcl_checkpoint_bytes", written.bytes)
 
-    def _no_checkpoint(self, event: CheckpointFailed | CheckpointRefused) -> None:
+    def _count_failed_checkpoint(self, event: CheckpointFailed | CheckpointRefused) -> None:
         if isinstance(event, CheckpointRefused):
-            self._board.add("mcl_checkpoints_refused_total")
+            self._registry.add("mcl_checkpoints_refused_total")
         else:
-            self._board.add("mcl_checkpoints_failed_total")
-            self._board.set("mcl_checkpoints_failed_in_a_row", event.in_a_row)
+            self._registry.add("mcl_checkpoints_failed_total")
+            self._registry.set("mcl_checkpoints_failed_in_a_row", event.in_a_row)
 
-    def _mishap(self, event: StepSkipped | LossSpike) -> None:
+    def _count_anomaly(self, event: StepSkipped | LossSpike) -> None:
         if isinstance(event, StepSkipped):
-            self._board.add("mcl_steps_skipped_total")
-            self._board.set("mcl_steps_skipped_in_a_row", event.in_a_row)
+            self._registry.add("mcl_steps_skipped_total")
+            self._registry.set("mcl_steps_skipped_in_a_row", event.in_a_row)
         else:
             answer = "warned" if event.rolled_back_to is None else "rolled_back"
-            self._board.add("mcl_loss_spikes_total", 1, answer)
+            self._registry.add("mcl_loss_spikes_total", 1, answer)
 
-    def _evaluation(self, found: Evaluating | Evaluated) -> None:
-        if isinstance(found, Evaluating):
-            return
-        self._board.update("mcl_knn_accuracy_ratio", found.scores)
-        self._board.set("mcl_evaluation_step", found.step)
-        self._board.set("mcl_evaluation_seconds", found.seconds)
+    def _update_evaluation(self, event: Evaluating | Evaluated) -> None:
+        if isinstance(event, Evaluated):
+            self._registry.update("mcl_knn_accuracy_ratio", event.scores)
+            self._registry.set("mcl_evaluation_step", event.step)
+            self._registry.set("mcl_evaluation_seconds", event.seconds)
 
-    def _accounts(self, accounts: Accounts) -> None:
-        board = self._board
-        board.set("mcl_goodput_ratio", accounts.goodput)
-        board.set("mcl_run_seconds_total", accounts.wall_seconds)
-        board.set("mcl_productive_seconds_total", accounts.productive_seconds)
-        board.update("mcl_lost_seconds_total", dict.fromkeys(LOSSES, 0.0) | accounts.lost_seconds)
-        board.update("mcl_restarts_total", dict.fromkeys(CAUSES, 0) | accounts.restarts)
+    def _update_goodput(self, accounts: Accounts) -> None:
+        registry = self._registry
+        registry.set("mcl_goodput_ratio", accounts.goodput)
+        registry.set("mcl_run_seconds_total", accounts.wall_seconds)
+        registry.set("mcl_productive_seconds_total", accounts.productive_seconds)
+        registry.update("mcl_lost_seconds_total", dict.fromkeys(LOSSES, 0.0) | accounts.lost_seconds)
+        registry.update("mcl_restarts_total", dict.fromkeys(RESTART_CAUSES, 0) | accounts.restarts)
 
-    def _ages(self) -> None:
-        self._board.set("mcl_heartbeat_age_seconds", self._pulse.age)
-        self._board.set("mcl_checkpoint_age_seconds", time.monotonic() - self._saved)
+    def _update_ages(self) -> None:
+        self._registry.set("mcl_heartbeat_age_seconds", self._healthz.age)
+        self._registry.set("mcl_checkpoint_age_seconds", time.monotonic() - self._last_checkpoint)
 
 
-def show_loader(board: Registry, report: LoaderReport) -> None:
-    """Show what a loader has done since it began."""
+def update_loader_metrics(registry: Registry, report: LoaderReport) -> None:
+    """Set the loader and storage metrics to a loader's totals since its start."""
     storage = report.storage
-    with board.at_once():
+    with registry.atomic():
         for name in ("expected", "delivered", "replaced"):
-            board.set(f"mcl_loader_samples_{name}_total", getattr(report, name))
-        board.set("mcl_loader_samples_unaccounted", report.expected - report.delivered - report.replaced)
-        board.update("mcl_loader_bad_samples_total", report.bad_samples)
-        board.set("mcl_loader_queue_batches", report.queue)
-        board.set("mcl_loader_wait_seconds_total", report.waited_seconds)
-        board.update("mcl_loader_stage_cpu_seconds_total", report.stages)
-        board.set("mcl_loader_worker_cpu_seconds_total", report.worker_cpu_seconds)
-        board.set("mcl_loader_worker_peak_bytes", report.worker_peak_bytes)
+            registry.set(f"mcl_loader_samples_{name}_total", getattr(report, name))
+        registry.set("mcl_loader_samples_unaccounted", report.expected - report.delivered - report.replaced)
+        registry.update("mcl_loader_bad_samples_total", report.bad_samples)
+        registry.set("mcl_loader_queue_batches", report.queue)
+        registry.set("mcl_loader_wait_seconds_total", report.waited_seconds)
+        registry.update("mcl_loader_stage_cpu_seconds_total", report.stages)
+        registry.set("mcl_loader_worker_cpu_seconds_total", report.worker_cpu_seconds)
+        registry.set("mcl_loader_worker_peak_bytes", report.worker_peak_bytes)
         for name in STORAGE_COUNTS:
-            board.set(f"mcl_storage_{name}_total", storage.get(name, 0))
-        board.update("mcl_storage_retries_total", storage.get("retries", {}))
-        board.update("mcl_storage_seconds_total", storage.get("seconds", {}))
+            registry.set(f"mcl_storage_{name}_total", storage.get(name, 0))
+        registry.update("mcl_storage_retries_total", storage.get("retries", {}))
+        registry.update("mcl_storage_seconds_total", storage.get("seconds", {}))

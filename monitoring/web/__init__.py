@@ -1,1 +1,1 @@
-"""A run's page: figures and curves in a browser, of static files and one piece of JSON."""
+"""Web page of a run: static files, and the run view as JSON that they draw."""

@@ -1,4 +1,4 @@
-"""Answers a browser with a run's page, and the page with the run's view."""
+"""WSGI application that serves the web page of a run and its data."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ HEADERS = [
 ]
 
 
-class Page:
-    """A WSGI application: `/` is the page of the run that `look` shows, `/api/history` its view as JSON."""
+class RunApp:
+    """Serves the page of a run at `/` and its view, read by `read_view` for each request, as JSON at `/api/history`."""
 
-    def __init__(self, look: Callable[[], RunView]) -> None:
-        self._look = look
-        self._lock = threading.Lock()  # a server answers in threads
+    def __init__(self, read_view: Callable[[], RunView]) -> None:
+        self._read_view = read_view
+        self._lock = threading.Lock()  # requests arrive in several threads
         folder = Path(__file__).parent
         self._files = {path: ((folder / name).read_bytes(), kind) for path, (name, kind) in FILES.items()}
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        """Answer a GET; anything else is refused."""
+        """Answer GET and HEAD requests; reject other methods."""
         path = environ.get("PATH_INFO", "") or "/"
         if environ.get("REQUEST_METHOD") not in ("GET", "HEAD"):
-            status, body, kind = "405 Method Not Allowed", b"this page is only to be looked at\n", "text/plain"
+            status, body, kind = "405 Method Not Allowed", b"only GET and HEAD are allowed\n", "text/plain"
         elif path == HISTORY:
             status, body, kind = self._history()
         elif path in self._files:
             status, (body, kind) = "200 OK", self._files[path]
         else:
-            status, body, kind = "404 Not Found", b"nothing here; the run's page is at /\n", "text/plain"
+            status, body, kind = "404 Not Found", b"not found; the page of the run is at /\n", "text/plain"
         start_response(status, [("Content-Type", kind), ("Content-Length", str(len(body))), *HEADERS])
         return [] if environ.get("REQUEST_METHOD") == "HEAD" else [body]
 
     def _history(self) -> tuple[str, bytes, str]:
         try:
             with self._lock:
-                return "200 OK", json.dumps(self._look(), allow_nan=False).encode(), "application/json"
+                return "200 OK", json.dumps(self._read_view(), allow_nan=False).encode(), "application/json"
         except UserError as error:
             return "503 Service Unavailable", f"{error}\n".encode(), "text/plain; charset=utf-8"

@@ -1,12 +1,12 @@
-// Draws the view that /api/history tells, again and again while somebody looks.
+// Draws the run view from /api/history; refreshes it while the page is visible.
 
 import {chart, element, number} from "./chart.js";
 
-const PAUSE = 5000;
+const REFRESH_MS = 5000;
 const $ = (id) => document.getElementById(id);
 let span = "whole", newest = null;
 
-const clock = (time) => time === null ? "" : new Date(time * 1000).toLocaleTimeString();
+const timeOfDay = (time) => time === null ? "" : new Date(time * 1000).toLocaleTimeString();
 const percent = (ratio) => ratio === null || ratio === undefined ? "–" : `${number(100 * ratio)} %`;
 const total = (counts) => Object.values(counts).reduce((a, b) => a + b, 0);
 
@@ -17,36 +17,36 @@ function duration(seconds) {
   return hours ? `${hours.toLocaleString("en")} h ${minutes % 60} min` : `${minutes} min`;
 }
 
-const counted = (counts) => [total(counts).toLocaleString("en"),
+const formatCounts = (counts) => [total(counts).toLocaleString("en"),
   ...Object.entries(counts).map(([name, count]) => `${name} ${count}`)].join(" · ");
 
 function charts(view) {
   const {step, values} = view[span];
-  const named = (prefix, scale = 1) => Object.keys(values).filter((name) => name.startsWith(prefix))
+  const withPrefix = (prefix, scale = 1) => Object.keys(values).filter((name) => name.startsWith(prefix))
     .map((name) => ({name: name.slice(prefix.length).replace(/^_/, "") || "total",
       values: values[name].map((value) => value === null ? null : scale * value)}));
-  const one = (name, label, scale = 1) => values[name] ? [{name: label,
+  const single = (name, label, scale = 1) => values[name] ? [{name: label,
     values: values[name].map((value) => value === null ? null : scale * value)}] : [];
   $("charts").replaceChildren(
-    chart("Losses", "nats", step, named("loss")),
-    chart("Throughput", "videos/s", step, one("videos_per_second", "videos/s")),
-    chart("Step phases", "seconds", step, named("phase:")),
-    chart("Waiting for data", "% of a step", step, one("data_wait_ratio", "waiting", 100)),
-    chart("Gradient norm", "2-norm", step, one("gradient_norm", "norm")),
+    chart("Losses", "nats", step, withPrefix("loss")),
+    chart("Throughput", "videos/s", step, single("videos_per_second", "videos/s")),
+    chart("Step phases", "seconds", step, withPrefix("phase:")),
+    chart("Data wait", "% of step time", step, single("data_wait_ratio", "data wait", 100)),
+    chart("Gradient norm", "L2", step, single("gradient_norm", "gradient norm")),
     ...accuracies(view.evaluations),
-    chart("Learning rate", "per step", step, one("learning_rate", "rate")),
-    chart("Similarities", "cosine", step, named("similarity")));
+    chart("Learning rate", "", step, single("learning_rate", "learning rate")),
+    chart("Similarities", "cosine", step, withPrefix("similarity")));
 }
 
-// Only where a run is evaluated on its way; whichever span is chosen, all there are.
+// Online kNN evaluations; always of the whole run.
 function accuracies({step, values}) {
   if (!step.length) return [];
   const curves = Object.keys(values).filter((name) => name !== "seconds")
     .map((name) => ({name: name.replace("_", " "), values: values[name].map((value) => value === null ? null : 100 * value)}));
-  return [chart("kNN of held-out videos", "% right", step, curves)];
+  return [chart("Online kNN", "% accuracy", step, curves)];
 }
 
-function scored({step, values}) {
+function newestScore({step, values}) {
   const last = step.length - 1;
   return last < 0 ? [] : [["kNN top-1", `${percent(values.top1[last])} at step ${step[last].toLocaleString("en")}, ` +
     `took ${duration(values.seconds[last])}`]];
@@ -58,26 +58,26 @@ function facts(view) {
     ["step time", duration(view.latest.seconds)],
     ["checkpoint", checkpoint ? `step ${checkpoint.step.toLocaleString("en")}, ` +
       `${duration(view.now - checkpoint.time)} ago, took ${duration(checkpoint.seconds)}` : "none yet"],
-    ...scored(view.evaluations),
+    ...newestScore(view.evaluations),
     ["checkpoints failed", counts.checkpoints_failed],
-    ["steps skipped", counts.skipped], ["loss leaps", counts.spikes], ["starts", counts.starts],
-    ["restarts", counted(view.restarts)], ["goodput", percent(view.goodput)]];
-  if (loader) rows.push(["batches ready", loader.queue], ["bad samples", counted(loader.bad_samples)],
-    ["retries", counted(loader.retries)], ["samples unaccounted for", loader.unaccounted]);
+    ["steps skipped", counts.skipped], ["loss spikes", counts.spikes], ["starts", counts.starts],
+    ["restarts", formatCounts(view.restarts)], ["goodput", percent(view.goodput)]];
+  if (loader) rows.push(["batches ready", loader.queue], ["bad samples", formatCounts(loader.bad_samples)],
+    ["retries", formatCounts(loader.retries)], ["samples unaccounted", loader.unaccounted]);
   $("facts").replaceChildren(...rows.flatMap(([name, value]) =>
     [element("dt", {}, name), element("dd", {}, String(value))]));
 }
 
 function ranks(view) {
-  const names = ["rank", "waiting", "batches ready", "bad samples", "retries", "heard"];
+  const names = ["rank", "data wait", "batches ready", "bad samples", "retries", "last report"];
   const row = (rank) => [rank.rank, percent(rank.wait_ratio), rank.queue, rank.bad_samples, rank.retries,
     rank.time === null ? "–" : `${duration(Math.max(0, view.now - rank.time))} ago`];
-  const line = (kind, cells) => element("tr", {}, ...cells.map((cell) => element(kind, {}, String(cell ?? "–"))));
+  const tableRow = (kind, cells) => element("tr", {}, ...cells.map((cell) => element(kind, {}, String(cell ?? "–"))));
   if (!view.ranks.length) {
-    $("ranks").replaceChildren(line("td", ["no reports yet"]));
+    $("ranks").replaceChildren(tableRow("td", ["no reports yet"]));
     return;
   }
-  $("ranks").replaceChildren(line("th", names), ...view.ranks.map((rank) => line("td", row(rank))));
+  $("ranks").replaceChildren(tableRow("th", names), ...view.ranks.map((rank) => tableRow("td", row(rank))));
 }
 
 function draw(view) {
@@ -87,29 +87,29 @@ function draw(view) {
   $("state").dataset.state = view.state;
   $("why").textContent = view.why;
   $("progress").value = view.total_steps ? view.step / view.total_steps : 0;
-  const isOver = ["finished", "failed", "stopped"].includes(view.state);
+  const hasEnded = ["finished", "failed", "stopped"].includes(view.state);
   $("pace").textContent = [`step ${view.step.toLocaleString("en")}` +
     (view.total_steps ? ` of ${view.total_steps.toLocaleString("en")}` : ""),
     view.epoch === null ? "" : `epoch ${view.epoch}`,
-    isOver || view.seconds_left === null ? "" : `${duration(view.seconds_left)} left`,
-    view.updated === null ? "" : `last step at ${clock(view.updated)}`].filter(Boolean).join(" · ");
+    hasEnded || view.seconds_left === null ? "" : `${duration(view.seconds_left)} left`,
+    view.updated === null ? "" : `last step at ${timeOfDay(view.updated)}`].filter(Boolean).join(" · ");
   $("warnings").replaceChildren(...view.warnings.map((text) => element("li", {}, text)));
   charts(view);
   facts(view);
   ranks(view);
   $("messages").replaceChildren(...view.messages.toReversed().map((message) =>
-    element("li", {class: message.level}, element("time", {}, clock(message.time)), message.text)));
+    element("li", {class: message.level}, element("time", {}, timeOfDay(message.time)), message.text)));
 }
 
-async function look() {
+async function refresh() {
   try {
-    const answer = await fetch("api/history");
-    if (!answer.ok) throw new Error(`the server answers ${answer.status}`);
-    newest = await answer.json();
+    const response = await fetch("api/history");
+    if (!response.ok) throw new Error(`the server returned status ${response.status}`);
+    newest = await response.json();
     draw(newest);
   } catch (error) {
-    $("state").textContent = newest ? `${newest.state}, as last heard` : "unreachable";
-    $("warnings").replaceChildren(element("li", {}, `No newer figures: ${error.message}`));
+    $("state").textContent = newest ? `${newest.state} (last known)` : "unreachable";
+    $("warnings").replaceChildren(element("li", {}, `No newer data: ${error.message}`));
   }
 }
 
@@ -120,5 +120,5 @@ for (const name of ["whole", "recent"]) {
     if (newest) draw(newest);
   });
 }
-setInterval(() => document.hidden || look(), PAUSE);
-look();
+setInterval(() => document.hidden || refresh(), REFRESH_MS);
+refresh();

@@ -24,14 +24,14 @@ from mcl_dist.events import (
     StepSkipped,
 )
 from mcl_dist.run_log.listeners import EventLog, MetricsFile
-from mcl_dist.run_log.records import event_line, step_line
+from mcl_dist.run_log.records import event_record, step_record
 from monitoring.history.curves import MOST_POINTS, NUM_RECENT, Curves
 from monitoring.history.fold import NUM_MESSAGES, History
 from monitoring.history.run_folder import RunFolder
 
 DONE = StepDone(1, 0, 100, {"loss": 3.0}, 1e-3, videos=8, seconds=0.5, data_wait_ratio=0.25, gradient_norm=2.0)
 REPORT = LoaderReport(20, 17, 2, {"checksum": 2}, 0.5, 2, {}, {"retries": {"stall": 3, "reset": 0}}, 0.0, 0)
-IMMUTABLE_KEYS: tuple[Event, ...] = (
+EVENTS: tuple[Event, ...] = (
     Started(0, 100, None),
     DONE,
     replace(DONE, step=2, losses={"loss": math.nan}, gradient_norm=math.inf, taken=False),
@@ -43,18 +43,18 @@ IMMUTABLE_KEYS: tuple[Event, ...] = (
 )
 
 
-def heard(*events: Event) -> History:
+def history_of(*events: Event) -> History:
     history = History("run", "here")
     for event in events:
         if isinstance(event, StepDone):
-            history.take_step(step_line(event))
+            history.add_step(step_record(event))
         else:
-            history.take_event(event_line(event))
+            history.add_event(event_record(event))
     return history
 
 
 def written(folder: Path, *events: Event) -> Path:
-    """The run folder that the listeners of a run leave behind."""
+    """A run folder with the files of these events."""
     listeners = (MetricsFile(folder / "metrics.jsonl"), EventLog(folder / "log.jsonl"))
     for event in events:
         for listener in listeners:
@@ -62,7 +62,7 @@ def written(folder: Path, *events: Event) -> Path:
     return folder
 
 
-def test_memory_does_not_grow_with_the_run_and_means_stay_true() -> None:
+def test_memory_is_bounded_and_means_are_exact() -> None:
     curves = Curves()
     for step in range(1, 5001):
         curves.append(step, float(step), {"loss": step})
@@ -74,31 +74,31 @@ def test_memory_does_not_grow_with_the_run_and_means_stay_true() -> None:
     assert whole["values"]["loss"][0] == (1 + width) / 2
 
 
-def test_what_is_not_finite_is_a_gap_and_counts_in_no_mean() -> None:
+def test_a_non_finite_value_is_a_gap_and_enters_no_mean() -> None:
     curves = Curves()
     for step in range(1, MOST_POINTS + 2):
         curves.append(step, None, {"loss": None if step == 1 else math.nan if step <= 4 else 2.0})
     assert curves.whole()["values"]["loss"][:3] == [None, None, 2.0]
 
 
-def test_steps_that_a_run_went_back_behind_are_forgotten() -> None:
+def test_a_repeated_step_drops_the_later_ones() -> None:
     curves = Curves()
     for step in (1, 2, 3, 4, 3):
         curves.append(step, None, {"loss": float(step)})
     assert curves.whole()["step"] == curves.recent()["step"] == [1, 2, 3]
 
 
-def test_a_run_folder_is_the_history_of_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_view_of_a_run_folder_equals_that_of_its_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     views = []
-    for make in (lambda: heard(*IMMUTABLE_KEYS), lambda: RunFolder(written(tmp_path, *IMMUTABLE_KEYS))):
-        clock = count(1_800_000_000)
-        monkeypatch.setattr(time, "time", lambda clock=clock: float(next(clock)))
+    for make in (lambda: history_of(*EVENTS), lambda: RunFolder(written(tmp_path, *EVENTS))):
+        seconds = count(1_800_000_000)
+        monkeypatch.setattr(time, "time", lambda seconds=seconds: float(next(seconds)))
         views.append({**make().view(), "run": "", "source": ""})
     assert views[0] == views[1]
 
 
-def test_a_view_is_plain_json_and_tells_all_of_the_run() -> None:
-    view = json.loads(json.dumps(heard(*IMMUTABLE_KEYS).view(), allow_nan=False))
+def test_a_view_is_plain_json_with_the_whole_state_of_the_run() -> None:
+    view = json.loads(json.dumps(history_of(*EVENTS).view(), allow_nan=False))
     assert (view["state"], view["step"], view["total_steps"], view["seconds_left"]) == ("running", 2, 100, 49.0)
     assert view["latest"]["loss"] is None
     assert view["recent"]["values"]["loss"] == [3.0, None]
@@ -109,25 +109,25 @@ def test_a_view_is_plain_json_and_tells_all_of_the_run() -> None:
     assert [message["level"] for message in view["messages"]] == ["info", "warning", "warning", "info"]
     assert view["messages"][1]["text"] == "step 2 skipped, the loss is not finite: a, b, c and 1 more"
     assert view["warnings"] == [
-        "steps in a row that were not finite: 1",
+        "non-finite steps in a row: 1",
         "samples unaccounted for: 1",
         "25% of a step is spent waiting for data",
     ]
 
 
-def test_a_step_taken_ends_a_row_of_skipped_ones() -> None:
-    assert heard(*IMMUTABLE_KEYS, replace(DONE, step=3)).view()["counts"]["skipped_in_a_row"] == 0
+def test_a_finite_step_ends_a_row_of_skipped_steps() -> None:
+    assert history_of(*EVENTS, replace(DONE, step=3)).view()["counts"]["skipped_in_a_row"] == 0
 
 
-def test_phases_are_means_of_the_newest_steps() -> None:
+def test_phases_are_means_over_the_newest_steps() -> None:
     history = History("run", "here")
     for step, seconds in ((1, 1.0), (2, 3.0)):
-        history.take_step({"time": 1.0, "step": step, "epoch": 0, "loss": 1.0, "phases": {"wait": seconds}})
+        history.add_step({"time": 1.0, "step": step, "epoch": 0, "loss": 1.0, "phases": {"wait": seconds}})
     assert history.view()["phases"] == {"wait": 2.0}
 
 
 @pytest.mark.parametrize(
-    ("last", "quiet_seconds", "alive", "state"),
+    ("last", "idle_seconds", "alive", "state"),
     [
         (DONE, 1.0, True, "running"),
         (DONE, 1.0, False, "running"),
@@ -143,38 +143,38 @@ def test_phases_are_means_of_the_newest_steps() -> None:
         (Failed("the disk is full"), 90.0, False, "failed"),
     ],
 )
-def test_the_state_of_a_run_is_told_from_its_last_word(
-    monkeypatch: pytest.MonkeyPatch, last: Event, quiet_seconds: float, alive: bool | None, state: str
+def test_the_state_follows_from_the_last_event_its_age_and_the_process(
+    monkeypatch: pytest.MonkeyPatch, last: Event, idle_seconds: float, alive: bool | None, state: str
 ) -> None:
     now = time.time()
-    history = heard(Started(0, 100, None), last)
-    monkeypatch.setattr(time, "time", lambda: now + quiet_seconds)
+    history = history_of(Started(0, 100, None), last)
+    monkeypatch.setattr(time, "time", lambda: now + idle_seconds)
     assert history.view(alive=alive)["state"] == state
 
 
-def test_evaluations_are_a_curve_of_their_own_that_forgets_what_will_be_repeated() -> None:
+def test_evaluations_are_a_separate_curve_that_drops_steps_to_be_repeated() -> None:
     scores = [Evaluated(step, {"top1": step / 100, "top5": 1.0}, 2.5) for step in (20, 40)]
-    history = heard(Started(0, 100, None), *scores)
+    history = history_of(Started(0, 100, None), *scores)
     assert history.view()["evaluations"]["values"] == {"top1": [0.2, 0.4], "top5": [1.0, 1.0], "seconds": [2.5, 2.5]}
-    history.take_event(event_line(Started(30, 100, "there")))
+    history.add_event(event_record(Started(30, 100, "there")))
     assert history.view()["evaluations"]["step"] == [20]
 
 
 def test_messages_are_bounded() -> None:
-    history = heard(*[Notice(str(number)) for number in range(2 * NUM_MESSAGES)])
+    history = history_of(*[Notice(str(number)) for number in range(2 * NUM_MESSAGES)])
     assert [message["text"] for message in history.view()["messages"]][-1] == str(2 * NUM_MESSAGES - 1)
     assert len(history.view()["messages"]) == NUM_MESSAGES
 
 
-def test_a_folder_is_read_on_from_the_last_look(tmp_path: Path) -> None:
-    folder = RunFolder(written(tmp_path, *IMMUTABLE_KEYS))
+def test_a_folder_is_read_incrementally(tmp_path: Path) -> None:
+    folder = RunFolder(written(tmp_path, *EVENTS))
     assert folder.view()["step"] == 2
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"time": 1, "step": 3, "epoch": 0, "loss": 1.0}\n{"time": 1, "step": 4, "ep')  # a line half written
+        file.write('{"time": 1, "step": 3, "epoch": 0, "loss": 1.0}\n{"time": 1, "step": 4, "ep')  # incomplete line
     assert folder.view()["step"] == 3
 
 
-def test_a_run_that_resumed_from_an_earlier_step_is_read_anew(tmp_path: Path) -> None:
+def test_a_run_that_resumed_from_an_earlier_step_is_read_again(tmp_path: Path) -> None:
     steps = [replace(DONE, step=step) for step in range(1, 9)]
     folder = RunFolder(written(tmp_path, Started(0, 100, None), *steps))
     assert folder.view()["step"] == 8
@@ -185,15 +185,15 @@ def test_a_run_that_resumed_from_an_earlier_step_is_read_anew(tmp_path: Path) ->
     assert view["counts"]["starts"] == 2
 
 
-def test_lines_that_cannot_be_read_are_left_out_and_told(tmp_path: Path) -> None:
-    written(tmp_path, *IMMUTABLE_KEYS)
+def test_unreadable_lines_are_left_out_and_counted(tmp_path: Path) -> None:
+    written(tmp_path, *EVENTS)
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"time": 1, "ev{"time": 2}\n[1]\n{"time": 3, "event": "Started"}\n')
     assert "3 lines of metrics.jsonl and log.jsonl cannot be read, left out" in RunFolder(tmp_path).view()["warnings"]
 
 
-def test_other_ranks_are_known_from_their_logs(tmp_path: Path) -> None:
-    written(tmp_path, *IMMUTABLE_KEYS)
+def test_other_ranks_are_read_from_their_logs(tmp_path: Path) -> None:
+    written(tmp_path, *EVENTS)
     other = EventLog(tmp_path / "log-00001.jsonl")
     other(Started(0, 100, None))
     other(replace(REPORT, waited_seconds=7.0, queue=0))

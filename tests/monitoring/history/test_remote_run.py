@@ -11,22 +11,22 @@ from mcl_dist.errors import EXIT_FAILURE, EXIT_USAGE
 from mcl_dist.events import Started
 from mcl_dist.run_log.listeners import EventLog
 from monitoring.history.run_folder import RunFolder
-from monitoring.http.basic_auth import hashed
-from monitoring.http.server import Exporter, MonitoringConfig
-from monitoring.web.app import Page
+from monitoring.http.basic_auth import hash_password
+from monitoring.http.server import MetricsServer, MonitoringConfig
+from monitoring.web.app import RunApp
 
 
 @pytest.fixture
 def url(tmp_path: Path) -> Iterator[str]:
-    """A run's first rank that asks for a password."""
+    """URL of a run's first rank, which requires a password."""
     EventLog(tmp_path / "run" / "log.jsonl")(Started(0, 60, None))
     users = tmp_path / "users"
     users.touch(mode=0o600)
-    users.write_text(f"ada:{hashed('canary')}\n")
-    exporter = Exporter(CollectorRegistry(), MonitoringConfig(password_file=str(users)))
-    exporter.mount("/", Page(RunFolder(tmp_path / "run").view))
-    yield f"http://127.0.0.1:{exporter.port}"
-    exporter.close()
+    users.write_text(f"ada:{hash_password('canary')}\n")
+    server = MetricsServer(CollectorRegistry(), MonitoringConfig(password_file=str(users)))
+    server.mount("/", RunApp(RunFolder(tmp_path / "run").view))
+    yield f"http://127.0.0.1:{server.port}"
+    server.close()
 
 
 def credentials(folder: Path, text: str, mode: int = 0o600) -> str:
@@ -36,7 +36,7 @@ def credentials(folder: Path, text: str, mode: int = 0o600) -> str:
     return str(file)
 
 
-def test_a_run_at_a_url_is_shown_to_who_knows_the_password(
+def test_a_remote_run_is_shown_with_the_right_password(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["monitor", url, "--credentials", credentials(tmp_path, "ada:canary\n")]) == 0
@@ -44,7 +44,7 @@ def test_a_run_at_a_url_is_shown_to_who_knows_the_password(
 
 
 @pytest.mark.parametrize("text", [None, "ada:wrong"])
-def test_who_does_not_is_told_in_one_line(
+def test_a_wrong_or_missing_password_is_one_line(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None
 ) -> None:
     options = ["--credentials", credentials(tmp_path, text)] if text else []
@@ -55,34 +55,34 @@ def test_who_does_not_is_told_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("text", "mode", "says"), [("ada:canary", 0o644, "chmod 600"), ("canary", 0o600, "must hold one line")]
+    ("text", "mode", "message"), [("ada:canary", 0o644, "chmod 600"), ("canary", 0o600, "must hold one line")]
 )
-def test_credentials_that_are_no_secret_are_refused_untold(
-    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, mode: int, says: str
+def test_unsafe_credentials_are_rejected_without_showing_them(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, mode: int, message: str
 ) -> None:
     assert main(["monitor", url, "--credentials", credentials(tmp_path, text, mode)]) == EXIT_USAGE
     error = capsys.readouterr().err
-    assert says in error
+    assert message in error
     assert "canary" not in error
 
 
-def test_a_password_in_a_url_is_refused_untold(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_password_in_a_url_is_rejected_without_showing_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["monitor", "http://ada:canary@127.0.0.1:1"]) == EXIT_USAGE
     assert "canary" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("url", ["http://[bad", "http://ada:canary@[bad"])
-def test_what_is_no_url_is_refused_in_one_line_without_its_password(
+def test_an_invalid_url_is_rejected_in_one_line_without_its_password(
     url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["monitor", url]) == EXIT_USAGE
     error = capsys.readouterr().err
-    assert "[bad: no URL; must be http://HOST:PORT" in error
+    assert "[bad: not a valid URL; must be http://HOST:PORT" in error
     assert "canary" not in error
     assert error.count("\n") == 1
 
 
-def test_nobody_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreachable_server_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["monitor", "http://127.0.0.1:1"]) == EXIT_FAILURE
     error = capsys.readouterr().err
     assert "127.0.0.1:1" in error

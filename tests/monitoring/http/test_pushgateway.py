@@ -19,7 +19,7 @@ from tests.support.real_prometheus import until
 
 @dataclass
 class Receiver:
-    """A gateway that keeps what it is sent, and answers as it is told."""
+    """A Pushgateway that records the pushes and answers with `status`."""
 
     url: str = ""
     status: int = 200
@@ -28,14 +28,14 @@ class Receiver:
 
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
-    kept = Receiver()
+    state = Receiver()
 
     class Handler(BaseHTTPRequestHandler):
         def do_PUT(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-            kept.pushed.append((self.command, self.path, self.headers.get("Authorization", ""), body))
-            self.send_response(kept.status)
-            self.send_header("Location", f"{kept.url}/elsewhere")
+            state.pushed.append((self.command, self.path, self.headers.get("Authorization", ""), body))
+            self.send_response(state.status)
+            self.send_header("Location", f"{state.url}/elsewhere")
             self.send_header("Content-Length", "0")
             self.end_headers()
 
@@ -43,54 +43,54 @@ def receiver() -> Iterator[Receiver]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    kept.url = f"http://127.0.0.1:{server.server_port}"
+    state.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    yield kept
+    yield state
     server.shutdown()
     server.server_close()
     thread.join()
 
 
-def registered() -> tuple[Registry, CollectorRegistry]:
-    board, registry = Registry(["build"]), CollectorRegistry()
-    registry.register(board)
-    return board, registry
+def registry_and_collectors() -> tuple[Registry, CollectorRegistry]:
+    registry, collectors = Registry(["build"]), CollectorRegistry()
+    collectors.register(registry)
+    return registry, collectors
 
 
-def test_metrics_are_pushed_now_and_then_and_at_the_end(receiver: Receiver) -> None:
-    board, registry = registered()
-    gateway = Pushgateway(
+def test_metrics_are_pushed_periodically_and_at_the_end(receiver: Receiver) -> None:
+    registry, collectors = registry_and_collectors()
+    pushgateway = Pushgateway(
         HttpClient(receiver.url), "mcl-build", {"run": "set", "instance": "here"}, pytest.fail, seconds=0.01
     )
-    board.set("mcl_build_complete", 0)
-    with gateway.pushing(registry, pytest.fail):
+    registry.set("mcl_build_complete", 0)
+    with pushgateway.push_periodically(collectors, pytest.fail):
         assert until(lambda: len(receiver.pushed) > 1, 20)
-        board.set("mcl_build_complete", 1)
+        registry.set("mcl_build_complete", 1)
     assert {push[:3] for push in receiver.pushed} == {("PUT", "/metrics/job/mcl-build/instance/here/run/set", "")}
     assert "mcl_build_complete 0.0" in receiver.pushed[0][3].splitlines()
     assert "mcl_build_complete 1.0" in receiver.pushed[-1][3].splitlines()
 
 
-@pytest.mark.parametrize(("status", "says"), [(503, "503"), (302, "302"), (None, "refused")])
-def test_a_gateway_that_takes_nothing_is_told_once_and_counted_and_fails_nothing(
-    receiver: Receiver, status: int | None, says: str
+@pytest.mark.parametrize(("status", "reason"), [(503, "503"), (302, "302"), (None, "refused")])
+def test_failing_pushes_are_logged_once_and_counted_and_raise_nothing(
+    receiver: Receiver, status: int | None, reason: str
 ) -> None:
-    board, registry = registered()
-    told: list[str] = []
+    registry, collectors = registry_and_collectors()
+    log: list[str] = []
     receiver.status = status or 200
     url = receiver.url if status else "http://127.0.0.1:1"
-    gateway = Pushgateway(HttpClient(url), "mcl-build", {}, told.append, seconds=0.01)
-    with gateway.pushing(registry, lambda: board.add("mcl_build_pushes_failed_total")):
-        assert until(lambda: (registry.get_sample_value("mcl_build_pushes_failed_total") or 0) > 1, 20)
-    failed = registry.get_sample_value("mcl_build_pushes_failed_total")
-    assert len(told) == 2
-    assert says in told[0]
-    assert told[1] == f"{url}: {failed:.0f} pushes of metrics failed"
+    pushgateway = Pushgateway(HttpClient(url), "mcl-build", {}, log.append, seconds=0.01)
+    with pushgateway.push_periodically(collectors, lambda: registry.add("mcl_build_pushes_failed_total")):
+        assert until(lambda: (collectors.get_sample_value("mcl_build_pushes_failed_total") or 0) > 1, 20)
+    failed = collectors.get_sample_value("mcl_build_pushes_failed_total")
+    assert len(log) == 2
+    assert reason in log[0]
+    assert log[1] == f"{url}: {failed:.0f} metrics pushes failed"
     assert not [path for _, path, *_ in receiver.pushed if path == "/elsewhere"]
 
 
-def test_a_build_pushes_with_a_password_from_a_file_and_tells_it_nobody(
+def test_a_build_pushes_with_a_password_from_a_file_and_does_not_log_it(
     receiver: Receiver, synthetic_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     secret = tmp_path / "credentials"
@@ -100,32 +100,32 @@ def test_a_build_pushes_with_a_password_from_a_file_and_tells_it_nobody(
     video = next((synthetic_shards.parent / "train").glob("*/*"))
     (tmp_path / "videos" / "class" / video.name).write_bytes(video.read_bytes())
     receiver.status = 401
-    words = ["shards", "build", str(tmp_path / "videos"), str(tmp_path / "set"), "--flow", "dis", "--short-side", "0"]
-    assert main([*words, "--push-gateway", receiver.url, "--push-credentials", str(secret)]) == 0
+    command = ["shards", "build", str(tmp_path / "videos"), str(tmp_path / "set"), "--flow", "dis", "--short-side", "0"]
+    assert main([*command, "--push-gateway", receiver.url, "--push-credentials", str(secret)]) == 0
     ((_, path, credentials, body),) = receiver.pushed
     assert path.endswith("/run/set")
     assert credentials == "Basic " + base64.b64encode(b"ada:canary").decode()
     assert "mcl_build_complete 1.0" in body.splitlines()
-    said = capsys.readouterr()
-    assert "it answers 401" in said.err
-    assert "canary" not in said.out + said.err
-    assert credentials.split()[1] not in said.out + said.err
+    output = capsys.readouterr()
+    assert "status 401" in output.err
+    assert "canary" not in output.out + output.err
+    assert credentials.split()[1] not in output.out + output.err
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (["--push-gateway", "http://ada:canary@127.0.0.1:9091"], "--push-credentials FILE"),
         (["--push-gateway", "127.0.0.1:9091"], "must be http://HOST:PORT"),
         (["--push-gateway", "ada:canary@127.0.0.1:9091"], "must be http://HOST:PORT"),
-        (["--push-gateway", "http://[bad"], "http://[bad: no URL"),
+        (["--push-gateway", "http://[bad"], "http://[bad: not a valid URL"),
         (["--push-credentials", "secret"], "--push-credentials: found 'secret' without --push-gateway"),
     ],
 )
-def test_a_gateway_that_is_none_is_refused_untold(
-    options: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_invalid_pushgateway_is_refused_without_printing_its_password(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["shards", "build", str(tmp_path), str(tmp_path / "set"), *options]) == 2
     error = capsys.readouterr().err
-    assert says in error
+    assert message in error
     assert "canary" not in error

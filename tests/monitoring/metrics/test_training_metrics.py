@@ -22,7 +22,7 @@ from mcl_dist.events import (
     StepSkipped,
     Stopping,
 )
-from mcl_dist.run_log.goodput import CAUSES
+from mcl_dist.run_log.goodput import RESTART_CAUSES
 from monitoring.http.healthz import Healthz
 from monitoring.metrics.catalogue import LOSSES, Scope
 from monitoring.metrics.registry import Registry
@@ -42,35 +42,35 @@ DONE = StepDone(
     momentum=0.99,
     queue_fill=0.5,
     queue_age=4.0,
-    operations=2e9,
+    flops=2e9,
 )
 
 
-def listening(*scopes: Scope, peak_flops: float | None = None) -> tuple[TrainingMetrics, CollectorRegistry]:
-    registry, board = CollectorRegistry(), Registry(scopes or ("run", "rank", "node"))
-    registry.register(board)
-    return TrainingMetrics(board, Healthz(600.0), peak_flops), registry
+def make_metrics(*scopes: Scope, peak_flops: float | None = None) -> tuple[TrainingMetrics, CollectorRegistry]:
+    collectors, registry = CollectorRegistry(), Registry(scopes or ("run", "rank", "node"))
+    collectors.register(registry)
+    return TrainingMetrics(registry, Healthz(600.0), peak_flops), collectors
 
 
-def test_an_evaluation_shows_its_scores_and_is_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    metrics, registry = listening()
+def test_an_evaluation_exports_its_scores_and_counts_as_a_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics, collectors = make_metrics()
     now = time.monotonic() + 100
     monkeypatch.setattr(time, "monotonic", lambda: now)
     metrics(Evaluating(3, 20, 60))
-    assert registry.get_sample_value("mcl_heartbeat_age_seconds") == 0
-    assert registry.get_sample_value("mcl_evaluation_step") is None
+    assert collectors.get_sample_value("mcl_heartbeat_age_seconds") == 0
+    assert collectors.get_sample_value("mcl_evaluation_step") is None
     metrics(Evaluated(3, {"top1": 0.5, "top5": 0.75, "mean_class": 0.25}, 12.0))
-    found = {name: registry.get_sample_value("mcl_knn_accuracy_ratio", {"measure": name}) for name in ("top1", "top5")}
-    assert found == {"top1": 0.5, "top5": 0.75}
-    assert registry.get_sample_value("mcl_evaluation_step") == 3
-    assert registry.get_sample_value("mcl_evaluation_seconds") == 12
+    for name, expected in (("top1", 0.5), ("top5", 0.75)):
+        assert collectors.get_sample_value("mcl_knn_accuracy_ratio", {"measure": name}) == expected
+    assert collectors.get_sample_value("mcl_evaluation_step") == 3
+    assert collectors.get_sample_value("mcl_evaluation_seconds") == 12
 
 
-def test_a_step_shows_what_it_did_and_where_its_time_went() -> None:
-    metrics, registry = listening(peak_flops=1e10)
+def test_a_step_exports_its_results_and_its_phases() -> None:
+    metrics, collectors = make_metrics(peak_flops=1e10)
     metrics(DONE)
     metrics(CheckpointWritten(3, "there", 1.5, 0.25, 4000))
-    value = registry.get_sample_value
+    value = collectors.get_sample_value
     for name, expected in {
         "mcl_videos_total": 8,
         "mcl_step": 3,
@@ -98,13 +98,13 @@ def test_a_step_shows_what_it_did_and_where_its_time_went() -> None:
     assert value("mcl_step_phase_seconds_sum", {"phase": "keys"}) == pytest.approx(0.06)
 
 
-def test_skipped_steps_and_leaps_are_counted_and_leave_the_losses_as_they_were() -> None:
-    metrics, registry = listening()
+def test_skipped_steps_and_loss_spikes_are_counted_and_keep_the_last_losses() -> None:
+    metrics, collectors = make_metrics()
     metrics(DONE)
     metrics(replace(DONE, losses={"loss": math.nan}, gradient_norm=math.inf, taken=False))
     metrics(StepSkipped(4, ["a video"], "a reason", 1))
     metrics(LossSpike(5, 9.0, 3.0, None))
-    value = registry.get_sample_value
+    value = collectors.get_sample_value
     assert value("mcl_loss", {"term": "total"}) == 2.5
     assert value("mcl_gradient_norm") == 1.5
     assert value("mcl_steps_skipped_total") == 1
@@ -115,9 +115,9 @@ def test_skipped_steps_and_leaps_are_counted_and_leave_the_losses_as_they_were()
     assert value("mcl_steps_skipped_in_a_row") == 0
 
 
-def test_checkpoints_that_fail_or_are_refused_are_counted() -> None:
-    metrics, registry = listening()
-    value = registry.get_sample_value
+def test_failed_and_refused_checkpoints_are_counted() -> None:
+    metrics, collectors = make_metrics()
+    value = collectors.get_sample_value
     metrics(CheckpointFailed(5, "there", "no space", 2))
     metrics(CheckpointRefused("there", "torn"))
     assert value("mcl_checkpoints_failed_total") == 1
@@ -128,20 +128,20 @@ def test_checkpoints_that_fail_or_are_refused_are_counted() -> None:
 
 
 @pytest.mark.parametrize(("step", "resumed_from"), [(0, None), (40, "there")])
-def test_before_its_first_checkpoint_a_crash_goes_back_to_where_the_run_started(
+def test_before_the_first_checkpoint_the_checkpoint_step_is_the_step_at_the_start(
     step: int, resumed_from: str | None
 ) -> None:
-    metrics, registry = listening()
+    metrics, collectors = make_metrics()
     metrics(Started(step, 60, resumed_from))
-    assert registry.get_sample_value("mcl_step") == step
-    assert registry.get_sample_value("mcl_checkpoint_step") == step
+    assert collectors.get_sample_value("mcl_step") == step
+    assert collectors.get_sample_value("mcl_checkpoint_step") == step
     metrics(CheckpointWritten(step + 10, "there", 1.5, 0.25, 4000))
-    assert registry.get_sample_value("mcl_checkpoint_step") == step + 10
+    assert collectors.get_sample_value("mcl_checkpoint_step") == step + 10
 
 
-def test_what_feeds_a_run_is_exported_by_reason_and_stage() -> None:
-    metrics, registry = listening()
-    value = registry.get_sample_value
+def test_loader_metrics_are_exported_by_reason_and_stage() -> None:
+    metrics, collectors = make_metrics()
+    value = collectors.get_sample_value
     storage = {"bytes_read": 70, "requests": 5, "retries": {"stall": 2}}
     metrics(LoaderReport(20, 19, 1, {"checksum": 1}, 0.5, 2, {"decode": 1.5}, storage, 0.0, 0))
     for (name, *label), expected in {
@@ -159,26 +159,26 @@ def test_what_feeds_a_run_is_exported_by_reason_and_stage() -> None:
         assert value(name, {label[0]: label[1]} if label else {}) == expected, name
 
 
-def test_counters_are_there_before_the_first_of_what_they_count() -> None:
-    _, registry = listening()
-    assert registry.get_sample_value("mcl_storage_retries_total", {"reason": "stall"}) == 0
-    assert registry.get_sample_value("mcl_steps_skipped_total") == 0
+def test_counters_start_at_zero_for_every_label_value() -> None:
+    _, collectors = make_metrics()
+    assert collectors.get_sample_value("mcl_storage_retries_total", {"reason": "stall"}) == 0
+    assert collectors.get_sample_value("mcl_steps_skipped_total") == 0
 
 
-def test_totals_over_all_restarts_are_absent_until_they_are_known_and_then_there_for_every_cause() -> None:
-    metrics, registry = listening()
-    totals = {f"mcl_{what}_total" for what in ("restarts", "run_seconds", "productive_seconds", "lost_seconds")}
+def test_totals_over_all_restarts_are_absent_until_known_and_then_exported_for_every_cause() -> None:
+    metrics, collectors = make_metrics()
+    totals = {f"mcl_{name}_total" for name in ("restarts", "run_seconds", "productive_seconds", "lost_seconds")}
 
     def exported() -> set[str]:
-        return totals & {sample.name for family in registry.collect() for sample in family.samples}
+        return totals & {sample.name for family in collectors.collect() for sample in family.samples}
 
     metrics(Started(40, 60, "there"))
     assert exported() == set()
     metrics(Accounts(0.9, 100.0, 90.0, {"starting": 10.0}, {"hang": 2}))
     assert exported() == totals
-    value = registry.get_sample_value
-    assert {cause: value("mcl_restarts_total", {"cause": cause}) for cause in CAUSES} == {
-        **dict.fromkeys(CAUSES, 0),
+    value = collectors.get_sample_value
+    assert {cause: value("mcl_restarts_total", {"cause": cause}) for cause in RESTART_CAUSES} == {
+        **dict.fromkeys(RESTART_CAUSES, 0),
         "hang": 2,
     }
     assert {cause: value("mcl_lost_seconds_total", {"cause": cause}) for cause in LOSSES} == {
@@ -187,37 +187,37 @@ def test_totals_over_all_restarts_are_absent_until_they_are_known_and_then_there
     }
 
 
-def test_a_label_value_that_nobody_has_listed_makes_no_series_of_its_own() -> None:
-    metrics, registry = listening()
-    reasons = {"unheard of": 1, "unthought of": 2}
+def test_unlisted_label_values_are_exported_as_other() -> None:
+    metrics, collectors = make_metrics()
+    reasons = {"unlisted": 1, "unlisted too": 2}
     metrics(LoaderReport(20, 19, 1, reasons, 0.5, 2, {}, {}, 0.0, 0))
-    assert registry.get_sample_value("mcl_loader_bad_samples_total", {"reason": "other"}) == 3
+    assert collectors.get_sample_value("mcl_loader_bad_samples_total", {"reason": "other"}) == 3
 
 
-def test_what_is_of_the_whole_run_is_told_by_the_first_rank_alone() -> None:
-    metrics, registry = listening("rank")
+def test_only_rank_0_exports_metrics_of_the_whole_run() -> None:
+    metrics, collectors = make_metrics("rank")
     metrics(DONE)
-    assert registry.get_sample_value("mcl_videos_total") is None
-    assert registry.get_sample_value("mcl_step_seconds_count") == 1
+    assert collectors.get_sample_value("mcl_videos_total") is None
+    assert collectors.get_sample_value("mcl_step_seconds_count") == 1
 
 
-def test_ages_grow_until_the_next_step_and_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heartbeat_and_checkpoint_ages_restart_at_each_step_and_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    metrics, registry = listening()
+    metrics, collectors = make_metrics()
     metrics(CheckpointWritten(3, "there", 1.5, 0.25, 4000))
     now = 107.0
     metrics(DONE)
     now = 109.0
-    assert registry.get_sample_value("mcl_heartbeat_age_seconds") == 2.0
-    assert registry.get_sample_value("mcl_checkpoint_age_seconds") == 9.0
+    assert collectors.get_sample_value("mcl_heartbeat_age_seconds") == 2.0
+    assert collectors.get_sample_value("mcl_checkpoint_age_seconds") == 9.0
 
 
-def test_accounts_show_what_became_of_the_time_and_what_ended_runs() -> None:
-    metrics, registry = listening()
-    metrics(Accounts(0.75, 400.0, 300.0, {"starting": 60.0, "killed": 30.0, "of no list": 10.0}, {"killed": 2}))
-    metrics(Stopping(7, "asked to"))
-    value = registry.get_sample_value
+def test_goodput_metrics_show_lost_time_and_restarts_by_cause() -> None:
+    metrics, collectors = make_metrics()
+    metrics(Accounts(0.75, 400.0, 300.0, {"starting": 60.0, "killed": 30.0, "unlisted": 10.0}, {"killed": 2}))
+    metrics(Stopping(7, "a request"))
+    value = collectors.get_sample_value
     assert value("mcl_goodput_ratio") == 0.75
     assert value("mcl_run_seconds_total") == 400.0
     assert value("mcl_productive_seconds_total") == 300.0

@@ -1,4 +1,4 @@
-"""The rules as promtool sees them, and the runbook beside them."""
+"""The Prometheus rules by promtool, and their runbook."""
 
 from __future__ import annotations
 
@@ -17,53 +17,54 @@ from mcl_dist.checkpoint.manager import CheckpointConfig
 from mcl_dist.config import load_config
 from mcl_dist.errors import EXIT_FAILURE
 from tests.support.paths import REPOSITORY
+from tests.support.queries import DASHBOARD_JSON, panels
 
 RULES = REPOSITORY / "monitoring" / "prometheus"
 UNIT_TESTS = Path(__file__).with_name("alerts.test.yml")
 RECORDING_TESTS = UNIT_TESTS.with_name("recording.test.yml")
-RUNBOOK = REPOSITORY / "docs" / "runbook.md"
+RUNBOOK = REPOSITORY / "docs" / "how-to" / "runbook.md"
 
 
-def rules_of(file: str) -> list[dict[str, Any]]:
+def load_rules(file: str) -> list[dict[str, Any]]:
     groups = yaml.safe_load((RULES / file).read_text())["groups"]
     return [rule for group in groups for rule in group["rules"]]
 
 
-ALERTS = {rule["alert"]: rule for rule in rules_of("alerts.yml")}
+ALERTS = {rule["alert"]: rule for rule in load_rules("alerts.yml")}
 
 
 @pytest.mark.parametrize(
-    "words",
+    "command",
     [
         ("promtool", "check", "config", "--lint=all", "--lint-fatal", RULES / "prometheus.yml"),
         ("promtool", "check", "rules", "--lint=all", "--lint-fatal", RULES / "recording.yml", RULES / "alerts.yml"),
         ("promtool", "test", "rules", UNIT_TESTS, RECORDING_TESTS),
         ("amtool", "check-config", RULES.parent / "alertmanager" / "alertmanager.yml"),
     ],
-    ids=lambda words: " ".join(str(word) for word in words[:3]),
+    ids=lambda command: " ".join(map(str, command[:3])),
 )
-def test_prometheus_own_tools_find_no_fault(words: tuple[str | Path, ...]) -> None:
-    if shutil.which(str(words[0])) is None:
-        pytest.skip(f"{words[0]} is not installed")
-    result = subprocess.run(words, capture_output=True, text=True, check=False)
+def test_prometheus_tools_accept_the_configuration_and_rules(command: tuple[str | Path, ...]) -> None:
+    if shutil.which(str(command[0])) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_every_alert_is_tested_firing_and_quiet() -> None:
+def test_every_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
     tests = [test for case in yaml.safe_load(UNIT_TESTS.read_text())["tests"] for test in case["alert_rule_test"]]
     for fires in (True, False):
         assert {test["alertname"] for test in tests if bool(test["exp_alerts"]) == fires} == set(ALERTS)
 
 
 @pytest.mark.parametrize("name", ALERTS)
-def test_an_alert_says_how_bad_it_is_what_happened_and_where_to_read_on(name: str) -> None:
+def test_an_alert_has_a_severity_a_summary_a_description_and_a_runbook_link(name: str) -> None:
     assert ALERTS[name]["labels"]["severity"] in ("critical", "warning")
     annotations = ALERTS[name]["annotations"]
     assert set(annotations) == {"summary", "description", "runbook"}
-    assert annotations["runbook"] == f"docs/runbook.md#{name.lower()}"
+    assert annotations["runbook"] == f"docs/how-to/runbook.md#{name.lower()}"
 
 
-def test_the_runbook_has_a_section_for_each_alert_and_no_other() -> None:
+def test_the_runbook_has_exactly_one_section_per_alert() -> None:
     text = RUNBOOK.read_text()
     sections = dict(re.findall(r"^## (\S+)\n\n\*(\w+)\* · ", text, re.MULTILINE))
     assert sections == {name: rule["labels"]["severity"] for name, rule in ALERTS.items()}
@@ -74,19 +75,30 @@ def test_the_runbook_has_a_section_for_each_alert_and_no_other() -> None:
 @pytest.mark.parametrize(
     "section", re.split(r"^## ", RUNBOOK.read_text(), flags=re.MULTILINE)[1:], ids=lambda section: section.split()[0]
 )
-def test_a_section_of_the_runbook_says_how_to_see_it_what_it_means_and_what_to_do_in_commands(section: str) -> None:
+def test_a_runbook_section_has_signs_a_meaning_and_commands_to_run(section: str) -> None:
     for part in ("See", "Means", "Do"):
         assert f"- **{part}:**" in section
     assert "`" in section.split("- **Do:**")[1]
 
 
-def test_the_runbook_says_after_how_many_failed_checkpoints_a_run_ends() -> None:
+def test_the_runbook_refers_to_existing_dashboard_panels() -> None:
+    titles = {name: {panel["title"] for panel in panels(dashboard)} for name, dashboard in DASHBOARD_JSON.items()}
+    found = 0
+    for line in " ".join(RUNBOOK.read_text().split()).split("dashboard *")[1:]:
+        name, _, text = line.partition("*")
+        for title in re.findall(r'"([^"]+)"', text.split(";")[0].split("**")[0]):
+            assert title in titles[f"mcl-{name}"], title
+            found += 1
+    assert found > 10
+
+
+def test_the_runbook_states_the_limit_of_failed_checkpoints_and_the_exit_code() -> None:
     section = RUNBOOK.read_text().split("## MclCheckpointFailing")[1].split("## ")[0]
     assert f"`checkpoint.max_failures` ({CheckpointConfig().max_failures})" in section
     assert f"exit code {EXIT_FAILURE}" in section
 
 
-def test_the_runbook_names_keys_and_choices_that_configurations_have() -> None:
+def test_the_runbook_uses_existing_configuration_keys_and_choices() -> None:
     sections = "|".join(field.name for field in fields(PretrainConfig))
     found = set(re.findall(rf"\b(?:{sections})\.\w+(?:=[a-z]+)?\b", RUNBOOK.read_text()))
     found -= {name for name in found if Path(name).suffix in (".yaml", ".jsonl")}

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -15,19 +13,13 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 import cv2
 import pytest
 
-from mcl_dist.events import CheckpointWritten, Evaluated, Event, Finished, Notice, Started, StepDone, StepSkipped
-from mcl_dist.run_log.listeners import EventLog, MetricsFile
+from mcl_dist.events import CheckpointWritten, Evaluated, Finished, Notice, Started, StepDone, StepSkipped
 from monitoring.history.run_folder import RunFolder
-from monitoring.web.app import Page
+from monitoring.web.app import RunApp
+from tests.support.browser import chromium
+from tests.support.run_files import write_events
 
 HOSTILE = "<img src=x onerror=\"document.title='taken'\">"
-
-
-def write(folder: Path, *events: Event) -> None:
-    listeners = (MetricsFile(folder / "metrics.jsonl"), EventLog(folder / "log.jsonl"))
-    for event in events:
-        for listener in listeners:
-            listener(event)
 
 
 def done(step: int, loss: float) -> StepDone:
@@ -36,15 +28,15 @@ def done(step: int, loss: float) -> StepDone:
 
 class Quiet(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
-        """Nobody reads it."""
+        """Do not log requests."""
 
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A run folder's path, and the URL of its page."""
+    """A run folder and the URL of its page."""
     folder = tmp_path / "run"
     folder.mkdir()
-    with make_server("127.0.0.1", 0, Page(RunFolder(folder).view), handler_class=Quiet) as server:
+    with make_server("127.0.0.1", 0, RunApp(RunFolder(folder).view), handler_class=Quiet) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield folder, f"http://127.0.0.1:{server.server_port}"
@@ -53,48 +45,38 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 
 def browse(url: str, profile: Path, *options: str, scheme: int = 1, size: str = "1200,1600") -> str:
-    """What the page came to, and on standard error what its console says."""
-    program = shutil.which("chromium")
-    if program is None:
-        pytest.skip("no chromium on this machine (Debian: apt install chromium)")
-    command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
-    command += ["--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"]
-    command += [
-        f"--user-data-dir={profile}",
-        f"--window-size={size}",
-        f"--blink-settings=preferredColorScheme={scheme}",
-    ]
-    command += ["--virtual-time-budget=2000", *options, f"{url}/"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    """Open the page in Chromium and return its standard output; fails on a console message."""
+    options = (f"--blink-settings=preferredColorScheme={scheme}", "--virtual-time-budget=2000", *options)
+    result = chromium(profile, f"{url}/", *options, size=size)
     assert "CONSOLE" not in result.stderr
     return result.stdout
 
 
-def test_the_page_and_its_view_are_served_under_a_strict_policy(served: tuple[Path, str]) -> None:
+def test_the_page_and_its_data_are_served_with_a_strict_content_security_policy(served: tuple[Path, str]) -> None:
     folder, url = served
-    write(folder, Started(0, 60, None), done(1, 3.0))
+    write_events(folder, Started(0, 60, None), done(1, 3.0))
     for path, kind in (("/", "text/html"), ("/page.js", "text/javascript"), ("/page.css", "text/css")):
-        with urllib.request.urlopen(url + path, timeout=10) as answer:
-            assert answer.headers["Content-Type"].startswith(kind)
-            policy = answer.headers["Content-Security-Policy"]
+        with urllib.request.urlopen(url + path, timeout=10) as response:
+            assert response.headers["Content-Type"].startswith(kind)
+            policy = response.headers["Content-Security-Policy"]
             assert "default-src 'none'" in policy
             assert "unsafe" not in policy
-            assert "http" not in answer.read().decode().replace("http://www.w3.org/2000/svg", "")
-    with urllib.request.urlopen(f"{url}/api/history", timeout=10) as answer:
-        assert json.load(answer)["step"] == 1
+            assert "http" not in response.read().decode().replace("http://www.w3.org/2000/svg", "")
+    with urllib.request.urlopen(f"{url}/api/history", timeout=10) as response:
+        assert json.load(response)["step"] == 1
 
 
 @pytest.mark.parametrize(
     ("path", "method", "status"), [("/../app.py", "GET", 404), ("/", "POST", 405), ("/x", "GET", 404)]
 )
-def test_nothing_else_is_served(served: tuple[Path, str], path: str, method: str, status: int) -> None:
+def test_other_paths_and_methods_are_refused(served: tuple[Path, str], path: str, method: str, status: int) -> None:
     with pytest.raises(HTTPError) as refused:
         urllib.request.urlopen(urllib.request.Request(served[1] + path, method=method), timeout=10)
     assert refused.value.code == status
     refused.value.close()
 
 
-def test_a_folder_without_a_run_yet_is_told(served: tuple[Path, str]) -> None:
+def test_a_folder_without_a_run_is_reported(served: tuple[Path, str]) -> None:
     with pytest.raises(HTTPError) as refused:
         urllib.request.urlopen(f"{served[1]}/api/history", timeout=10)
     assert refused.value.code == 503
@@ -103,21 +85,19 @@ def test_a_folder_without_a_run_yet_is_told(served: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
-def test_a_browser_draws_the_curves_with_their_gaps_and_runs_none_of_the_names(
-    served: tuple[Path, str], tmp_path: Path
-) -> None:
+def test_a_browser_draws_curves_with_gaps_and_escapes_names(served: tuple[Path, str], tmp_path: Path) -> None:
     folder, url = served
     steps = [done(step, float("nan") if step in (10, 12) else 5.0 / step) for step in range(1, 21)]
     skipped = StepSkipped(10, [HOSTILE], "the loss is not finite", 1)
     written = (CheckpointWritten(20, "there", 1.5, 0.1, 412), Evaluated(20, {"top1": 0.375, "top5": 0.75}, 9.0))
-    write(folder, Started(0, 60, None), *steps, skipped, *written, Notice(HOSTILE))
+    write_events(folder, Started(0, 60, None), *steps, skipped, *written, Notice(HOSTILE))
     dom = browse(url, tmp_path / "profile", "--dump-dom")
     assert "<title>run: running</title>" in dom
     assert "step 20 of 60" in dom
-    for title in ("Losses (nats)", "Throughput (videos/s)", "Learning rate (per step)", "Gradient norm (2-norm)"):
+    for title in ("Losses (nats)", "Throughput (videos/s)", "Learning rate</h2>", "Gradient norm (L2)"):
         assert title in dom
     assert "total 0.25" in dom
-    assert "kNN of held-out videos (% right)" in dom
+    assert "Online kNN (% accuracy)" in dom
     assert "37.5 % at step 20, took 9 s" in dom
     curve = re.search(r'<path class="curve s0" d="([^"]*)"', dom)
     assert curve
@@ -129,24 +109,24 @@ def test_a_browser_draws_the_curves_with_their_gaps_and_runs_none_of_the_names(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "size"), [(0, "1200,1600"), (1, "500,900")])
-def test_the_page_is_dark_or_light_as_asked_and_fits_a_phone(
+def test_the_page_has_a_dark_and_a_light_theme_and_fits_a_phone(
     served: tuple[Path, str], tmp_path: Path, scheme: int, size: str
 ) -> None:
     folder, url = served
-    write(folder, Started(0, 60, None), *[done(step, 5.0 / step) for step in range(1, 61)], Finished(60, 1))
-    picture = tmp_path / "page.png"
-    browse(url, tmp_path / "profile", f"--screenshot={picture}", scheme=scheme, size=size)
-    drawn = cv2.imread(str(picture))
-    assert f"{drawn.shape[1]},{drawn.shape[0]}" == size
-    brightness = drawn.mean(axis=2)
+    write_events(folder, Started(0, 60, None), *[done(step, 5.0 / step) for step in range(1, 61)], Finished(60, 1))
+    screenshot = tmp_path / "page.png"
+    browse(url, tmp_path / "profile", f"--screenshot={screenshot}", scheme=scheme, size=size)
+    image = cv2.imread(str(screenshot))
+    assert f"{image.shape[1]},{image.shape[0]}" == size
+    brightness = image.mean(axis=2)
     assert (brightness < 60).mean() > 0.5 if scheme == 0 else (brightness > 200).mean() > 0.5
 
 
 @pytest.mark.slow
-def test_a_run_without_a_step_yet_is_drawn_as_nothing_yet(served: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_run_without_a_step_is_drawn_without_data(served: tuple[Path, str], tmp_path: Path) -> None:
     folder, url = served
-    write(folder, Started(0, 60, None))
+    write_events(folder, Started(0, 60, None))
     dom = browse(url, tmp_path / "profile", "--dump-dom")
     assert "<title>run: starting</title>" in dom
-    assert "nothing yet" in dom
+    assert "no data yet" in dom
     assert "undefined" not in dom
