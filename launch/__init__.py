@@ -1,1 +1,1 @@
-"""The composition root: command line, training and evaluation entry points."""
+"""Commands, the composition of training and evaluation runs, and their supervision."""

@@ -1,4 +1,4 @@
-"""The script that the DeepSpeed launcher starts once a rank; `mcl pretrain` and bare `deepspeed` both start it."""
+"""The script of one pre-training rank; `mcl pretrain` and plain `deepspeed` start it through the DeepSpeed launcher."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from launch.pretraining.rank import add_config_arguments, pretrain
-from launch.supervision.deepspeed_launcher import as_rank, watched_rank
+from launch.supervision.deepspeed_launcher import run_as_rank, start_rank_watch
 
 
-def main(words: Sequence[str] | None = None) -> NoReturn:
-    """One rank, started by the DeepSpeed launcher."""
+def main(command_line: Sequence[str] | None = None) -> NoReturn:
+    """Run one rank."""
     parser = argparse.ArgumentParser(prog="launch/pretrain.py", description="One rank of a pre-training run.")
     add_config_arguments(parser)
     parser.add_argument("--local_rank", type=int, help="set by the launcher")
-    arguments = parser.parse_intermixed_args(words)  # `deepspeed` hands over words as they were given
-    stop, heartbeat = watched_rank()
-    as_rank(lambda: pretrain(arguments.config, arguments.overrides, stop, heartbeat))
+    # `deepspeed` passes its arguments on in the user's order, so overrides may stand between options.
+    arguments = parser.parse_intermixed_args(command_line)
+    stop, heartbeat = start_rank_watch()
+    run_as_rank(lambda: pretrain(arguments.config, arguments.overrides, stop, heartbeat))
 
 
 if __name__ == "__main__":

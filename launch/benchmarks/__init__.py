@@ -1,1 +1,1 @@
-"""Benchmarks: each measures both sides of a claim in one run and returns figures with their ratio."""
+"""Benchmarks: each measures both sides of a comparison in one run and returns the values with their ratio."""

@@ -1,13 +1,12 @@
-"""`mcl bench method`: what each part of the method adds, on synthetic sets whose classes differ in motion alone."""
+"""Ablation of the method: the gain of each use of motion, on synthetic sets whose classes differ in motion alone."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,13 +14,13 @@ from pathlib import Path
 from statistics import mean
 
 from dataloading.build.local_executor import num_cores
-from mcl_dist.errors import ConfigError, UserError
+from mcl_dist.errors import UserError
 
 CONFIG = Path(__file__).with_name("ablation.yaml")  # inside the package, so that an installed wheel has it
 UNTRAINED, BASELINE = "untrained", "contrastive"
 _UNIFORM = ("data.motion_probability=0", "data.motion_crops=false")
 _UNALIGNED = ("objective.alignment=0",)
-# What each changes in the configuration: inter and intra loss are in all, the method's two uses of motion in the last.
+# Overrides of each variant: all have the inter and intra losses; `full` has both of the method's uses of motion.
 VARIANTS: dict[str, tuple[str, ...]] = {
     UNTRAINED: (),
     BASELINE: (*_UNIFORM, *_UNALIGNED),
@@ -31,34 +30,29 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 PROTOCOLS = ("svm", "knn")
 PER_CLASS = {"train": 50, "test": 20}
-EXAMPLE = """example:
-  mcl bench method --scene distracting --dir runs/distracting --seeds 3 --jobs 2
-  mcl bench method --scene alike --dir runs/alike --variants contrastive,full train.steps=600
 
-The folder keeps videos, shard sets, runs, results.json and results.html, a page with the runs' curves. The same command
-goes on where it was stopped; other settings need another folder.
-"""
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class SceneNumbers:
+class SceneSettings:
     """Overrides of `ablation.yaml` for one scene, and the number of clips that probes take from a video."""
 
     overrides: tuple[str, ...]
     clips: int
 
 
-NUMBERS = {
-    # Grey and of one contrast: colour operations would cost time and change nothing.
-    "alike": SceneNumbers(("data.augment.jitter_probability=0", "data.augment.grey_probability=0"), clips=9),
-    # Two stages leave a map of 7×7 cells, as the method's own; three leave 3×3, nearly all of which a disc covers.
-    "distracting": SceneNumbers(("data.crop=56", "encoder.width=16", "encoder.blocks=[1,1]"), clips=9),
+SCENES = {
+    # The videos are grey and of one contrast: colour augmentation would cost time and change nothing.
+    "alike": SceneSettings(("data.augment.jitter_probability=0", "data.augment.grey_probability=0"), clips=9),
+    # Two stages leave a 7×7 map like the method's own; three would leave 3×3, almost all of it covered by a disc.
+    "distracting": SceneSettings(("data.crop=56", "encoder.width=16", "encoder.blocks=[1,1]"), clips=9),
 }
 
 
 @dataclass(frozen=True)
 class VariantScores:
-    """Top-1 of one encoder, as fractions, by protocol."""
+    """Top-1 accuracies of one encoder, as fractions, by protocol."""
 
     variant: str
     seed: int
@@ -68,7 +62,18 @@ class VariantScores:
 
 @dataclass(frozen=True)
 class Study:
-    """One comparison: where it lives and what it compares."""
+    """One ablation: its folder, and the runs to compare.
+
+    Attributes:
+        folder: for videos, shard sets, runs and results.
+        scene: a key of `SCENES`.
+        seeds: runs per variant.
+        variants: keys of `VARIANTS`.
+        jobs: runs at the same time.
+        device: `cpu` or `cuda`, for training.
+        per_class: videos per class, by split.
+        overrides: of the configuration of all runs.
+    """
 
     folder: Path
     scene: str
@@ -84,78 +89,47 @@ class Study:
         return self.folder / "shards" / split
 
     def settings(self, variant: str, seed: int) -> list[str]:
-        """What this variant's run changes in `launch/benchmarks/ablation.yaml`."""
+        """Overrides of `launch/benchmarks/ablation.yaml` for a variant's run."""
         return [
             f"run.dir={self.run_folder(variant, seed)}",
             f"run.seed={seed}",
             f"data.train={self.shards('train')}",
-            *NUMBERS[self.scene].overrides,
+            *SCENES[self.scene].overrides,
             *self.overrides,
             *VARIANTS[variant],
         ]
 
     def run_folder(self, variant: str, seed: int) -> Path:
-        """Where the variant trains."""
+        """The run folder of a variant."""
         return self.folder / "runs" / f"{variant}-{seed}"
 
 
-def register(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `mcl bench method`."""
-    method = actions.add_parser(
-        "method",
-        help="what each part of the method adds, on synthetic sets",
-        description="Pre-train with and without each of the method's two uses of motion, for several seeds, and "
-        "compare the encoders by linear SVM and nearest neighbours.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    method.add_argument("--scene", choices=tuple(NUMBERS), default="distracting", help="what the videos show")
-    method.add_argument("--dir", type=Path, required=True, help="folder to work in")
-    method.add_argument("--seeds", type=int, default=3, help="trainings of each variant (3)")
-    method.add_argument("--variants", type=_variants, default=tuple(VARIANTS), help=f"of {','.join(VARIANTS)} (all)")
-    method.add_argument("--jobs", type=int, default=1, help="trainings at the same time (1)")
-    method.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what trains (cpu)")
-    for split, count in PER_CLASS.items():
-        method.add_argument(
-            f"--{split}-per-class", type=int, default=count, help=f"{split} videos of a class ({count})"
-        )
-    method.add_argument("--json", action="store_true", help="print one JSON list on standard output")
-    method.add_argument("overrides", nargs="*", metavar="key=value", help="change all runs, e.g. train.steps=600")
-    method.set_defaults(run=run)
+def measure_method(study: Study, log: Log) -> list[VariantScores]:
+    """Train and probe every variant with every seed, and write `results.json`; reuses the results of earlier calls.
+
+    Raises:
+        ConfigError: an override is invalid; nothing is written.
+        UserError: a command fails.
+    """
+    _check_configs(study)
+    _make_sets(study, log)
+    runs = [(variant, seed) for seed in range(study.seeds) for variant in study.variants]
+    with ThreadPoolExecutor(study.jobs) as pool:
+        scores = list(pool.map(partial(_score, study, log), runs))
+    (study.folder / "results.json").write_text(json.dumps([asdict(each) for each in scores], indent=1) + "\n")
+    return scores
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Train and probe all variants, print the comparison; returns 0."""
-    study = Study(
-        folder=arguments.dir.resolve(),
-        scene=arguments.scene,
-        seeds=arguments.seeds,
-        variants=tuple(arguments.variants),
-        jobs=arguments.jobs,
-        device=arguments.device,
-        per_class={split: getattr(arguments, f"{split}_per_class") for split in PER_CLASS},
-        overrides=tuple(arguments.overrides),
-    )
-    _check(study)
-    _make_sets(study)
-    outcomes = list(_outcomes(study, _say))
-    report = [asdict(outcome) for outcome in outcomes]
-    (study.folder / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report) if arguments.json else table(outcomes))
-    _write_page(study, outcomes)
-    return 0
-
-
-def table(outcomes: Sequence[VariantScores]) -> str:
+def table(scores: Sequence[VariantScores]) -> str:
     """Means over seeds with all seeds beside them, and gains over the baseline of the same seed."""
     lines = []
     for protocol in PROTOCOLS:
-        top1 = {(each.variant, each.seed): 100 * getattr(each, protocol) for each in outcomes}
+        top1 = {(each.variant, each.seed): 100 * getattr(each, protocol) for each in scores}
         lines.append(f"{protocol}, top-1 in %{'gain over ' + BASELINE + ', points':>58}")
-        for variant in dict.fromkeys(each.variant for each in outcomes):
+        for variant in dict.fromkeys(each.variant for each in scores):
             seeds = [seed for name, seed in top1 if name == variant]
-            scores = [top1[variant, seed] for seed in seeds]
-            line = f"  {variant:<14}{mean(scores):6.1f}  ({', '.join(f'{score:.1f}' for score in scores)})"
+            values = [top1[variant, seed] for seed in seeds]
+            line = f"  {variant:<14}{mean(values):6.1f}  ({', '.join(f'{value:.1f}' for value in values)})"
             gains = [top1[variant, seed] - top1[BASELINE, seed] for seed in seeds if (BASELINE, seed) in top1]
             if gains and variant != BASELINE:
                 line = f"{line:<50}{mean(gains):+6.1f}  ({min(gains):+.1f} to {max(gains):+.1f})"
@@ -163,47 +137,34 @@ def table(outcomes: Sequence[VariantScores]) -> str:
     return "\n".join(lines)
 
 
-def _write_page(study: Study, outcomes: Sequence[VariantScores]) -> None:
-    """Of the runs that are still there; finished ones may have been removed."""
-    from launch.benchmarks.ablation_page import page
+def write_page(study: Study, scores: Sequence[VariantScores]) -> Path:
+    """Write `results.html` with the table and the curves of all runs that still have their folder."""
+    from launch.benchmarks.ablation_page import ablation_page
 
     runs: dict[str, list[Path]] = {}
-    for each in outcomes:
+    for each in scores:
         if (folder := study.run_folder(each.variant, each.seed)).exists():
             runs.setdefault(each.variant, []).append(folder)
     path = study.folder / "results.html"
-    path.write_text(page(study.scene, runs, table(outcomes)))
-    _say(f"the runs' curves: {path}")
+    path.write_text(ablation_page(study.scene, runs, table(scores)))
+    return path
 
 
-def _variants(text: str) -> tuple[str, ...]:
-    """Argument type: names of variants."""
-    names = tuple(text.split(","))
-    for name in names:
-        if name not in VARIANTS:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(VARIANTS)}")
-    return names
-
-
-def _check(study: Study) -> None:
-    """Tell a mistake in the options before anything is made."""
+def _check_configs(study: Study) -> None:
     from launch.run.config import PretrainConfig, check
     from mcl_dist.config import load_config
 
-    for name, value in (("--seeds", study.seeds), ("--jobs", study.jobs), *study.per_class.items()):
-        if value < 1:
-            raise ConfigError(f"{name}: found {value}, must be at least 1")
     for variant in study.variants:
         check(load_config(PretrainConfig, CONFIG, study.settings(variant, seed=0)), num_ranks=1)
 
 
-def _make_sets(study: Study) -> None:
-    """Videos and shard sets, those that are not there yet."""
+def _make_sets(study: Study, log: Log) -> None:
+    """Write videos and shard sets unless they exist."""
     from dataloading.synthetic.videos import write_synthetic
 
     if all((study.shards(split) / "manifest.json").exists() for split in PER_CLASS):
         return
-    _say("writing videos")
+    log("writing videos")
     videos = study.folder / "videos"
     write_synthetic(
         videos,
@@ -214,72 +175,64 @@ def _make_sets(study: Study) -> None:
         processes=num_cores(),
     )
     for split in PER_CLASS:
-        _say(f"building the {split} set")
-        # The videos are as small as they should be: nothing is resized.
+        log(f"building the {split} set")
+        # The videos have their final size: nothing is resized.
         options = ("--flow", "dis", "--short-side", "0", "--workers", str(num_cores()))
-        _mcl(study, f"shards-{split}", "shards", "build", str(videos / split), str(study.shards(split)), *options)
+        _run_mcl(study, f"shards-{split}", "shards", "build", str(videos / split), str(study.shards(split)), *options)
 
 
-def _outcomes(study: Study, say: Callable[[str], None]) -> Iterator[VariantScores]:
-    """Every variant's of every seed, told as they come and yielded in order."""
-    wanted = [(variant, seed) for seed in range(study.seeds) for variant in study.variants]
-    with ThreadPoolExecutor(study.jobs) as pool:
-        yield from pool.map(partial(_outcome, study, say), wanted)
-
-
-def _outcome(study: Study, say: Callable[[str], None], wanted: tuple[str, int]) -> VariantScores:
-    variant, seed = wanted
+def _score(study: Study, log: Log, run: tuple[str, int]) -> VariantScores:
+    variant, seed = run
     settings = study.settings(variant, seed)
     record = study.folder / f"{variant}-{seed}.json"
-    if record.exists() and (kept := json.loads(record.read_text()))["settings"] == settings:
-        say(f"{variant}, seed {seed}: taken from {record}")
-        return VariantScores(**kept["outcome"])
-    mcl = partial(_mcl, study, f"{variant}-{seed}")
-    changes = [
-        f"clips.count={NUMBERS[study.scene].clips}",
+    if record.exists() and (stored := json.loads(record.read_text()))["settings"] == settings:
+        log(f"{variant}, seed {seed}: reused from {record}")
+        return VariantScores(**stored["outcome"])
+    scores = VariantScores(variant, seed, **_train_and_probe(study, variant, seed, settings))
+    log(f"{variant}, seed {seed}: " + ", ".join(f"{name} {getattr(scores, name):.1%}" for name in PROTOCOLS))
+    partial_record = record.with_suffix(".part")  # renamed once complete, so that an existing record is valid
+    partial_record.write_text(json.dumps({"settings": settings, "outcome": asdict(scores)}))
+    partial_record.replace(record)
+    return scores
+
+
+def _train_and_probe(study: Study, variant: str, seed: int, settings: Sequence[str]) -> dict[str, float]:
+    """Top-1 by protocol."""
+    run_mcl = partial(_run_mcl, study, f"{variant}-{seed}")
+    overrides = [
+        f"clips.count={SCENES[study.scene].clips}",
         f"features.folder={study.folder / 'features'}",
         "data.decode_on=cpu",
     ]
     if variant == UNTRAINED:
-        subject = ["random", "--pretrain", str(CONFIG)]
-        changes += [f"pretrain.{setting}" for setting in settings]
+        checkpoint = ["random", "--pretrain", str(CONFIG)]
+        overrides += [f"pretrain.{setting}" for setting in settings]
     else:
-        mcl("pretrain", "--config", str(CONFIG), *settings)
-        subject = [str(study.run_folder(variant, seed))]
+        run_mcl("pretrain", "--config", str(CONFIG), *settings)
+        checkpoint = [str(study.run_folder(variant, seed))]
     sets = ("--train", str(study.shards("train")), "--test", str(study.shards("test")))
-    scores = {
-        protocol: json.loads(mcl("evaluate", protocol, "--json", *sets, "--checkpoint", *subject, *changes))["top1"]
-        for protocol in PROTOCOLS
+    return {
+        name: json.loads(run_mcl("evaluate", name, "--json", *sets, "--checkpoint", *checkpoint, *overrides))["top1"]
+        for name in PROTOCOLS
     }
-    say(f"{variant}, seed {seed}: " + ", ".join(f"{name} {score:.1%}" for name, score in scores.items()))
-    outcome = VariantScores(variant, seed, **scores)
-    whole = record.with_suffix(".part")  # a record that exists is whole, however the command ended
-    whole.write_text(json.dumps({"settings": settings, "outcome": asdict(outcome)}))
-    whole.replace(record)
-    return outcome
 
 
-def _mcl(study: Study, log: str, *words: str) -> str:
-    """Run another command as a user would; returns what it printed, and leaves all it said in the log.
+def _run_mcl(study: Study, log_name: str, *arguments: str) -> str:
+    """Run `mcl` in a process; returns its standard output and appends all output to a log file.
 
     Raises:
-        UserError: it failed.
+        UserError: it fails.
     """
     threads = str(max(1, num_cores() // study.jobs))
-    # Threads that wait by spinning would keep the cores from the other jobs.
+    # Threads that wait actively would take cores from the other jobs.
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
     if study.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    path = study.folder / f"{log}.txt"
-    with path.open("a") as said:
-        done = subprocess.run(
-            [sys.executable, "-m", "mcl_dist", *words], env=environment, text=True, stdout=subprocess.PIPE, stderr=said
-        )
-        said.write(done.stdout)
+    path = study.folder / f"{log_name}.txt"
+    command = [sys.executable, "-m", "mcl_dist", *arguments]
+    with path.open("a") as log_file:
+        done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=log_file)
+        log_file.write(done.stdout)
     if done.returncode:
-        raise UserError(f"mcl {' '.join(words[:2])} ended with {done.returncode}; {path} says why")
+        raise UserError(f"mcl {' '.join(arguments[:2])} exited with {done.returncode}; see {path}")
     return done.stdout
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

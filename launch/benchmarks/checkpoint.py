@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint: written while it waits, and behind its steps."""
+"""Time for which a checkpoint blocks training, written synchronously and in the background."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from launch.benchmarks.step_forms import LogSumExpForm, lone_trainer, noise
+from launch.benchmarks.step_variants import StepVariant, noise, single_rank_trainer
 from launch.run.config import PretrainConfig
 from mcl_dist.checkpoint import CheckpointManager
 from mcl_dist.distributed.process_group import ProcessGroup
@@ -18,24 +18,25 @@ from mcl_dist.events import CheckpointWritten, Event
 from mcl_dist.training.deepspeed_engine import pick_device
 from mcl_dist.training.phase_timer import PhaseTimer
 
-VIDEOS, CROP = 1, 112  # of a step: the shorter it is, the less of a copy it hides
+VIDEOS, CROP = 1, 112  # of a step; a short step hides less of the copy
 
 
 @dataclass(frozen=True)
 class CheckpointResult:
-    """What a checkpoint costs, one rank alone.
+    """Cost of a checkpoint on a single rank; seconds are medians over rounds.
 
     Attributes:
-        bytes: of its files.
-        synchronous_seconds: that training stands still when it waits until all is written and synced; median.
-        stall_seconds: that it stands still when that is done behind its steps: while the checkpoint is begun, and
-            before the next step's update, until all is copied that this changes; median.
-        waited_seconds: of these, those before the update; median.
-        stall_ratio: of stall and synchronous; the median over rounds, the largest is `worst_stall_ratio`.
-        told_seconds: what a run's `CheckpointWritten` says of the stall; median.
-        background_seconds: until a checkpoint is complete while training goes on; median.
-        step_seconds: of a step, of one video of 112 pixels at the most, with no checkpoint being written; median.
-        step_seconds_beside: of a step while one is copied or written; median.
+        bytes: of all files.
+        synchronous_seconds: for which training is blocked when it waits until everything is written and synced.
+        stall_seconds: for which training is blocked when a background thread writes: while the checkpoint begins, and
+            before the next update until the tensors that it changes are copied.
+        waited_seconds: the part of `stall_seconds` before the update.
+        stall_ratio: stall over synchronous seconds, median over rounds.
+        worst_stall_ratio: the largest ratio of all rounds.
+        told_seconds: the stall that a run's `CheckpointWritten` event reports.
+        background_seconds: until a background checkpoint is complete.
+        step_seconds: of a step (one video of at most 112 pixels) while no checkpoint is written.
+        step_seconds_beside: of a step while a checkpoint is copied or written.
     """
 
     bytes: int
@@ -50,23 +51,38 @@ class CheckpointResult:
     step_seconds_beside: float
 
 
-def benchmark(config: PretrainConfig, folder: str | None, rounds: int, say: Callable[[str], None]) -> CheckpointResult:
-    """Save in both ways by turns, between steps of `mcl pretrain`'s own, after a first save that counts for neither.
+def measure_checkpoint(
+    config: PretrainConfig, folder: str | None, rounds: int, log: Callable[[str], None]
+) -> CheckpointResult:
+    """Save alternately in both ways between steps of `mcl pretrain`, after a first save that does not count.
 
     Args:
-        config: whose networks, queue and optimizer are saved.
-        folder: URL to save to; none is a temporary folder.
+        config: determines the networks, queue and optimizer to save.
+        folder: URL to save to; None is a temporary folder.
         rounds: saves of each kind.
-        say: is told of each.
+        log: called with a line after each round.
 
     Raises:
-        UserError: when the folder cannot be written.
+        UserError: the folder cannot be written.
     """
     with tempfile.TemporaryDirectory(prefix="mcl-bench-") as temporary:
-        return _Bench(config, folder or temporary).run(rounds, say)
+        return _CheckpointBenchmark(config, folder or temporary).run(rounds, log)
 
 
-class _Bench:
+@dataclass(frozen=True)
+class _Round:
+    synchronous: float
+    begin: float
+    wait: float
+    background: float
+    steps_beside: list[float]
+
+    @property
+    def stall(self) -> float:
+        return self.begin + self.wait
+
+
+class _CheckpointBenchmark:
     def __init__(self, config: PretrainConfig, folder: str) -> None:
         config = replace(
             config,
@@ -76,49 +92,52 @@ class _Bench:
         self._device = pick_device()
         settings = replace(config.checkpoint, keep=1, keep_every=None)
         self._checkpoints = CheckpointManager(folder, ProcessGroup(self._device), settings)
-        form = LogSumExpForm("trainer", bfloat16=config.train.precision == "bfloat16")
-        self._trainer = lone_trainer(config, form, self._device, self._checkpoints)
+        variant = StepVariant("trainer", bfloat16=config.train.precision == "bfloat16")
+        self._trainer = single_rank_trainer(config, variant, self._device, self._checkpoints)
         self._batch = noise(config, self._device).to(self._device)
         self._written: list[CheckpointWritten] = []
-        self._trainer.listeners = [self._hear]
+        self._trainer.listeners = [self._on_event]
         self._steps = 0
 
-    def run(self, rounds: int, say: Callable[[str], None]) -> CheckpointResult:
+    def run(self, rounds: int, log: Callable[[str], None]) -> CheckpointResult:
         self._step()
-        self._save_and_wait()  # makes the host memory, as a run does at its start
+        self._save_and_wait()  # allocates the host memory, as a run does at its start
         alone = [self._step()[0] for _ in range(rounds)]
-        synchronous, stalls, waits, behind, beside = [], [], [], [], []
+        measured = []
         for number in range(1, rounds + 1):
-            synchronous.append(self._save_and_wait())
-            self._step()
-            start, saved = time.perf_counter(), self._steps
-            self._trainer.save_soon(saved)
-            begun = time.perf_counter() - start
-            seconds, waited = self._step()
-            beside.append(seconds)
-            while self._checkpoints.is_writing:
-                beside.append(self._step()[0])
-            behind.append(time.perf_counter() - start)
-            self._trainer.save_and_wait(saved)  # it is: this tells of it
-            stalls.append(begun + waited)
-            waits.append(waited)
-            say(
-                f"round {number}: {synchronous[-1]:.2f} s when waiting; behind the steps {begun * 1e3:.1f} ms to begin "
-                f"and {waited * 1e3:.1f} ms before the update"
+            measured.append(self._round())
+            log(
+                f"round {number}: {measured[-1].synchronous:.2f} s when waiting; in the background "
+                f"{measured[-1].begin * 1e3:.1f} ms to begin and {measured[-1].wait * 1e3:.1f} ms before the update"
             )
-        ratios = [stall / wait for stall, wait in zip(stalls, synchronous, strict=True)]
+        ratios = [each.stall / each.synchronous for each in measured]
         return CheckpointResult(
             bytes=self._written[-1].bytes,
-            synchronous_seconds=median(synchronous),
-            stall_seconds=median(stalls),
-            waited_seconds=median(waits),
+            synchronous_seconds=median(each.synchronous for each in measured),
+            stall_seconds=median(each.stall for each in measured),
+            waited_seconds=median(each.wait for each in measured),
             stall_ratio=median(ratios),
             worst_stall_ratio=max(ratios),
             told_seconds=median(written.stall_seconds for written in self._written[2::2]),
-            background_seconds=median(behind),
+            background_seconds=median(each.background for each in measured),
             step_seconds=median(alone),
-            step_seconds_beside=median(beside),
+            step_seconds_beside=median(seconds for each in measured for seconds in each.steps_beside),
         )
+
+    def _round(self) -> _Round:
+        """Save once synchronously and once in the background."""
+        synchronous = self._save_and_wait()
+        self._step()
+        start, saved_step = time.perf_counter(), self._steps
+        self._trainer.save_soon(saved_step)
+        begin = time.perf_counter() - start
+        seconds, wait = self._step()
+        steps_beside = [seconds]
+        while self._checkpoints.is_writing:
+            steps_beside.append(self._step()[0])
+        background = time.perf_counter() - start
+        self._trainer.save_and_wait(saved_step)  # already saved: only emits its event
+        return _Round(synchronous, begin, wait, background, steps_beside)
 
     def _save_and_wait(self) -> float:
         start = time.perf_counter()
@@ -126,15 +145,15 @@ class _Bench:
         return time.perf_counter() - start
 
     def _step(self) -> tuple[float, float]:
-        """Take a step, and wait for the device: its seconds, and those that it stood still for a checkpoint's copy."""
-        start, clock = time.perf_counter(), PhaseTimer(self._device)
-        pending = self._trainer.take(self._steps, self._batch, clock, waited=0.0)
+        """Take a step and wait for the device; its seconds, and those for which a checkpoint's copy blocked it."""
+        start, timer = time.perf_counter(), PhaseTimer(self._device)
+        pending = self._trainer.train_step(self._steps, self._batch, timer, waited=0.0)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         pending.seconds = time.perf_counter() - start
         self._steps += 1
-        return pending.seconds, clock.seconds()["checkpoint"]
+        return pending.seconds, timer.seconds()["checkpoint"]
 
-    def _hear(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> None:
         if isinstance(event, CheckpointWritten):
             self._written.append(event)

@@ -1,7 +1,8 @@
-"""What the flow estimators cost, and how well their motion agrees with the full reference's."""
+"""Cost of the flow estimators, and the agreement of their motion with the reference."""
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,32 +13,35 @@ import cv2
 import numpy as np
 import torch
 
-from dataloading.flow.estimators import ESTIMATORS, TVL1, FlowEstimator, dual_tvl1, flow_bytes, opencv_flows
+from dataloading.flow.constants import ESTIMATORS, TVL1
+from dataloading.flow.estimators import FlowEstimator, dual_tvl1, flow_bytes, opencv_flows
 from dataloading.flow.tvl1 import tvl1_flow
 from dataloading.motion import MAP_CELLS, summarise_motion
 from dataloading.sampling.tubelets import MotionRegion, motion_region
+from dataloading.synthetic.videos import write_synthetic
 from dataloading.videos.decoder import Video, VideoRefusedError
-from mcl_dist.errors import UserError
+from mcl_dist.errors import ConfigError, UserError
 
-FLOWS_PER_GROUP = 4  # the window of a frame map
+FLOWS_PER_GROUP = 4  # window of a frame map
 GPU_BATCH = 64  # pairs
-GPU_BATCHES = 8  # timed
+GPU_BATCHES = 8  # timed batches
 
 
 @dataclass(frozen=True)
 class EstimatorResult:
-    """One estimator against OpenCV's TV-L1 at full size with its own settings.
+    """One estimator compared with the reference: OpenCV's TV-L1 at full size with its own settings.
 
     Attributes:
         name: of the estimator.
-        ms_per_frame: CPU milliseconds, grey conversion and resizing included; one thread.
-        cpu_ratio: the reference's CPU time over this one's.
-        agreement: correlation of the frame maps, the mean over maps and then over videos.
-        box_iou: of the boxes around the strongest 4 cells of a video's mean map, the mean over videos.
-        reference_ms_per_frame: the reference's.
-        videos: looked at.
-        flows: looked at.
-        frames_per_second: flows a wall second on the device asked for; on a GPU in batches, frames and flow there.
+        ms_per_frame: CPU milliseconds on one thread, including grey conversion and resizing.
+        cpu_ratio: the reference's CPU time over this estimator's.
+        agreement: correlation of the frame maps, mean over maps and then over videos.
+        box_iou: overlap of the boxes around the 4 strongest cells of a video's mean map, mean over videos.
+        reference_ms_per_frame: CPU milliseconds of the reference.
+        videos: number of videos.
+        flows: number of flows.
+        frames_per_second: flows per wall second on the requested device; on a GPU in batches, with frames and flow in
+            its memory.
     """
 
     name: str
@@ -52,37 +56,60 @@ class EstimatorResult:
 
 
 @dataclass
-class _Measured:
-    seconds: float  # of the processor
+class _Measurement:
+    cpu_seconds: float
     wall_seconds: float
-    maps: list[np.ndarray]  # (G, 7, 7) a video
+    maps: list[np.ndarray]  # (G, 7, 7) per video
 
 
-def benchmark(
-    folder: Path, groups: int, short_side: int, say: Callable[[str], None], device: str = "cpu"
+def measure_flow(
+    folder: Path | None, groups: int, short_side: int, log: Callable[[str], None], device: str = "cpu"
 ) -> list[EstimatorResult]:
-    """Run the reference and every estimator on the same frames, on one thread; `tvl1` on the device.
+    """Run the reference and every estimator on the same frames on one thread, `tvl1` on the device.
+
+    Args:
+        folder: class folders of videos; None makes synthetic videos.
+        groups: groups of consecutive frames per video, spread evenly.
+        short_side: pixels to which the shorter side is resized; 0 keeps the size.
+        log: called with progress lines.
+        device: of `tvl1`.
 
     Raises:
+        ConfigError: there is no such device.
         UserError: no video in the folder can be used.
     """
-    videos = _videos(folder, groups, short_side, say)
-    num_flows = sum(len(groups_of) for groups_of in videos) * FLOWS_PER_GROUP
+    _check_device(device)
+    with tempfile.TemporaryDirectory(prefix="mcl-bench-") as temporary:
+        videos = _read_videos(folder or _synthetic_videos(Path(temporary)), groups, short_side, log)
+    num_flows = sum(map(len, videos)) * FLOWS_PER_GROUP
     with _one_thread():
-        say(f"reference: {num_flows} flows of {len(videos)} videos")
+        log(f"reference: {num_flows} flows of {len(videos)} videos")
         reference = _measure(_reference, videos)
         results = []
         for name in ESTIMATORS:
             estimator = FlowEstimator(name, device=device)
-            list(estimator.flows(videos[0][0]))  # what is compiled at the first call is no flow's cost
-            results.append(_compare(name, _measure(_whole_groups(estimator), videos), reference, num_flows))
+            list(estimator.flows(videos[0][0]))  # the first call compiles
+            results.append(_compare(name, _measure(_estimate_groups(estimator), videos), reference, num_flows))
             if name == TVL1 and device != "cpu":
-                results[-1] = replace(results[-1], frames_per_second=_batched_speed(videos[0], device))
+                results[-1] = replace(results[-1], frames_per_second=_batched_frames_per_second(videos[0], device))
     return results
 
 
-def _batched_speed(groups: list[list[np.ndarray]], device: str) -> float:
-    """Flows a second of batches that lie on the device."""
+def _check_device(name: str) -> None:
+    devices = ["cpu", "cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if name not in devices or (name == "cuda" and not torch.cuda.is_available()):
+        num_gpus = torch.cuda.device_count()
+        available = f"there are {num_gpus} GPUs" if torch.cuda.is_available() else "PyTorch sees no GPU"
+        raise ConfigError(f"--device: found {name!r}; must be cpu, cuda or cuda:N, and {available}")
+
+
+def _synthetic_videos(folder: Path) -> Path:
+    write_synthetic(folder, seed=0, train_per_class=1, test_per_class=0)
+    return folder / "train"
+
+
+def _batched_frames_per_second(groups: list[list[np.ndarray]], device: str) -> float:
+    """Flows per second for batches in the device's memory."""
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for group in groups for frame in group]
     frames = torch.from_numpy(np.stack(grey)).to(device)
     frames = frames.repeat(-(-GPU_BATCH // len(frames)) + 1, 1, 1)[: GPU_BATCH + 1]
@@ -96,7 +123,7 @@ def _batched_speed(groups: list[list[np.ndarray]], device: str) -> float:
 
 
 def map_correlation(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Mean over maps (G, 7, 7) of Pearson's correlation of their cells; 1 where neither, 0 where one alone is flat."""
+    """Mean over maps (G, 7, 7) of the cells' Pearson correlation; 1 if both maps are flat, 0 if only one is."""
     values = []
     for one, other in zip(ours, theirs, strict=True):
         a, b = one.ravel() - one.mean(), other.ravel() - other.mean()
@@ -118,19 +145,21 @@ def _area(region: MotionRegion) -> float:
     return (region.bottom - region.top) * (region.right - region.left)
 
 
-def _videos(folder: Path, groups: int, short_side: int, say: Callable[[str], None]) -> list[list[list[np.ndarray]]]:
-    """Of every usable video, groups of consecutive frames spread evenly over it."""
+def _read_videos(
+    folder: Path, groups: int, short_side: int, log: Callable[[str], None]
+) -> list[list[list[np.ndarray]]]:
+    """Groups of consecutive frames from every usable video, spread evenly over it."""
     videos = []
     for file in sorted(folder.glob("*/*")):
         try:
             with Video(file, short_side) as video:
                 frames = list(video)
         except VideoRefusedError as error:
-            say(f"{file}: left out, {error.reason}")
+            log(f"{file}: left out, {error.reason}")
             continue
         last = len(frames) - FLOWS_PER_GROUP - 1
         if last < 0:
-            say(f"{file}: left out, {len(frames)} frames are too few")
+            log(f"{file}: left out, {len(frames)} frames are too few")
             continue
         starts = np.linspace(0, last, min(groups, (len(frames) - 1) // FLOWS_PER_GROUP)).round().astype(int)
         videos.append([frames[start : start + FLOWS_PER_GROUP + 1] for start in starts])
@@ -141,11 +170,11 @@ def _videos(folder: Path, groups: int, short_side: int, say: Callable[[str], Non
 
 def _measure(
     estimate: Callable[[list[list[np.ndarray]]], list[np.ndarray]], videos: Sequence[list[list[np.ndarray]]]
-) -> _Measured:
+) -> _Measurement:
     start, wall_start = time.process_time(), time.perf_counter()
     flows = [estimate(groups) for groups in videos]
     seconds, wall_seconds = time.process_time() - start, time.perf_counter() - wall_start
-    return _Measured(seconds, wall_seconds, [_maps(each) for each in flows])
+    return _Measurement(seconds, wall_seconds, [_maps(each) for each in flows])
 
 
 def _maps(flows: list[np.ndarray]) -> np.ndarray:
@@ -160,22 +189,22 @@ def _reference(groups: list[list[np.ndarray]]) -> list[np.ndarray]:
     return [flow_bytes(flow) for group in grey for flow in opencv_flows(algorithm, group)]
 
 
-def _whole_groups(estimator: FlowEstimator) -> Callable[[list[list[np.ndarray]]], list[np.ndarray]]:
+def _estimate_groups(estimator: FlowEstimator) -> Callable[[list[list[np.ndarray]]], list[np.ndarray]]:
     def estimate(groups: list[list[np.ndarray]]) -> list[np.ndarray]:
         return [flow for group in groups for flow in estimator.flows(group)]
 
     return estimate
 
 
-def _compare(name: str, measured: _Measured, reference: _Measured, num_flows: int) -> EstimatorResult:
+def _compare(name: str, measured: _Measurement, reference: _Measurement, num_flows: int) -> EstimatorResult:
     pairs = list(zip(measured.maps, reference.maps, strict=True))
     return EstimatorResult(
         name=name,
-        ms_per_frame=1000 * measured.seconds / num_flows,
-        cpu_ratio=reference.seconds / measured.seconds,
+        ms_per_frame=1000 * measured.cpu_seconds / num_flows,
+        cpu_ratio=reference.cpu_seconds / measured.cpu_seconds,
         agreement=float(np.mean([map_correlation(ours, theirs) for ours, theirs in pairs])),
         box_iou=float(np.mean([box_overlap(ours.mean(axis=0), theirs.mean(axis=0)) for ours, theirs in pairs])),
-        reference_ms_per_frame=1000 * reference.seconds / num_flows,
+        reference_ms_per_frame=1000 * reference.cpu_seconds / num_flows,
         videos=len(pairs),
         flows=num_flows,
         frames_per_second=num_flows / measured.wall_seconds,

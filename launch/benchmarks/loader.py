@@ -1,4 +1,4 @@
-"""How fast the loader is, what it costs by stage, and a digest of what it delivers."""
+"""Throughput of the loader, its CPU time by stage, and a digest of its batches."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ LARGEST_BATCH = 32
 
 
 @dataclass
-class _Played:
-    """What came of playing all ranks; the figures leave each rank's first batch out where there are more."""
+class _Totals:
+    """Totals over all ranks; times exclude each rank's first batch if it has more than one."""
 
     videos: int = 0
     measured: int = 0
@@ -37,33 +37,32 @@ class _Played:
     unaccounted: int = 0
     worker_peak: int = 0
     first_batch_seconds: float = 0.0
-    stages: Counter[str] = field(default_factory=Counter)
+    stage_seconds: Counter[str] = field(default_factory=Counter)
     digests: dict[tuple[int, int], bytes] = field(default_factory=dict)
 
 
-def benchmark_settings(url: str, config: str | None, overrides: Sequence[str], cache: str) -> PretrainConfig:
-    """A run's settings on the set at `url`, which is kept in the folder `cache` if no other is given.
+def loader_benchmark_config(url: str, path: str | None, overrides: Sequence[str], cache: str) -> PretrainConfig:
+    """A run's configuration for the shard set at `url`, cached in the folder `cache` unless the overrides name another.
 
-    Without a configuration file the global batch is the largest power of two that the set has videos for, up
-    to 32, so that it has room for 1, 2 or 4 ranks.
+    Without a configuration file, the global batch is the largest power of two that does not exceed the number of
+    videos or 32, so that it can be divided among 1, 2 or 4 ranks.
 
     Raises:
         UserError: the set cannot be read.
         ConfigError: an unknown key or a value out of range.
     """
-    given = [f"data.train={json.dumps(url)}", "run.dir=none", f"data.cache={json.dumps(cache)}", *overrides]
-    settings = load_config(PretrainConfig, config, given)
-    if config is not None or any(override.startswith("train.global_batch=") for override in overrides):
-        return settings
-    usable = _usable(settings)
-    batch = min(LARGEST_BATCH, 1 << max(usable.bit_length() - 1, 0))
-    return load_config(PretrainConfig, None, [*given, f"train.global_batch={batch}"])
+    settings = [f"data.train={json.dumps(url)}", "run.dir=none", f"data.cache={json.dumps(cache)}", *overrides]
+    config = load_config(PretrainConfig, path, settings)
+    if path is not None or any(override.startswith("train.global_batch=") for override in overrides):
+        return config
+    batch = min(LARGEST_BATCH, 1 << max(_num_usable(config).bit_length() - 1, 0))
+    return load_config(PretrainConfig, None, [*settings, f"train.global_batch={batch}"])
 
 
-def _usable(settings: PretrainConfig) -> int:
-    """Videos that are long enough, of all sets."""
-    alone = LoaderShard(settings.run.seed, global_batch=1, rank=0, num_ranks=1, grid=(1, 1, 1))
-    source = alone.source(settings.data)
+def _num_usable(config: PretrainConfig) -> int:
+    """Number of videos that are long enough, over all sets."""
+    shard = LoaderShard(config.run.seed, global_batch=1, rank=0, num_ranks=1, grid=(1, 1, 1))
+    source = shard.source(config.data)
     try:
         return source.num_samples
     finally:
@@ -71,128 +70,132 @@ def _usable(settings: PretrainConfig) -> int:
 
 
 def measure_loader(
-    settings: PretrainConfig,
+    config: PretrainConfig,
     *,
     epochs: int,
     num_ranks: int,
     device: torch.device,
     fingerprint: bool,
-    listen: Callable[[LoaderReport], None] | None = None,
+    on_report: Callable[[LoaderReport], None] | None = None,
 ) -> dict[str, Any]:
-    """Play whole epochs of all ranks, one rank after the other.
+    """Load whole epochs for all ranks, one rank after the other.
 
     Args:
-        settings: of the run that is played.
+        config: of the run.
         epochs: passes over the set.
-        num_ranks: that are played.
-        device: what decodes.
-        fingerprint: whether to hash what comes.
-        listen: is told after every batch what its rank's loader has done.
+        num_ranks: of the run.
+        device: decodes the videos.
+        fingerprint: whether to compute the digest.
+        on_report: called with the loader's report after every batch.
 
     Returns:
-        The report of `mcl bench loader --json`. Its `digest` is over the videos in the order of the global
-        batches (id, order label, boxes, pixels of the views, target), so it does not depend on the ranks.
+        The report of `mcl bench loader --json`. Its `digest` covers the videos in the order of the global batches (id,
+        order label, boxes, pixels of the views, target), so it does not depend on the number of ranks.
 
     Raises:
-        UserError, ConfigError: as `TubeletLoader`.
+        UserError, ConfigError: as for `TubeletLoader`.
     """
-    played = _Played()
+    totals = _Totals()
     for rank in range(num_ranks):
-        loader, start = _loader(settings, epochs, rank, num_ranks, device)
+        loader, start = _loader(config, epochs, rank, num_ranks, device)
         try:
-            _play(loader, start, rank, played, fingerprint=fingerprint, listen=listen)
+            _measure_rank(loader, start, rank, totals, fingerprint=fingerprint, on_report=on_report)
         finally:
             loader.close()
-    stages = {stage: seconds / played.measured for stage, seconds in played.stages.items()}
-    cpu = played.cpu / played.measured
-    report = {
-        "videos": played.videos,
-        "videos_per_second": played.measured / played.wall,
-        "cpu_seconds_per_video": cpu,
-        "stages": {**stages, "other": cpu - sum(stages.values())},
-        "replaced": played.replaced,
-        "unaccounted": played.unaccounted,
-        "bytes_read": played.bytes_read,
-        "bytes_decoded": played.bytes_decoded,
-        "first_batch_seconds": played.first_batch_seconds,
-        # Told in KiB; the most that this process and all workers held, each at its own time.
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + played.worker_peak,
-    }
+    report = _report(totals)
     if fingerprint:
-        in_order = b"".join(played.digests[place] for place in sorted(played.digests))
-        report["digest"] = hashlib.sha256(in_order).hexdigest()
+        digests = b"".join(totals.digests[position] for position in sorted(totals.digests))
+        report["digest"] = hashlib.sha256(digests).hexdigest()
     return report
 
 
+def _report(totals: _Totals) -> dict[str, Any]:
+    stage_seconds = {stage: seconds / totals.measured for stage, seconds in totals.stage_seconds.items()}
+    cpu = totals.cpu / totals.measured
+    return {
+        "videos": totals.videos,
+        "videos_per_second": totals.measured / totals.wall,
+        "cpu_seconds_per_video": cpu,
+        "stages": {**stage_seconds, "other": cpu - sum(stage_seconds.values())},
+        "replaced": totals.replaced,
+        "unaccounted": totals.unaccounted,
+        "bytes_read": totals.bytes_read,
+        "bytes_decoded": totals.bytes_decoded,
+        "first_batch_seconds": totals.first_batch_seconds,
+        # Linux reports KiB. The sum of the peaks of this process and of its workers, which need not coincide.
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + totals.worker_peak,
+    }
+
+
 def _loader(
-    settings: PretrainConfig, epochs: int, rank: int, num_ranks: int, device: torch.device
+    config: PretrainConfig, epochs: int, rank: int, num_ranks: int, device: torch.device
 ) -> tuple[TubeletLoader, float]:
-    """A rank's loader of so many epochs, and the time when it was asked for."""
+    """A rank's loader, and the time at which its construction began."""
     start = time.perf_counter()
     loader = TubeletLoader(
-        settings.data,
-        seed=settings.run.seed,
-        global_batch=settings.train.global_batch,
+        config.data,
+        seed=config.run.seed,
+        global_batch=config.train.global_batch,
         rank=rank,
         num_ranks=num_ranks,
-        grid=settings.encoder.grid(settings.data.frames, settings.data.crop),
+        grid=config.encoder.grid(config.data.frames, config.data.crop),
         device=device,
         epochs=epochs,
     )
     return loader, start
 
 
-def _play(
+def _measure_rank(
     loader: TubeletLoader,
     start: float,
     rank: int,
-    played: _Played,
+    totals: _Totals,
     *,
     fingerprint: bool,
-    listen: Callable[[LoaderReport], None] | None,
+    on_report: Callable[[LoaderReport], None] | None,
 ) -> None:
-    """Take all of a rank's batches; where there are more than one, the clocks start after the first."""
-    before, left_out = _Marks(start, time.process_time(), Counter()), 0
+    """Load all batches of a rank; if there is more than one, timing starts after the first."""
+    before, excluded = _Readings(start, time.process_time(), Counter()), 0
     videos = 0
     for step, batch in enumerate(loader):
         if fingerprint:
-            played.digests[step, rank] = b"".join(_digests(batch))
+            totals.digests[step, rank] = b"".join(_digests(batch))
         videos += len(batch.samples)
-        if listen is not None:
-            listen(loader.report())
+        if on_report is not None:
+            on_report(loader.report())
         if step == 0:
-            played.first_batch_seconds = max(played.first_batch_seconds, time.perf_counter() - start)
+            totals.first_batch_seconds = max(totals.first_batch_seconds, time.perf_counter() - start)
         if step == 0 and loader.num_steps != 1:
-            before, left_out = _marks(loader), videos
-    after = _marks(loader)
-    played.videos += videos
-    played.measured += videos - left_out
-    played.wall += after.wall - before.wall
-    played.cpu += after.cpu - before.cpu
-    played.stages.update(after.stages - before.stages)
+            before, excluded = _readings(loader), videos
+    after = _readings(loader)
+    totals.videos += videos
+    totals.measured += videos - excluded
+    totals.wall += after.wall - before.wall
+    totals.cpu += after.cpu - before.cpu
+    totals.stage_seconds.update(after.stage_seconds - before.stage_seconds)
     report = loader.report()
-    played.bytes_read += report.storage["bytes_read"]
-    played.bytes_decoded += report.storage["bytes_decoded"]
-    played.unaccounted += report.expected - report.delivered - report.replaced
-    played.replaced += report.replaced
-    played.worker_peak = max(played.worker_peak, report.worker_peak_bytes)
+    totals.bytes_read += report.storage["bytes_read"]
+    totals.bytes_decoded += report.storage["bytes_decoded"]
+    totals.unaccounted += report.expected - report.delivered - report.replaced
+    totals.replaced += report.replaced
+    totals.worker_peak = max(totals.worker_peak, report.worker_peak_bytes)
 
 
-class _Marks(NamedTuple):
-    """Where the clocks stand."""
+class _Readings(NamedTuple):
+    """Clocks at one moment."""
 
     wall: float
     cpu: float
-    stages: Counter[str]
+    stage_seconds: Counter[str]
 
 
-def _marks(loader: TubeletLoader) -> _Marks:
+def _readings(loader: TubeletLoader) -> _Readings:
     report = loader.report()
-    return _Marks(time.perf_counter(), time.process_time() + report.worker_cpu_seconds, Counter(report.stages))
+    return _Readings(time.perf_counter(), time.process_time() + report.worker_cpu_seconds, Counter(report.stages))
 
 
 def _digests(batch: TubeletBatch) -> Iterable[bytes]:
-    """Of each video of a batch, in order."""
+    """The digest of each video of a batch, in order."""
     for parts in zip(batch.samples, batch.order, batch.boxes, batch.views, batch.motion, strict=True):
         digest = hashlib.sha256()
         for part in parts:

@@ -1,7 +1,6 @@
-"""The step written plainly, as one would from the formulas: what `mcl bench step` holds the product against.
+"""The reference of `mcl bench step`: parts of the training step, implemented directly from the formulas.
 
-Nothing here is used in training. Each piece is the straightforward form of what the product does in another way, and
-gives the same numbers.
+Training uses optimised implementations with the same results.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from mcl_dist.model.network import NetworkOutput
 
 
 def normalised(clips: torch.Tensor) -> torch.Tensor:
-    """Bytes (B, T, H, W, 3) to float32 (B, 3, T, H, W), contiguous."""
+    """Clips from bytes (B, T, H, W, 3) to contiguous float32 (B, 3, T, H, W)."""
     mean, deviation = (torch.tensor(numbers, device=clips.device) for numbers in (IMAGENET_MEAN, IMAGENET_DEVIATION))
     return ((clips.float() / 255 - mean) / deviation).permute(0, 4, 1, 2, 3).contiguous()
 
 
 def inter_loss(query: torch.Tensor, keys: torch.Tensor, queue: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Cross-entropy of 3B rows of 1 + K logits, the negatives' repeated for each of the three keys.
+    """Cross-entropy over 3B rows of 1 + K logits; each of the three keys repeats the negatives' logits.
 
     Args:
         query: (B, d).
@@ -38,22 +37,22 @@ def inter_loss(query: torch.Tensor, keys: torch.Tensor, queue: torch.Tensor, tem
 
 
 def similarity_gradient(output: NetworkOutput, first_key: torch.Tensor) -> torch.Tensor:
-    """Gradient of Σ query·first key by the last projection, by automatic differentiation, itself differentiable."""
+    """Gradient of Σ query·first key with respect to the last projection, by autograd; itself differentiable."""
     similarity = (output.inter.vector * first_key).sum()
     (gradient,) = torch.autograd.grad(similarity, output.features.projected, create_graph=True)
     return gradient
 
 
 @torch.no_grad()
-def move(average: nn.Module, network: nn.Module, momentum: float) -> None:
-    """The moving average, one parameter after another."""
+def update_average(average: nn.Module, network: nn.Module, momentum: float) -> None:
+    """Update the moving average parameter by parameter."""
     for old, new in zip(average.parameters(), network.parameters(), strict=True):
         old.mul_(momentum).add_(new, alpha=1 - momentum)
 
 
 @torch.no_grad()
 def enqueue(queue: torch.Tensor, position: int, keys: torch.Tensor) -> int:
-    """Write the keys (3, B, d), one after another; the next position."""
+    """Write the keys (3, B, d) one by one; returns the next position."""
     for key in keys.flatten(0, 1):
         queue[position] = key
         position = (position + 1) % len(queue)

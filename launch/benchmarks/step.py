@@ -1,4 +1,4 @@
-"""What a training step costs, from the plain form to the one that `mcl pretrain` takes, one change after another."""
+"""Cost of a training step, from the reference to the step of `mcl pretrain`, one optimisation after another."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import TypeVar
 
 import torch
 
-from launch.benchmarks.step_forms import GrowingStep, LogSumExpForm, TrainerStep, forms, noise
+from launch.benchmarks.step_variants import StandaloneStep, StepVariant, TrainerStep, noise, step_variants
 from launch.run.config import PretrainConfig
 from mcl_dist.errors import ConfigError, UserError
-from mcl_dist.objective.flops import operations_per_video
+from mcl_dist.objective.flops import flops_per_video
 from mcl_dist.training.deepspeed_engine import pick_device
 from mcl_dist.training.phase_timer import PhaseTimer
 from mcl_dist.training.trainer import peak_bytes
 
 PHASES = ("copy", "keys", "forward", "backward", "optimizer", "momentum", "queue", "other")
-WARM_UP = 3  # steps; the first compiles, the next two settle the allocators
+WARM_UP = 3  # steps: the first compiles, the next two settle the allocators
 MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}  # large enough for the full rate
 MATMUL_ROUNDS = 10
 
@@ -30,19 +30,20 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class StepResult:
-    """One form of the step, measured; each has a process of its own.
+    """Measurements of one variant of the step, in a process of its own.
 
     Attributes:
-        name: the change over the form before; `plain` is the first, `trainer` the step of `mcl pretrain` itself.
-        videos_per_second: throughput of the fastest step: whatever else the machine does only adds.
+        name: the optimisation added to the previous variant; `plain` is the reference, `trainer` the step of
+            `mcl pretrain`.
+        videos_per_second: throughput of the fastest step; other load on the machine only slows steps down.
         ms: milliseconds of that step by phase.
-        cpu_ms: milliseconds that the processors spent on the step that took them least, whatever else they did.
-        peak_bytes: the most memory held, of the GPU's or of the process.
-        tflops: 10¹² floating-point operations a second, of the convolutions and matrix products that the step needs.
-        matmul_share: of the rate of one large matrix product in the step's precision, measured beside it.
-        speedup: the first form's time over its own. On a CPU speedup and share go by the processors' time, in which
-            what else runs there does not count.
-        loss: of the first step, where all forms hold the same weights.
+        cpu_ms: CPU milliseconds of the step that used least.
+        peak_bytes: peak memory of the GPU or of the process.
+        tflops: 10¹² floating-point operations per second, counting the convolutions and matrix products of the step.
+        matmul_share: share of the rate of one large matrix product in the step's precision, measured beside it.
+        speedup: the first variant's time over this one's. On a CPU, speedup and share use CPU time, which excludes
+            other processes.
+        loss: of the first step, for which all variants have the same weights.
     """
 
     name: str
@@ -57,8 +58,8 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class _Measured:
-    milliseconds: float
+class _Measurement:
+    total_ms: float
     ms: dict[str, float]
     cpu_ms: float
     peak_bytes: int
@@ -66,55 +67,65 @@ class _Measured:
     loss: float
 
 
-def benchmark(
-    config: PretrainConfig, steps: int, say: Callable[[str], None], names: Sequence[str] = ()
+def measure_step(
+    config: PretrainConfig, steps: int, log: Callable[[str], None], names: Sequence[str] = ()
 ) -> list[StepResult]:
-    """Measure forms on videos of noise, the global batch on one device; those of these names, or all.
+    """Measure variants of the step on noise, with the global batch on one device.
+
+    Args:
+        config: of the run.
+        steps: measured steps of each variant.
+        log: called with progress lines.
+        names: of the variants to measure; empty measures all.
 
     Raises:
-        ConfigError: no form has such a name here.
-        UserError: when a process dies, which is mostly for want of memory.
+        ConfigError: there is no variant of such a name.
+        UserError: a process dies, most likely for lack of memory.
     """
-    device = pick_device()
-    matmul_operations = 2 * MATMUL_SIDE[device.type] ** 3
-    clip = config.data.frames, config.data.crop
-    operations = config.train.global_batch * operations_per_video(config.encoder, config.heads, *clip)
-    costs: list[float] = []
     results: list[StepResult] = []
-    for form in _named(forms(config, device), names):
-        say(f"measuring {form.name}")
-        found = in_a_process(_measure, config, form, steps)
-        costs.append(found.cpu_ms if device.type == "cpu" else found.milliseconds)
-        results.append(
-            StepResult(
-                name=form.name,
-                videos_per_second=config.train.global_batch / found.milliseconds * 1e3,
-                ms=found.ms,
-                cpu_ms=found.cpu_ms,
-                peak_bytes=found.peak_bytes,
-                tflops=operations / found.milliseconds / 1e9,
-                matmul_share=operations / costs[-1] / (matmul_operations / found.matmul_ms),
-                speedup=costs[0] / costs[-1],
-                loss=found.loss,
-            )
-        )
-        # Told at once: whoever stops what takes too long has what was measured.
-        say(f"{form.name}: {results[-1].videos_per_second:.2f} videos/s, {results[-1].speedup:.2f} times the first")
+    first: _Measurement | None = None
+    for variant in _select(step_variants(config, pick_device()), names):
+        log(f"measuring {variant.name}")
+        found = run_in_process(_measure, config, variant, steps)
+        first = first or found
+        results.append(_result(config, variant.name, found, first))
+        # Log each result at once, so that an interrupted benchmark keeps what it has measured.
+        log(f"{variant.name}: {results[-1].videos_per_second:.2f} videos/s, {results[-1].speedup:.2f} times the first")
     return results
 
 
-def _named(found: list[LogSumExpForm], names: Sequence[str]) -> list[LogSumExpForm]:
-    for name in names:
-        if name not in (form.name for form in found):
-            raise ConfigError(f"--forms: found {name}, must be of {', '.join(form.name for form in found)}")
-    return [form for form in found if form.name in names or not names]
-
-
-def _measure(config: PretrainConfig, form: LogSumExpForm, steps: int) -> _Measured:
+def _result(config: PretrainConfig, name: str, found: _Measurement, first: _Measurement) -> StepResult:
     device = pick_device()
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, for all forms
-    matmul_ms = _matmul_ms(device, torch.bfloat16 if form.bfloat16 else torch.float32)
-    step = (TrainerStep if form.trainer else GrowingStep)(config, form, device)
+    matmul_flops = 2 * MATMUL_SIDE[device.type] ** 3
+    clip = config.data.frames, config.data.crop
+    flops = config.train.global_batch * flops_per_video(config.encoder, config.heads, *clip)
+    cost, first_cost = (each.cpu_ms if device.type == "cpu" else each.total_ms for each in (found, first))
+    return StepResult(
+        name=name,
+        videos_per_second=config.train.global_batch / found.total_ms * 1e3,
+        ms=found.ms,
+        cpu_ms=found.cpu_ms,
+        peak_bytes=found.peak_bytes,
+        tflops=flops / found.total_ms / 1e9,
+        matmul_share=flops / cost / (matmul_flops / found.matmul_ms),
+        speedup=first_cost / cost,
+        loss=found.loss,
+    )
+
+
+def _select(variants: list[StepVariant], names: Sequence[str]) -> list[StepVariant]:
+    known = [variant.name for variant in variants]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--forms: found {name}, must be of {', '.join(known)}")
+    return [variant for variant in variants if variant.name in names or not names]
+
+
+def _measure(config: PretrainConfig, variant: StepVariant, steps: int) -> _Measurement:
+    device = pick_device()
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, for all variants
+    matmul_ms = _matmul_ms(device, torch.bfloat16 if variant.bfloat16 else torch.float32)
+    step = (TrainerStep if variant.trainer else StandaloneStep)(config, variant, device)
     batch = noise(config, device)
     step(batch, lambda _: None)
     loss = float(step.loss)
@@ -122,18 +133,18 @@ def _measure(config: PretrainConfig, form: LogSumExpForm, steps: int) -> _Measur
         step(batch, lambda _: None)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    clocks, cpu = [], []
+    timers, cpu_seconds = [], []
     for _ in range(steps):
-        start, clock = time.process_time(), PhaseTimer(device)
-        step(batch, clock.mark)
-        clock.mark("other")
-        clocks.append(clock)
-        cpu.append(time.process_time() - start)
-    fastest = min((clock.seconds() for clock in clocks), key=_total)
-    return _Measured(
-        milliseconds=_total(fastest) * 1e3,
+        start, timer = time.process_time(), PhaseTimer(device)
+        step(batch, timer.mark)
+        timer.mark("other")
+        timers.append(timer)
+        cpu_seconds.append(time.process_time() - start)
+    fastest = min((timer.seconds() for timer in timers), key=_total)
+    return _Measurement(
+        total_ms=_total(fastest) * 1e3,
         ms={phase: fastest.get(phase, 0.0) * 1e3 for phase in PHASES},
-        cpu_ms=min(cpu) * 1e3,
+        cpu_ms=min(cpu_seconds) * 1e3,
         peak_bytes=peak_bytes(device),
         matmul_ms=matmul_ms,
         loss=loss,
@@ -141,16 +152,16 @@ def _measure(config: PretrainConfig, form: LogSumExpForm, steps: int) -> _Measur
 
 
 def _matmul_ms(device: torch.device, dtype: torch.dtype) -> float:
-    """Milliseconds of a large matrix product, the best of some rounds: of the processors, or of the GPU."""
+    """Milliseconds of a large matrix product, the best of several rounds: CPU time, or time on the GPU."""
     side = MATMUL_SIDE[device.type]
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     rounds = []
     for _ in range(MATMUL_ROUNDS):
-        clock, start = PhaseTimer(device), time.process_time()
+        timer, start = PhaseTimer(device), time.process_time()
         left @ right
-        clock.mark("matmul")
-        spent = time.process_time() - start
-        rounds.append(spent if device.type == "cpu" else _total(clock.seconds()))
+        timer.mark("matmul")
+        cpu_seconds = time.process_time() - start
+        rounds.append(cpu_seconds if device.type == "cpu" else _total(timer.seconds()))
     return min(rounds) * 1e3
 
 
@@ -158,10 +169,14 @@ def _total(seconds: dict[str, float]) -> float:
     return sum(seconds.values())
 
 
-def in_a_process(function: Callable[..., _Result], *arguments: object) -> _Result:
-    """Memory that one form leaves behind is not the next one's."""
+def run_in_process(function: Callable[..., _Result], *arguments: object) -> _Result:
+    """Run a function in a new process, which starts without the memory of earlier measurements.
+
+    Raises:
+        UserError: the process dies.
+    """
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             return pool.submit(function, *arguments).result()
     except BrokenProcessPool as error:
-        raise UserError("a process died, probably for want of memory; lower train.global_batch") from error
+        raise UserError("a process died, probably for lack of memory; lower train.global_batch") from error

@@ -1,31 +1,23 @@
-"""`mcl evaluate PROTOCOL`: in this process or, over several ranks, under the DeepSpeed launcher."""
+"""`mcl evaluate PROTOCOL`: score an encoder."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
-from launch.evaluation.encoder_under_test import RANDOM, load_pretrain_config, settled
-from launch.evaluation.job import SUPERVISED, Job
-from launch.evaluation.rank import evaluate
-from launch.supervision.deepspeed_launcher import NodeSpec, launch_ranks
-from mcl_dist.errors import EXIT_FAILURE, EXIT_USAGE, ConfigError, UserError
-
-if TYPE_CHECKING:
-    pass
+from launch.evaluation.encoder_under_test import RANDOM
+from launch.evaluation.job import TRAINING_PROTOCOLS, Job
+from launch.evaluation.launch_job import run_job
+from mcl_dist.errors import ConfigError
 
 PROTOCOLS = {
     "svm": "linear SVM on the mean features of evenly spaced clips",
     "retrieval": "nearest training videos by the cosine of mean features",
     "knn": "votes of the nearest training videos",
     "linear": "linear layer trained on features of random clips",
-    "finetune": "all of the encoder trained with a linear layer; from scratch with --checkpoint random",
+    "finetune": "whole encoder trained with a linear layer; from scratch with --checkpoint random",
 }
-# Options that stand for a key of the configuration.
+# Options that set a key of the configuration.
 SHORTHANDS = {
     "clips": "clips.count",
     "cost": "svm.cost",
@@ -33,8 +25,7 @@ SHORTHANDS = {
     "recalibrate": "recalibrate",
     "run_dir": "run.dir",
 }
-SCRIPT = Path(__file__).parents[1] / "evaluate.py"  # of one rank
-OF_PRETRAIN = "pretrain."
+PRETRAIN_PREFIX = "pretrain."
 EXAMPLE = """example:
   mcl evaluate svm --checkpoint runs/ucf101 --train /data/ucf101/train --test /data/ucf101/test
   mcl evaluate knn --checkpoint runs/ucf101 --train … --test … --ranks 4 knn.neighbours=10
@@ -49,123 +40,72 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     """Add `mcl evaluate`."""
     parser = commands.add_parser("evaluate", help="score an encoder by a protocol")
     protocols = parser.add_subparsers(title="protocols", metavar="PROTOCOL", required=True)
-    for name, what in PROTOCOLS.items():
-        each = protocols.add_parser(
-            name, help=what, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    for name, text in PROTOCOLS.items():
+        protocol = protocols.add_parser(
+            name, help=text, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        _add_arguments(each)
-        if name != "finetune":  # which measures them in training
-            each.add_argument(
-                "--recalibrate",
-                action=argparse.BooleanOptionalAction,
-                help="measure BatchNorm's statistics anew on training clips (default: for `random` only)",
-            )
-        if name == "svm":
-            each.add_argument("--cost", type=positive_number, help="C of the SVM (default: 1)")
-        if name in SUPERVISED:
-            each.add_argument(
-                "--run-dir",
-                metavar="DIR",
-                help="run folder: log, metrics, checkpoints; with one that is there the run goes on (sets run.dir)",
-            )
-        each.set_defaults(run=run, protocol=name)
+        _add_input_arguments(protocol)
+        _add_option_arguments(protocol)
+        _add_protocol_arguments(protocol, name)
+        protocol.set_defaults(run=run, protocol=name)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Evaluate as the command line says, print the scores; returns the exit code."""
-    job = _job(arguments)
-    if job.protocol in SUPERVISED:
-        return _supervise(job, arguments.ranks)
-    job.frozen()  # what is wrong with it is told before ranks are started
-    job = replace(job, evaluated=settled(job.checkpoint))
-    if arguments.ranks > 1:
-        return _by_ranks(job, arguments.ranks)
-    import torch
-
-    from mcl_dist.distributed.process_group import ProcessGroup
-
-    evaluate(job, ProcessGroup(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
-    return 0
+    """Run the evaluation, which prints the scores; return the exit code."""
+    return run_job(_job(arguments), arguments.ranks)
 
 
-def _by_ranks(job: Job, num_ranks: int) -> int:
-    """Evaluate over several ranks; returns their exit code.
-
-    Raises:
-        UserError: one ended in a way that it could not tell of itself.
-    """
-    code = launch_ranks(str(SCRIPT), [json.dumps(asdict(job))], num_ranks)
-    if code not in (0, EXIT_FAILURE, EXIT_USAGE):
-        raise UserError(f"a rank was ended from outside (exit code {code}), as for want of memory; use fewer --ranks")
-    return code
-
-
-def _supervise(job: Job, num_ranks: int) -> int:
-    """Supervise the ranks of a protocol that trains; returns the exit code."""
-    from launch.supervision.supervisor import Supervisor
-
-    config = job.supervised(num_ranks)
-    if job.pretrain is not None:
-        load_pretrain_config(job.pretrain, job.pretrain_overrides)  # its mistakes, too, are told before ranks start
-    job = replace(job, evaluated=settled(job.checkpoint))
-    with TemporaryDirectory(prefix="mcl-") as runtime:
-        end = Supervisor(
-            script=str(SCRIPT),
-            words=[json.dumps(asdict(job))],
-            meeting=NodeSpec(num_ranks),
-            limits=config.supervise,
-            runtime=Path(runtime),
-            log=Path(config.run.dir) / "log.jsonl",
-        ).run()
-    return end.exit_code
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         required=True,
         help=f"run folder, or one step-… folder of it; `{RANDOM}` for the untrained start of --pretrain",
     )
-    parser.add_argument(
-        "--train", required=True, metavar="URL", action="append", help="set to learn from; once for each split"
-    )
-    parser.add_argument(
-        "--test", required=True, metavar="URL", action="append", help="set to be tested on; once for each split"
-    )
+    parser.add_argument("--train", required=True, metavar="URL", action="append", help="training set, once per split")
+    parser.add_argument("--test", required=True, metavar="URL", action="append", help="test set, once per split")
     parser.add_argument("--config", metavar="FILE", help="YAML file, for example configs/evaluate/svm.yaml")
     parser.add_argument(
         "--pretrain",
         metavar="FILE",
-        help="pre-training configuration whose start `random` is; without it, --config and key=value are of that one",
+        help=f"pre-training configuration of `{RANDOM}`; without it, --config and key=value are the pre-training's",
     )
-    parser.add_argument("--ranks", type=whole_number, default=1, help="processes on this machine (default: 1)")
-    parser.add_argument("--clips", type=whole_number, help="clips of a video (default: 20)")
-    parser.add_argument("--cache", metavar="DIR", help="local folder for shards of sets that are elsewhere")
-    parser.add_argument("--json", action="store_true", help="print scores, intervals, classes, confusion as JSON")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="override the file, e.g. clips.frames=32; with `pretrain.` before the key, that of --pretrain",
+        help=f"override the file, e.g. clips.frames=32; {PRETRAIN_PREFIX}key=value overrides --pretrain",
     )
 
 
+def _add_option_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranks", type=whole_number, default=1, help="processes on this machine (default: 1)")
+    parser.add_argument("--clips", type=whole_number, help="clips per video (default: 20)")
+    parser.add_argument("--cache", metavar="DIR", help="local folder that caches the shards of remote sets")
+    parser.add_argument("--json", action="store_true", help="print scores, intervals, classes, confusion as JSON")
+
+
+def _add_protocol_arguments(parser: argparse.ArgumentParser, protocol: str) -> None:
+    if protocol != "finetune":  # fine-tuning measures the statistics itself
+        parser.add_argument(
+            "--recalibrate",
+            action=argparse.BooleanOptionalAction,
+            help=f"measure BatchNorm's statistics on training clips (default: only for `{RANDOM}`)",
+        )
+    if protocol == "svm":
+        parser.add_argument("--cost", type=positive_number, help="C of the SVM (default: 1)")
+    if protocol in TRAINING_PROTOCOLS:
+        parser.add_argument(
+            "--run-dir",
+            metavar="DIR",
+            help="run folder: log, metrics, checkpoints; an existing run resumes (sets run.dir)",
+        )
+
+
 def _job(arguments: argparse.Namespace) -> Job:
-    if len(arguments.train) != len(arguments.test):
-        raise ConfigError(
-            f"--train is given {len(arguments.train)} times and --test {len(arguments.test)}; give both once a split"
-        )
-    overrides = [word for word in arguments.overrides if not word.startswith(OF_PRETRAIN)]
-    of_pretrain = [word.removeprefix(OF_PRETRAIN) for word in arguments.overrides if word.startswith(OF_PRETRAIN)]
-    config, pretrain = arguments.config, arguments.pretrain
-    if arguments.checkpoint == RANDOM and pretrain is None:
-        config, pretrain, overrides, of_pretrain = None, config, [], [*overrides, *of_pretrain]
-    elif arguments.checkpoint != RANDOM and pretrain is not None:
-        raise ConfigError(
-            f"--pretrain: says what `{RANDOM}` is, and --checkpoint is {arguments.checkpoint}; leave one out"
-        )
-    elif of_pretrain and pretrain is None:
-        raise ConfigError(f"`{OF_PRETRAIN}{of_pretrain[0]}` overrides --pretrain, but none is named")
+    num_train, num_test = len(arguments.train), len(arguments.test)
+    if num_train != num_test:
+        raise ConfigError(f"--train, --test: found {num_train} and {num_test}; give both once per split")
+    config, pretrain, overrides, pretrain_overrides = _configs(arguments)
     return Job(
         protocol=arguments.protocol,
         checkpoint=arguments.checkpoint,
@@ -174,15 +114,32 @@ def _job(arguments: argparse.Namespace) -> Job:
         config=config,
         overrides=[*overrides, *_shorthands(arguments)],
         pretrain=pretrain,
-        pretrain_overrides=of_pretrain,
+        pretrain_overrides=pretrain_overrides,
         as_json=arguments.json,
     )
 
 
+def _configs(arguments: argparse.Namespace) -> tuple[str | None, str | None, list[str], list[str]]:
+    """Files and overrides of the evaluation and of the pre-training: (config, pretrain, overrides, its overrides)."""
+    config, pretrain = arguments.config, arguments.pretrain
+    overrides = [text for text in arguments.overrides if not text.startswith(PRETRAIN_PREFIX)]
+    of_pretrain = [text for text in arguments.overrides if text.startswith(PRETRAIN_PREFIX)]
+    pretrain_overrides = [text.removeprefix(PRETRAIN_PREFIX) for text in of_pretrain]
+    if arguments.checkpoint == RANDOM and pretrain is None:
+        return None, config, [], [*overrides, *pretrain_overrides]
+    if arguments.checkpoint != RANDOM and pretrain is not None:
+        raise ConfigError(
+            f"--pretrain: configures --checkpoint {RANDOM}, found --checkpoint {arguments.checkpoint}; remove one"
+        )
+    if of_pretrain and pretrain is None:
+        raise ConfigError(f"{of_pretrain[0]}: overrides --pretrain, which is missing; add it, or remove the prefix")
+    return config, pretrain, overrides, pretrain_overrides
+
+
 def _shorthands(arguments: argparse.Namespace) -> list[str]:
     """Options as overrides."""
-    given = {key: getattr(arguments, option, None) for option, key in SHORTHANDS.items()}
-    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    values = {key: getattr(arguments, option, None) for option, key in SHORTHANDS.items()}
+    return [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
 
 
 def whole_number(text: str) -> int:

@@ -1,4 +1,4 @@
-"""`mcl export`: an encoder as a file for other programs."""
+"""`mcl export`: write an encoder as a file for other programs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ EXAMPLE = """example:
   mcl export runs/ucf101 --format safetensors --out encoder.safetensors
   mcl export runs/ucf101 --format onnx --out encoder.onnx
 
-TorchScript and ONNX take clips (B, 3, T, H, W) of the size pre-trained on, in RGB from 0 to 1 less ImageNet's mean and
-over its deviation, and give features (B, C). `reference` has the reference's names, as safetensors.
+TorchScript and ONNX take clips (B, 3, T, H, W) of the pre-training's size, RGB from 0 to 1, normalised by ImageNet's
+mean and deviation; they return features (B, C). `reference` is safetensors with the reference implementation's names.
 """
 
 
@@ -29,12 +29,12 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Export as the command line says; returns 0."""
-    from launch.evaluation.encoder_under_test import settled
-    from mcl_dist.checkpoint.interchange import exported
+    """Write the file; returns 0."""
+    from launch.evaluation.encoder_under_test import resolve_checkpoint
+    from mcl_dist.checkpoint.interchange import export_checkpoint
     from mcl_dist.storage.folder import write_file
 
-    data = exported(settled(arguments.checkpoint), arguments.format)
+    data = export_checkpoint(resolve_checkpoint(arguments.checkpoint), arguments.format)
     write_file(arguments.out, data)
     print(f"{arguments.out}: {len(data)} bytes")
     return 0

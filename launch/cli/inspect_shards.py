@@ -18,27 +18,27 @@ def register(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     """Add `inspect` to the commands of `mcl shards`."""
     parser = actions.add_parser(
         "inspect",
-        help="write a page that shows what is in a shard set",
-        description="Write one HTML file, whole in itself: the set's totals, and of a sample of its videos frames, "
-        "flow, frame maps, clip scores and tubelets.",
+        help="write an HTML page about a shard set",
+        description="Write one self-contained HTML file: totals of the set, and frames, flow, frame maps, clip scores "
+        "and tubelets of a sample of its videos.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("url", metavar="URL", help="folder of the shard set, at any fsspec URL")
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="page to write")
-    parser.add_argument("--videos", type=int, default=6, help="videos to show, at most (6)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of videos and of their tubelets (0)")
+    parser.add_argument("--videos", type=int, default=6, help="maximum number of videos to show (6)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample of videos and of their tubelets (0)")
     parser.add_argument(
-        "--cache", metavar="DIR", help="folder to keep the shards of a set that is elsewhere in (default: none is kept)"
+        "--cache", metavar="DIR", help="folder that caches the shards of a remote set (default: a temporary one)"
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page and print its path; errors as in `ShardSet`, and for a file that cannot be written."""
+    """Write the page and print its path; raises as `ShardSet`, and `UserError` for a file that cannot be written."""
     from dataloading.reading.shard_set import ShardSet
     from dataloading.visualize import inspect_video, sample_positions
-    from launch.report.shard_set_page import page
+    from launch.report.shard_set_page import shard_set_page
     from mcl_dist.storage.folder import Folder
 
     for option, least in (("videos", 1), ("seed", 0)):
@@ -49,6 +49,6 @@ def run(args: argparse.Namespace) -> int:
         shard_set = ShardSet(args.url, cache)
         positions = sample_positions(len(shard_set), args.videos, args.seed)
         videos = [inspect_video(shard_set, position, args.seed) for position in positions]
-    Folder(str(args.out.parent)).write(args.out.name, page(args.url, shard_set, videos, args.seed).encode())
+    Folder(str(args.out.parent)).write(args.out.name, shard_set_page(args.url, shard_set, videos, args.seed).encode())
     print(args.out)
     return 0

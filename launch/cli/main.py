@@ -7,14 +7,14 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from mcl_dist.distributed.shutdown import EXIT_INTERRUPTED
 from mcl_dist.errors import EXIT_FAILURE, UserError
 
 COMMANDS = ("demo", "doctor", "shards", "pretrain", "monitor", "evaluate", "report", "export", "bench")
-EXIT_INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line; every module of `COMMANDS` adds its own part."""
+    """The parser of all commands; the module of each command adds its own part."""
     root = argparse.ArgumentParser(prog="mcl", description="Motion-focused contrastive video pre-training.")
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in COMMANDS:
@@ -22,11 +22,11 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; a user's mistake becomes one line on standard error and its exit code."""
-    parsed = _parsed(arguments)
+def main(command_line: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; print a UserError as one line on standard error."""
+    arguments = _parse(command_line)
     try:
-        return int(parsed.run(parsed))
+        return int(arguments.run(arguments))
     except UserError as error:
         print(f"mcl: {error}", file=sys.stderr)
         return error.exit_code
@@ -34,20 +34,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("mcl: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has gone (`mcl … | head`): nothing is left to say.
+        # The reader of our output is gone (`mcl … | head`), and Python would report that again at exit.
         sys.stderr.close()
         return EXIT_FAILURE
 
 
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments; `key=value` may stand anywhere, where argparse takes one row of them alone."""
+def _parse(command_line: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line in which `key=value` may stand anywhere; argparse allows a single group of them."""
     root = parser()
-    parsed, left = root.parse_known_args(arguments)
-    if left:
-        if not hasattr(parsed, "overrides") or any(word.startswith("-") or "=" not in word for word in left):
-            root.error(f"unrecognized arguments: {' '.join(left)}")
-        parsed.overrides = [*parsed.overrides, *left]
-    return parsed
+    arguments, rest = root.parse_known_args(command_line)
+    if rest:
+        if not hasattr(arguments, "overrides") or any(text.startswith("-") or "=" not in text for text in rest):
+            root.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 if __name__ == "__main__":

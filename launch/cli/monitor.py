@@ -1,4 +1,4 @@
-"""`mcl monitor`."""
+"""`mcl monitor`: show a run on the terminal, as JSON, or as a web page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ example:
   mcl monitor runs/first --json | jq .step
   mcl monitor https://node1:9400 --credentials ~/.mcl-credentials --ca ca.pem"""
 INTERVAL = 2.0
-REDRAW_SECONDS = 0.25  # between looks at the clock and at the terminal's size
+REDRAW_SECONDS = 0.25  # between redraws, which update the ages and follow the terminal's size
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,62 +32,62 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser = commands.add_parser(
         "monitor",
         help="watch a run",
-        description="Show a run on the terminal, live, while it runs and after; once and as plain text where the "
-        "output is no terminal. Ctrl-C leaves; the run goes on.",
+        description="Show a run live on the terminal, during the run and after it; as plain text, once, if the output "
+        "is not a terminal. Ctrl-C exits; the run continues.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="RUN", help="run folder (run.dir), or URL of a run's first rank")
+    parser.add_argument("source", metavar="RUN", help="run folder (run.dir), or URL of the run's rank 0")
     parser.add_argument("--credentials", metavar="FILE", type=Path, help="file with user:password, for a URL")
-    parser.add_argument("--ca", metavar="FILE", type=Path, help="PEM file of who signed the URL's certificate")
-    parser.add_argument("--once", action="store_true", help="print the run as it is now, and leave")
-    parser.add_argument("--json", action="store_true", help="print the run as it is now as JSON, and leave")
-    parser.add_argument("--interval", metavar="S", type=float, default=INTERVAL, help="seconds between looks (2)")
-    parser.add_argument("--serve", metavar="PORT", type=int, help="serve the run as a page on this machine's loopback")
+    parser.add_argument("--ca", metavar="FILE", type=Path, help="PEM file of the CA of the URL's certificate")
+    parser.add_argument("--once", action="store_true", help="print the current state and exit")
+    parser.add_argument("--json", action="store_true", help="print the current state as JSON and exit")
+    parser.add_argument("--interval", metavar="S", type=float, default=INTERVAL, help="seconds between updates (2)")
+    parser.add_argument("--serve", metavar="PORT", type=int, help="serve the run as a web page on the loopback")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show the run; errors as those of its source, and for an interval that is none."""
+    """Show the run; raises UserError if it cannot be read, ConfigError for a bad interval or option."""
     if not args.interval > 0:
         raise ConfigError(f"--interval: found {args.interval}, must be more than 0")
-    look = source(args)
+    read_view = view_reader(args)
     if args.serve is not None:
-        _serve(look, args.serve)
+        _serve(read_view, args.serve)
     elif args.json:
-        print(json.dumps(look(), allow_nan=False))
+        print(json.dumps(read_view(), allow_nan=False))
     elif args.once or not sys.stdout.isatty():
-        _print(look())
+        _print(read_view())
     else:
-        _watch(look, args.interval)
+        _watch(read_view, args.interval)
     return 0
 
 
-def source(args: argparse.Namespace) -> Callable[[], RunView]:
-    """Where the run's figures come from: asked again, it has newer ones."""
+def view_reader(args: argparse.Namespace) -> Callable[[], RunView]:
+    """A function that reads the current view of the run from its folder or URL."""
     from monitoring.history.remote_run import RemoteRun
     from monitoring.history.run_folder import RunFolder
 
     if args.source.startswith(("http://", "https://")):
         return RemoteRun(args.source, args.credentials, args.ca).view
     if args.credentials or args.ca:
-        raise ConfigError("--credentials and --ca are for a run at a URL; leave them out for a run folder")
+        raise ConfigError("--credentials and --ca need a URL; omit them for a run folder")
     return RunFolder(Path(args.source)).view
 
 
-def _serve(look: Callable[[], RunView], port: int) -> None:
-    """Answer browsers of this machine until Ctrl-C."""
+def _serve(read_view: Callable[[], RunView], port: int) -> None:
+    """Serve the web page on the loopback until Ctrl-C."""
     from wsgiref.simple_server import WSGIRequestHandler, make_server
 
-    from monitoring.web.app import Page
+    from monitoring.web.app import RunApp
 
     class Quiet(WSGIRequestHandler):
         def log_message(self, format: str, *args: object) -> None:
-            """Requests of a page that looks every few seconds are no news."""
+            """Do not log requests: the page sends one every few seconds."""
 
-    look()  # so that a run that is not there is told now
+    read_view()  # reports a missing run before the server starts
     try:
-        server = make_server("127.0.0.1", port, Page(look), handler_class=Quiet)
+        server = make_server("127.0.0.1", port, RunApp(read_view), handler_class=Quiet)
     except (OSError, OverflowError) as error:
         raise UserError(f"--serve: 127.0.0.1:{port}: {error}; give another port") from error
     with server, suppress(KeyboardInterrupt):
@@ -98,32 +98,33 @@ def _serve(look: Callable[[], RunView], port: int) -> None:
 def _print(view: RunView) -> None:
     from rich.console import Console
 
-    from launch.terminal.monitor_screen import Screen
+    from launch.terminal.monitor_screen import MonitorScreen
 
-    Console(highlight=False).print(Screen(view))
+    Console(highlight=False).print(MonitorScreen(view))
 
 
-def _watch(look: Callable[[], RunView], interval: float) -> None:
-    """Fill the terminal until Ctrl-C, with the view of before while there is no newer one."""
+def _watch(read_view: Callable[[], RunView], interval: float) -> None:
+    """Fill the terminal until Ctrl-C; while the run cannot be read, keep the last view and show the error."""
     from rich.console import Console
     from rich.live import Live
 
-    from launch.terminal.monitor_screen import Screen
+    from launch.terminal.monitor_screen import MonitorScreen
 
     for name in ("COLUMNS", "LINES"):
-        os.environ.pop(name, None)  # the size that the terminal once had, where a shell exports it
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the terminal is given back then, too
-    view, trouble, looked = look(), "", time.monotonic()
+        os.environ.pop(name, None)  # a shell may export them; they would hide changes of the terminal's size
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM restores the terminal too
+    view, error, last_read = read_view(), "", time.monotonic()
     try:
-        with Live(Screen(view, fits=True), console=Console(highlight=False), screen=True, auto_refresh=False) as live:
+        screen = MonitorScreen(view, fit_height=True)
+        with Live(screen, console=Console(highlight=False), screen=True, auto_refresh=False) as live:
             while True:
-                if time.monotonic() - looked >= interval:
+                if time.monotonic() - last_read >= interval:
                     try:
-                        view, trouble = look(), ""
-                    except UserError as error:
-                        trouble = str(error)
-                    looked = time.monotonic()
-                live.update(Screen({**view, "now": time.time()}, trouble, fits=True), refresh=True)
+                        view, error = read_view(), ""
+                    except UserError as caught:
+                        error = str(caught)
+                    last_read = time.monotonic()
+                live.update(MonitorScreen({**view, "now": time.time()}, error, fit_height=True), refresh=True)
                 time.sleep(min(interval, REDRAW_SECONDS))
     except KeyboardInterrupt:
         _print(view)

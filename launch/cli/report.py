@@ -1,11 +1,11 @@
-"""`mcl report`: all that a run has to show, as one page in its folder."""
+"""`mcl report`: write the report of a run as one HTML page."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from launch.report.run_report import FILE
+from launch.report.run_report import REPORT_FILE
 
 EXAMPLE = """\
 example:
@@ -18,17 +18,17 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser = commands.add_parser(
         "report",
         help="write a run's report as one page",
-        description="Write one HTML file, whole in itself: configuration, curves, evaluations beside published ones, "
-        "tubelets, where the alignment map looks at each checkpoint, nearest neighbours. Works while the run runs and "
-        "after; what has no source yet says so on the page.",
+        description="Write one self-contained HTML file: configuration, learning curves, evaluations beside published "
+        "results, tubelets, alignment maps of each checkpoint, nearest neighbours. Works during the run and after "
+        "it; a section without data states the reason.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="run folder (run.dir)")
-    parser.add_argument("--out", metavar="FILE", help=f"path or URL of the page (default: {FILE} in RUN)")
-    parser.add_argument("--videos", type=int, default=3, help="training videos whose tubelets are shown, at most (3)")
+    parser.add_argument("--out", metavar="FILE", help=f"path or URL of the page (default: {REPORT_FILE} in RUN)")
+    parser.add_argument("--videos", type=int, default=3, help="largest number of videos with tubelets (3)")
     parser.add_argument(
-        "--cache", metavar="DIR", help="folder for what is kept of sets that are elsewhere (default: the run's)"
+        "--cache", metavar="DIR", help="local cache for indices of remote shard sets (default: the run's)"
     )
     parser.set_defaults(run=run)
 
@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
     """Write the page and print its path.
 
     Raises:
-        UserError: there is no run, or the page cannot be written.
-        ConfigError: a number out of range.
+        UserError: there is no run in the folder, or the page cannot be written.
+        ConfigError: --videos is less than 1.
     """
     from launch.report.run_report import write_report
     from mcl_dist.errors import ConfigError

@@ -1,4 +1,7 @@
-"""A node's part of an all-reduce between nodes, for `mcl doctor`: a request as JSON on its input, a line a rank out."""
+"""A node's part of the all-reduce of `mcl doctor`: a JSON request on standard input, a line of JSON for each rank.
+
+The doctor runs this file by its path.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,24 @@ from pathlib import Path
 from typing import Any
 
 NUM_FLOATS = 2**22  # 16 MiB: long enough to fill a link, short enough for a slow one
-ROUNDS = 3
+NUM_ROUNDS = 3
 
 
-def seen(folders: dict[str, str], nonce: str) -> dict[str, list[str]]:
-    """Which nodes' files lie in each folder, as this node sees it."""
-    start = f".mcl-doctor-{nonce}-"
+def visible_nodes(folders: dict[str, str], nonce: str) -> dict[str, list[str]]:
+    """The nodes whose marker files are visible in each folder."""
+    prefix = f".mcl-doctor-{nonce}-"
     return {
-        name: sorted(path.name[len(start) :] for path in Path(folder).glob(f"{start}*"))
+        name: sorted(path.name[len(prefix) :] for path in Path(folder).glob(f"{prefix}*"))
         for name, folder in folders.items()
     }
 
 
 def all_reduce(request: dict[str, Any], local_rank: int) -> dict[str, Any]:
-    """Bytes a second that an all-reduce between all ranks moves through each of them, or why it does not."""
+    """Run an all-reduce over all ranks; returns bytes a second through each rank, or the error."""
     import torch
     from torch import distributed
 
-    rank, world = request["first_rank"] + local_rank, request["world"]
+    rank, world_size = request["first_rank"] + local_rank, request["world_size"]
     os.environ |= {"MASTER_ADDR": request["address"], "MASTER_PORT": str(request["port"])}
     if on_gpu := request["on_gpus"]:
         torch.cuda.set_device(local_rank)
@@ -37,38 +40,40 @@ def all_reduce(request: dict[str, Any], local_rank: int) -> dict[str, Any]:
         distributed.init_process_group(
             "nccl" if on_gpu else "gloo",
             rank=rank,
-            world_size=world,
+            world_size=world_size,
             timeout=timedelta(seconds=request["seconds"]),
         )
         values = torch.ones(NUM_FLOATS, device="cuda" if on_gpu else "cpu")
         distributed.all_reduce(values)
-        fastest = min(_seconds(distributed, values) for _ in range(ROUNDS))
-    except RuntimeError as error:  # among them torch's own errors of stores and process groups
+        fastest = min(_time_all_reduce(values) for _ in range(NUM_ROUNDS))
+    except RuntimeError as error:  # includes torch's errors of stores and process groups
         return {"rank": rank, "error": str(error).splitlines()[0]}
-    moved = 2 * (world - 1) / world * values.nbytes
-    return {"rank": rank, "error": None, "bytes_per_second": moved / fastest, "seconds": fastest}
+    moved_bytes = 2 * (world_size - 1) / world_size * values.nbytes
+    return {"rank": rank, "error": None, "bytes_per_second": moved_bytes / fastest, "seconds": fastest}
 
 
-def _seconds(distributed: Any, values: Any) -> float:
+def _time_all_reduce(values: Any) -> float:
+    from torch import distributed
+
     start = time.perf_counter()
     distributed.all_reduce(values)
     float(values[0])  # waits for a GPU
     return time.perf_counter() - start
 
 
-def _tell(answer: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(answer) + "\n")  # in one piece: other ranks write there too
+def _print(answer: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")  # one write, since other ranks write there too
     sys.stdout.flush()
 
 
 def main() -> None:
-    """Look, then take part with as many ranks as asked for."""
-    sys.path.pop(0)  # our own folder, which Python puts there for a program run by its path
+    """List visible nodes, then run the ranks of this node; a process with a rank on its command line is that rank."""
+    sys.path.pop(0)  # our own folder, which Python adds for a program that is run by its path
     request = json.load(sys.stdin)
     if len(sys.argv) > 1:
-        _tell(all_reduce(request, int(sys.argv[1])))
-        os._exit(0)  # tearing process groups down aborts now and then
-    _tell({"seen": seen(request["folders"], request["nonce"])})
+        _print(all_reduce(request, int(sys.argv[1])))
+        os._exit(0)  # tearing down process groups sometimes aborts
+    _print({"visible": visible_nodes(request["folders"], request["nonce"])})
     ranks = [
         subprocess.Popen([sys.executable, __file__, str(rank)], stdin=subprocess.PIPE, text=True)
         for rank in range(request["ranks"])

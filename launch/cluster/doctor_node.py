@@ -1,6 +1,6 @@
-"""What one node has to say of itself to `mcl doctor`: a request as JSON on its input, the answer on its output.
+"""The facts of one node for `mcl doctor`: a JSON request on standard input, the facts as JSON on standard output.
 
-Run by its path, not as a module, so that it can name another package that hides ours.
+The doctor runs this file by its path, not as a module, so that it works even if another package hides ours.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("mcl_dist", "dataloading", "monitoring", "launch")
 LIBRARIES = ("torch", "deepspeed", "webdataset")
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
-STORE_SECONDS = 15.0  # that a store which does not answer is asked again
+STORE_SECONDS = 15.0  # of retries when a store does not answer
 INFINIBAND = Path("/sys/class/infiniband")
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """All that is looked at on the node; see `launch.cli.doctor` for the request."""
+def collect_facts(request: dict[str, Any]) -> dict[str, Any]:
+    """All facts of this node; `Diagnostics.node_request` makes the request."""
     started = time.time()
-    foreign = _foreign()
+    foreign = _foreign_packages()
     gpus, torch_error = _gpus()
-    cannot_read = bool(foreign or torch_error)
+    cannot_read_sets = bool(foreign or torch_error)
     return {
         "hostname": socket.gethostname(),
         "address": _address(),
@@ -41,11 +41,11 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         "code": _code_digest(),
         "gpus": gpus,
         "torch_error": torch_error,
-        "shared_memory_bytes": _free(SHARED_MEMORY),
+        "shared_memory_bytes": _free_bytes(SHARED_MEMORY),
         "locked_memory_bytes": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         "infiniband": sorted(path.name for path in INFINIBAND.iterdir()) if INFINIBAND.is_dir() else [],
-        "sets": [] if cannot_read else [_read(url) for url in request["sets"]],
-        "folders": {} if foreign else {name: _written(url, request) for name, url in request["folders"].items()},
+        "sets": [] if cannot_read_sets else [_check_set(url) for url in request["sets"]],
+        "folders": {} if foreign else {name: _check_folder(url, request) for name, url in request["folders"].items()},
         "closed_ports": _closed_ports(request["listeners"], max(1, len(gpus))),
         "free_port": _free_port(),
         "started": started,
@@ -53,8 +53,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _foreign() -> dict[str, str]:
-    """Where Python finds packages of ours that are not those beside this file."""
+def _foreign_packages() -> dict[str, str]:
+    """Packages with our names that Python finds elsewhere than beside this file, and where."""
     try:
         from mcl_dist.__main__ import foreign
     except ImportError:
@@ -63,14 +63,14 @@ def _foreign() -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    found = {name: _version(name) for name in (*LIBRARIES, "mcl-dist")}
+    versions = {name: _version(name) for name in (*LIBRARIES, "mcl-dist")}
     dali = next((name for name in DALI if _version(name) != "missing"), DALI[0])
-    return {"python": platform.python_version(), **found, dali: _version(dali)}
+    return {"python": platform.python_version(), **versions, dali: _version(dali)}
 
 
 def _version(name: str) -> str:
     try:
-        return importlib.metadata.version(name) or "missing"  # none where an installation broke off
+        return importlib.metadata.version(name) or "missing"  # None after an interrupted installation
     except importlib.metadata.PackageNotFoundError:
         return "missing"
 
@@ -84,7 +84,7 @@ def _code_digest() -> str:
 
 
 def _gpus() -> tuple[list[str], str | None]:
-    """Names of the GPUs, and why torch, which knows them, cannot be imported: it or a library of its own is missing."""
+    """Names of the GPUs, and the error if torch, which lists them, or a library that it needs cannot be imported."""
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -93,15 +93,16 @@ def _gpus() -> tuple[list[str], str | None]:
 
 
 def _address() -> str | None:
-    """What this host's own name means to it, which is where gloo listens."""
+    """The address of this host's own name, where gloo listens."""
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError:
         return None
 
 
-def _read(url: str) -> dict[str, Any]:
-    from dataloading.shards.format import MANIFEST, manifest_from
+def _check_set(url: str) -> dict[str, Any]:
+    """Whether a shard set's manifest and first shard are readable."""
+    from dataloading.shards.format import MANIFEST, parse_manifest
     from mcl_dist.errors import UserError
     from mcl_dist.storage.folder import Folder
     from mcl_dist.storage.retry import RetryPolicy
@@ -111,7 +112,7 @@ def _read(url: str) -> dict[str, Any]:
     try:
         folder = Folder(url, RetryPolicy(STORE_SECONDS))
         data = folder.read(MANIFEST)
-        manifest = manifest_from(data, f"{name}/{MANIFEST}")
+        manifest = parse_manifest(data, f"{name}/{MANIFEST}")
         for shard in manifest.shards[:1]:
             folder.head(shard.name, 1)
     except UserError as error:
@@ -119,38 +120,38 @@ def _read(url: str) -> dict[str, Any]:
     return {"url": name, "error": None, "digest": hashlib.sha256(data).hexdigest()[:12]}
 
 
-def _written(url: str, request: dict[str, Any]) -> dict[str, Any]:
-    """Whether a file can be written, read and removed there; a local one stays for the other nodes to see."""
+def _check_folder(url: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Whether a marker file can be written, read and removed; a local one stays, for the other nodes to see."""
     from mcl_dist.errors import UserError
     from mcl_dist.storage.folder import Folder
     from mcl_dist.storage.retry import RetryPolicy
     from mcl_dist.storage.store_requests import without_credentials
 
-    found: dict[str, Any] = {"url": without_credentials(url), "error": None, "local": None, "free_bytes": None}
+    facts: dict[str, Any] = {"url": without_credentials(url), "error": None, "local": None, "free_bytes": None}
     try:
         folder = Folder(url, RetryPolicy(STORE_SECONDS))
         if folder.is_local:
-            place = nearest(Path(folder.path("")))
-            folder = Folder(str(place))
-            found |= {"local": str(place), "free_bytes": _free(place)}
-        token = f".mcl-doctor-{request['nonce']}-{request['node']}"
-        folder.write(token, request["node"].encode())
-        if folder.read(token) != request["node"].encode():
-            found["error"] = f"{found['url']}: reads back other bytes than were written; the store cannot be used"
+            path = nearest_folder(Path(folder.path("")))
+            folder = Folder(str(path))
+            facts |= {"local": str(path), "free_bytes": _free_bytes(path)}
+        marker, content = f".mcl-doctor-{request['nonce']}-{request['node']}", request["node"].encode()
+        folder.write(marker, content)
+        if folder.read(marker) != content:
+            facts["error"] = f"{facts['url']}: returns other bytes than were written; use another store"
         if not folder.is_local:
-            folder.remove(token)
+            folder.remove(marker)
     except UserError as error:
-        found["error"] = without_credentials(str(error))
-    return found
+        facts["error"] = without_credentials(str(error))
+    return facts
 
 
-def nearest(path: Path) -> Path:
-    """The folder, or the nearest one above it that is there already."""
+def nearest_folder(path: Path) -> Path:
+    """The folder, or its nearest parent that exists."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
-def _free(path: Path) -> int:
+def _free_bytes(path: Path) -> int:
     try:
         return shutil.disk_usage(path).free
     except OSError:
@@ -158,26 +159,26 @@ def _free(path: Path) -> int:
 
 
 def _closed_ports(listeners: list[dict[str, Any]], num_ranks: int) -> dict[str, str]:
-    """Why ports cannot be listened at, by address and port.
+    """Ports that cannot be listened on, as `address:port`, and why.
 
     Args:
-        listeners: `address`, `port`, and how many in a row from there; None is one a rank.
-        num_ranks: that run here unless told otherwise.
+        listeners: `address`, first `port` and `count` of consecutive ports; a count of None means one for each rank.
+        num_ranks: on this node, if the count is None.
     """
-    found = {}
+    closed = {}
     for listener in listeners:
         for port in range(listener["port"], listener["port"] + (listener["count"] or num_ranks)):
-            if reason := _closed(listener["address"], port):
-                found[f"{listener['address']}:{port}"] = reason
-    return found
+            if reason := _listen_error(listener["address"], port):
+                closed[f"{listener['address']}:{port}"] = reason
+    return closed
 
 
-def _closed(address: str, port: int) -> str | None:
-    """Why nobody can listen there, in the way of `monitoring.http.server`'s server; None where one can."""
+def _listen_error(address: str, port: int) -> str | None:
+    """Why a server such as `monitoring.http.server` cannot listen there; None if it can."""
     try:
         family = socket.getaddrinfo(address or None, port, type=socket.SOCK_STREAM)[0][0]
         with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: closed connections may linger
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: old connections linger
             probe.bind((address, port))
     except OSError as error:
         return error.strerror or str(error)
@@ -194,6 +195,6 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # our own folder, which Python puts there for a program run by its path
-    print(json.dumps(answer(json.load(sys.stdin))), flush=True)
+    sys.path.pop(0)  # our own folder, which Python adds for a program that is run by its path
+    print(json.dumps(collect_facts(json.load(sys.stdin))), flush=True)
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Which variables of the environment go with a command to other hosts: settings and paths, never secrets."""
+"""Environment variables that are forwarded to other hosts: settings and paths, never secrets."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 SECRET = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|ACCESS_KEY|PRIVATE|API_?KEY", re.IGNORECASE)
 
 
-def travelling(environment: Mapping[str, str], more: Sequence[str] = ()) -> dict[str, str]:
+def forwarded_environment(environment: Mapping[str, str], more: Sequence[str] = ()) -> dict[str, str]:
     """Variables of the allow-list, and those named in `more`.
 
     Raises:
-        ConfigError: a named variable is not set, or by its name a secret: command lines are for all to read.
+        ConfigError: a variable in `more` is not set, or its name looks like a secret: command lines are public.
     """
     for name in more:
         if not NAME.fullmatch(name) or name not in environment:
             raise ConfigError(f"--export: {name!r} is not set here; name a variable of this environment")
         if SECRET.search(name) and not name.endswith(("_FILE", "_PATH", "_DIR")):
             raise ConfigError(
-                f"--export: {name} looks like a secret, which all would read on the hosts' command lines; keep it in a "
-                "file on the hosts and export its path, for example AWS_SHARED_CREDENTIALS_FILE"
+                f"--export: {name} looks like a secret, and all users of the hosts can read command lines; put it in a "
+                "file on the hosts and export the file's path, for example AWS_SHARED_CREDENTIALS_FILE"
             )
     return {
         name: value

@@ -1,4 +1,4 @@
-"""Which hosts a run has: DeepSpeed's hostfile, one `HOST slots=N` a line."""
+"""The hosts of a run, from DeepSpeed's hostfile: one `HOST slots=N` a line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from mcl_dist.errors import ConfigError
 
 LINE = re.compile(r"(?P<name>\S+)\s+slots=(?P<slots>[1-9]\d{0,3})")
-# What ssh and pdsh take for a host and nothing else: no option, no list, no shell.
+# A name that ssh and pdsh cannot take for an option, a list of hosts or shell syntax.
 NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_][A-Za-z0-9_.:-]*")
 FORM = "write one `HOST slots=N` a line, N the ranks to run there"
 
@@ -19,7 +19,7 @@ class Host:
     """One host of a run.
 
     Attributes:
-        name: as ssh knows it.
+        name: for ssh, with or without a user.
         slots: ranks to run there.
     """
 
@@ -28,15 +28,15 @@ class Host:
 
     @property
     def address(self) -> str:
-        """Name without the user to log in as."""
+        """The name without the user."""
         return self.name.rpartition("@")[2]
 
 
 def read_hostfile(path: str) -> tuple[Host, ...]:
-    """The hosts in the file's order; the first is where ranks meet.
+    """The hosts in the file's order; the ranks meet at the first.
 
     Raises:
-        ConfigError: no such file, no host in it, a line of another form, a host named twice; with the line's number.
+        ConfigError: the file is missing or empty, or a line (named by its number) is malformed or repeats a host.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

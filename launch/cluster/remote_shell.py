@@ -1,4 +1,4 @@
-"""One long command on many hosts, by one pdsh or an ssh for each: their lines, and how each ended."""
+"""A long-running command on many hosts, over one pdsh or one ssh for each host: output, exit codes and outcomes."""
 
 from __future__ import annotations
 
@@ -8,37 +8,40 @@ import queue
 import re
 import shlex
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import IO
 
 from launch.cluster.hostfile import Host
 from launch.cluster.ssh import UNREACHABLE, Ssh
+from launch.supervision.messages import print_safely
 from launch.supervision.outcome import OUTCOME_LINE, Outcome
 
-FAN_OUT = 1024  # hosts that pdsh is at, at a time: all of them, they run till the end
-# The kernel ends what we started with us; the hosts then find their standard input at its end.
-WITH_US = ("setpriv", "--pdeathsig", "KILL")
-ENDED = re.compile(r"pdsh@[^:]*: (?P<host>\S+): .*exited with exit code (?P<code>\d+)")
+FANOUT = 1024  # hosts that pdsh serves at a time: all of them, since the command runs until the end of the run
+# The kernel kills our child processes when we die; the hosts then see the end of their standard input.
+DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")
+PDSH_FAILURE = re.compile(r"pdsh@[^:]*: (?P<host>\S+): .*exited with exit code (?P<code>\d+)")
 
 
 class RemoteShell:
-    """A shell command on every host, running until the block ends; its variable `node` is the host's number, from 0.
+    """A shell command on every host, until the `with` block ends; its variable `node` is the host's number, from 0.
 
     Attributes:
-        codes: exit codes of hosts that have ended, by the host's name; 255 where it was lost.
-        ends: what their supervisors said of it, where they could.
+        exit_codes: of the hosts that have ended, by name; 255 for a host that was lost.
+        outcomes: that the hosts' supervisors have printed, by the host's name.
     """
 
-    def __init__(self, hosts: Sequence[Host], command: str, launcher: str, how: Ssh) -> None:
-        self.codes: dict[str, int] = {}
-        self.ends: dict[str, Outcome] = {}
+    def __init__(self, hosts: Sequence[Host], command: str, launcher: str, ssh: Ssh) -> None:
+        self.exit_codes: dict[str, int] = {}
+        self.outcomes: dict[str, Outcome] = {}
         self._hosts = list(hosts)
-        self._news: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
         start = self._start_pdsh if launcher == "pdsh" else self._start_ssh
-        self._processes = start(command, how)
+        self._processes = start(command, ssh)
 
     def __enter__(self) -> RemoteShell:
         return self
@@ -50,93 +53,93 @@ class RemoteShell:
             if process.stdin:
                 process.stdin.close()
 
-    def is_over(self) -> bool:
-        """Whether every host has ended."""
-        return len(self.codes) == len(self._hosts)
+    def has_ended(self) -> bool:
+        """Whether the command has ended on every host."""
+        return len(self.exit_codes) == len(self._hosts)
 
-    def wait_for_news(self, seconds: float) -> None:
-        """Take in how a host ended, if one does within so many seconds."""
+    def wait_for_event(self, seconds: float) -> None:
+        """Wait until a host ends, for so many seconds at most."""
         try:
-            host, code = self._news.get(timeout=seconds)
+            host, code = self._events.get(timeout=seconds)
         except queue.Empty:
             return
-        self.codes.setdefault(host, code)
+        self.exit_codes.setdefault(host, code)
 
     def wait(self, seconds: float) -> None:
-        """Let the others end too, for so many seconds at most."""
+        """Wait until all hosts have ended, for so many seconds at most."""
         deadline = time.monotonic() + seconds
-        while not self.is_over() and (left := deadline - time.monotonic()) > 0:
-            self.wait_for_news(left)
+        while not self.has_ended() and (left := deadline - time.monotonic()) > 0:
+            self.wait_for_event(left)
 
-    def _start_ssh(self, command: str, how: Ssh) -> list[subprocess.Popen[str]]:
+    def _start_ssh(self, command: str, ssh: Ssh) -> list[subprocess.Popen[str]]:
         processes = []
         for node, host in enumerate(self._hosts):
-            process = _popen([*WITH_US, *how.command(host.name, f"node={node}; {command}")])
+            process = _start([*DIE_WITH_PARENT, *ssh.command(host.name, f"node={node}; {command}")])
             processes.append(process)
-            self._thread(self._heed_ssh, host, process)
+            _in_background(partial(self._read_ssh, host, process))
         return processes
 
-    def _heed_ssh(self, host: Host, process: subprocess.Popen[str]) -> None:
-        with _lines(process.stdout) as lines:
+    def _read_ssh(self, host: Host, process: subprocess.Popen[str]) -> None:
+        with _output(process) as lines:
             for line in lines:
-                self._hear(host.name, line)
-        self._news.put((host.name, process.wait() if process.wait() >= 0 else UNREACHABLE))
+                self._handle_line(host.name, line)
+        self._events.put((host.name, process.wait() if process.wait() >= 0 else UNREACHABLE))
 
-    def _start_pdsh(self, command: str, how: Ssh) -> list[subprocess.Popen[str]]:
-        # All hosts share one argument, of which the kernel takes 128 KiB: what they have in common stands there once.
+    def _start_pdsh(self, command: str, ssh: Ssh) -> list[subprocess.Popen[str]]:
+        # All hosts share one argument, limited to 128 KiB by the kernel, so the common part stands in it only once.
         cases = "".join(f" {host.address}) node={node};;" for node, host in enumerate(self._hosts))
-        words = ["pdsh", "-S", "-R", "ssh", "-f", str(FAN_OUT), "-w", ",".join(host.name for host in self._hosts)]
-        environment = {**os.environ, "PDSH_SSH_ARGS_APPEND": shlex.join(how.options())}
-        process = _popen([*WITH_US, *words, f"case %h in{cases} esac; {command.replace('%', '%%')}"], environment)
-        self._thread(self._heed_pdsh, process)
+        pdsh = ["pdsh", "-S", "-R", "ssh", "-f", str(FANOUT), "-w", ",".join(host.name for host in self._hosts)]
+        environment = {**os.environ, "PDSH_SSH_ARGS_APPEND": shlex.join(ssh.options())}
+        script = f"case %h in{cases} esac; {command.replace('%', '%%')}"
+        process = _start([*DIE_WITH_PARENT, *pdsh, script], environment)
+        _in_background(partial(self._read_pdsh, process))
         return [process]
 
-    def _heed_pdsh(self, process: subprocess.Popen[str]) -> None:
-        by_address = {host.address: host.name for host in self._hosts}
-        told = set()
-        with _lines(process.stdout) as lines:
+    def _read_pdsh(self, process: subprocess.Popen[str]) -> None:
+        names = {host.address: host.name for host in self._hosts}
+        failed = set()
+        with _output(process) as lines:
             for line in lines:
-                if found := ENDED.match(line):
-                    name = by_address.get(found["host"], found["host"])
-                    told.add(name)
-                    self._news.put((name, int(found["code"])))
+                if match := PDSH_FAILURE.match(line):
+                    name = names.get(match["host"], match["host"])
+                    failed.add(name)
+                    self._events.put((name, int(match["code"])))
                 else:
                     address, _, text = line.partition(": ")
-                    self._hear(by_address.get(address, address), text)
+                    self._handle_line(names.get(address, address), text)
         code = 0 if process.wait() >= 0 else UNREACHABLE
         for host in self._hosts:
-            if host.name not in told:  # pdsh tells only of those that failed
-                self._news.put((host.name, code))
+            if host.name not in failed:  # pdsh reports only failures
+                self._events.put((host.name, code))
 
-    def _hear(self, name: str, line: str) -> None:
-        """Pass a line on, or keep what the supervisor of a host says last."""
-        word, _, text = line.partition(" ")
-        if word == OUTCOME_LINE:
+    def _handle_line(self, name: str, line: str) -> None:
+        """Keep the outcome of a host's supervisor; print any other line."""
+        prefix, _, text = line.partition(" ")
+        if prefix == OUTCOME_LINE:
             with suppress(ValueError, KeyError):
-                end = json.loads(text)
-                self.ends[name] = Outcome(end["exit_code"], end["cause"], end["reason"])
+                fields = json.loads(text)
+                self.outcomes[name] = Outcome(fields["exit_code"], fields["cause"], fields["reason"])
                 return
-        with suppress(OSError):  # of a terminal that was closed; how the host ends is still to be heard
-            print(f"{name}: {line}", end="", flush=True)
-
-    @staticmethod
-    def _thread(target: object, *arguments: object) -> None:
-        threading.Thread(target=target, args=arguments, daemon=True).start()  # type: ignore[arg-type]
+        print_safely(f"{name}: {line}", sys.stdout, end="")
 
 
-def _popen(words: list[str], environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+def _in_background(work: Callable[[], None]) -> None:
+    threading.Thread(target=work, daemon=True).start()
+
+
+def _start(command: list[str], environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        words,
+        command,
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # a terminal's signals are for us, who ask the hosts to stop
+        start_new_session=True,  # the controller handles a terminal's signals and requests the hosts' stop
     )
 
 
-def _lines(stream: IO[str] | None) -> IO[str]:
-    assert stream is not None
-    return stream
+def _output(process: subprocess.Popen[str]) -> IO[str]:
+    assert process.stdout is not None
+    return process.stdout

@@ -1,4 +1,4 @@
-"""Commands on other hosts, over ssh: never a question, never a wait without an end."""
+"""Commands on other hosts over ssh: without prompts, with timeouts."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CONNECT_SECONDS = 10
-ALIVE_SECONDS, ALIVE_COUNT = 5, 3  # a connection that is silent for their product is given up
-UNREACHABLE = 255  # ssh's own exit code, which a command that was killed has too
+ALIVE_SECONDS, ALIVE_COUNT = 5, 3  # ssh closes a connection that is silent for their product
+UNREACHABLE = 255  # ssh's own exit code, also used for a local command that was killed
 
 
 @dataclass(frozen=True)
 class Ssh:
-    """How hosts are reached; what is not given here is as ssh's own configuration says.
+    """How to reach hosts; ssh's own configuration supplies what is None.
 
     Attributes:
         config: file for `ssh -F`.
@@ -29,20 +29,20 @@ class Ssh:
     key: str | None = None
 
     def options(self) -> list[str]:
-        """Words between `ssh` and the host."""
+        """Arguments between `ssh` and the host."""
         settings = {
             "BatchMode": "yes",
             "ConnectTimeout": CONNECT_SECONDS,
             "ServerAliveInterval": ALIVE_SECONDS,
             "ServerAliveCountMax": ALIVE_COUNT,
         }
-        words = [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
+        options = [text for name, value in settings.items() for text in ("-o", f"{name}={value}")]
         for option, value in (("-F", self.config), ("-p", self.port), ("-i", self.key)):
-            words += [option, str(value)] if value is not None else []
-        return words
+            options += [option, str(value)] if value is not None else []
+        return options
 
     def command(self, host: str, command: str) -> list[str]:
-        """What to start here so that a shell command runs there."""
+        """The local command that runs a shell command on a host."""
         return ["ssh", "-a", "-x", *self.options(), host, command]
 
 
@@ -54,18 +54,18 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
 
 
 def from_arguments(arguments: argparse.Namespace) -> Ssh:
-    """What `add_arguments` was given."""
+    """The `Ssh` that the options of `add_arguments` describe."""
     return Ssh(arguments.ssh_config, arguments.ssh_port, arguments.ssh_key)
 
 
-def here_but_there(words: Sequence[str], seconds: float | None = None, before: str = "") -> str:
-    """A shell command that runs words in this folder with this Python, on a host that has both at the same path.
+def remote_command(arguments: Sequence[str], seconds: float | None = None, prefix: str = "") -> str:
+    """A shell command that runs this Python in this folder, on a host that has both at the same paths.
 
     Args:
-        words: for Python.
-        seconds: after which it is killed there, whether we still listen or not.
-        before: what the shell is to put before them, such as `env`.
+        arguments: of Python.
+        seconds: after which the host kills it, even if the connection is lost.
+        prefix: shell text before the command, such as `env NAME=VALUE`.
     """
     limit = ["timeout", "--signal=KILL", f"{seconds:.0f}"] if seconds else []
-    command = f"{before} {shlex.join([*limit, sys.executable, *words])}"
+    command = f"{prefix} {shlex.join([*limit, sys.executable, *arguments])}"
     return f"cd {shlex.quote(str(Path.cwd()))} && exec {command.strip()}"

@@ -1,4 +1,4 @@
-"""The configurations of evaluations, composed of the sections that their parts own."""
+"""Configurations of the evaluations, composed of the sections that their parts own."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from mcl_dist.evaluation.knn import KnnConfig
 from mcl_dist.evaluation.metrics import BootstrapConfig
 from mcl_dist.evaluation.svm import SvmConfig
 from mcl_dist.model.encoder import STEM_STRIDE
+from mcl_dist.training.config import TrainConfig
 from mcl_dist.training.deepspeed_engine import OptimizerConfig
-from mcl_dist.training.trainer import TrainConfig
 
 Evaluation = TypeVar("Evaluation", bound="TrainingEvaluation")
 
 
 @dataclass(frozen=True)
 class FrozenConfig:
-    """What all protocols on frozen features have.
+    """Common to all protocols on frozen features.
 
     Attributes:
-        recalibrate: measure BatchNorm's statistics anew on training clips; None for untrained encoders only.
+        recalibrate: measure BatchNorm's statistics on training clips; None: for untrained encoders only.
     """
 
     recalibrate: bool | None = None
@@ -59,7 +59,7 @@ class RetrievalEvaluation(FrozenConfig):
 
 @dataclass(frozen=True)
 class LongClips(ClipsConfig):
-    """Clips of the protocols that train: longer than those of the pre-training."""
+    """Clips of the training protocols: longer than those of the pre-training."""
 
     frames: int | None = number(32, minimum=STEM_STRIDE[0])
     stride: int | None = number(2, minimum=1)
@@ -67,7 +67,7 @@ class LongClips(ClipsConfig):
 
 @dataclass(frozen=True)
 class TrainingEvaluation:
-    """What the protocols have that train a classifier. Their run is one as pre-training's, with a folder of its own."""
+    """Common to the protocols that train a classifier; like a pre-training, each is a run with a folder."""
 
     run: RunConfig
     clips: LongClips = field(default_factory=LongClips)
@@ -78,8 +78,8 @@ class TrainingEvaluation:
     supervise: SuperviseConfig = field(default_factory=SuperviseConfig)
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
 
-    def below(self: Evaluation, name: str) -> Evaluation:
-        """The same with a folder of its own below each that this one has."""
+    def in_subfolder(self: Evaluation, name: str) -> Evaluation:
+        """A copy with the folders moved into a subfolder."""
         folder = self.checkpoint.folder
         return replace(
             self,
@@ -88,23 +88,23 @@ class TrainingEvaluation:
         )
 
     def check(self, num_ranks: int) -> None:
-        """What no section can check alone.
+        """Check what spans several sections.
 
         Raises:
-            ConfigError: when ranks do not divide the batch, or parameters or optimizer cannot be sharded as asked.
+            ConfigError: the ranks do not divide the batch, or the requested sharding is not supported.
         """
         self.optimizer.check()
         self.train.batch_per_rank(num_ranks)
         if self.optimizer.zero_stage == 3:
             raise ConfigError(
-                "optimizer.zero_stage: found 3, must be at most 2 here: each rank tests videos of its own, with all "
-                "parameters"
+                "optimizer.zero_stage: found 3, must be at most 2 in an evaluation: each rank tests its own videos "
+                "with all parameters"
             )
 
 
 @dataclass(frozen=True)
 class LinearOptimizer(OptimizerConfig):
-    """The linear layer's rate, for features of unit length, without decay and warm-up."""
+    """Learning rate of the linear layer for features of unit length; no weight decay, no warm-up."""
 
     learning_rate: float = number(16.0, minimum=0)
     weight_decay: float = number(0.0, minimum=0)
@@ -113,7 +113,7 @@ class LinearOptimizer(OptimizerConfig):
 
 @dataclass(frozen=True)
 class LinearTraining(TrainConfig):
-    """Batch and length of the linear layer's training."""
+    """Batch size and length of the linear layer's training."""
 
     global_batch: int = number(128, minimum=1)
     epochs: int = number(100, minimum=1)
@@ -121,7 +121,7 @@ class LinearTraining(TrainConfig):
 
 @dataclass(frozen=True)
 class LinearEvaluation(TrainingEvaluation):
-    """`mcl evaluate linear`; `recalibrate` as of `FrozenConfig`."""
+    """`mcl evaluate linear`; `recalibrate` as in `FrozenConfig`."""
 
     recalibrate: bool | None = None
     optimizer: LinearOptimizer = field(default_factory=LinearOptimizer)
@@ -130,12 +130,12 @@ class LinearEvaluation(TrainingEvaluation):
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """How the whole of an encoder is trained.
+    """Training of a whole encoder.
 
     Attributes:
-        dropout: share of the pooled features that the linear layer is not shown in training.
-        batch_norm: as of `EncoderConfig`; there are no keys, and so nothing to shuffle.
-        checkpointing: as of `EncoderConfig`.
+        dropout: share of the pooled features that training drops before the linear layer.
+        batch_norm: as in `EncoderConfig`, without `shuffled`: there are no keys to shuffle.
+        checkpointing: as in `EncoderConfig`.
     """
 
     dropout: float = number(0.9, minimum=0, maximum=0.99)
@@ -145,14 +145,14 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class FinetuneClips(LongClips):
-    """Three crops of a test clip."""
+    """Clips of fine-tuning: three crops of a test clip."""
 
     crops: int = number(3, minimum=1, maximum=3)
 
 
 @dataclass(frozen=True)
 class FinetuneOptimizer(OptimizerConfig):
-    """The rate of all parameters, without warm-up."""
+    """Learning rate of all parameters; no warm-up."""
 
     learning_rate: float = number(0.01, minimum=0)
     warmup_epochs: float = number(0.0, minimum=0)
@@ -160,7 +160,7 @@ class FinetuneOptimizer(OptimizerConfig):
 
 @dataclass(frozen=True)
 class FinetuneTraining(TrainConfig):
-    """Batch and length of fine-tuning."""
+    """Batch size and length of fine-tuning."""
 
     global_batch: int = number(256, minimum=1)
     epochs: int = number(150, minimum=1)

@@ -1,4 +1,4 @@
-"""What is evaluated or exported: an encoder, and the clips that it was made for."""
+"""The encoder that is evaluated or exported, and the clips that it was trained on."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
     from mcl_dist.model.encoder import Encoder
 
 RANDOM = "random"
-FRAMES, STRIDE, CROP = 16, 2, 224  # METHOD.md's, for weights that do not tell
-# Sets and run folder are no matter of the encoder: a configuration may leave them to the command line.
-NEEDLESS = ("data.train=''", "run.dir=''")
+FRAMES, STRIDE, CROP = 16, 2, 224  # METHOD.md's, for weights files that store no clip settings
+# Required keys that do not affect the encoder: a configuration may leave them to the command line.
+UNUSED_KEYS = ("data.train=''", "run.dir=''")
 
 
 @dataclass(frozen=True)
 class EncoderUnderTest:
-    """What is evaluated.
+    """The encoder of an evaluation.
 
     Attributes:
-        name: as the command line has it.
+        name: as on the command line.
         encoder: on the CPU.
         geometry: of the clips of its pre-training.
-        is_untrained: whether it has learnt nothing yet.
+        is_untrained: whether it is the start of a pre-training run.
     """
 
     name: str
@@ -36,39 +36,41 @@ class EncoderUnderTest:
     geometry: ClipGeometry
     is_untrained: bool = False
 
-    def shown(self, clips: ClipsConfig) -> ClipGeometry:
-        """The shape of the clips that an evaluation shows it."""
-        wanted = {"frames": clips.frames, "stride": clips.stride, "crop": clips.crop}
-        return replace(self.geometry, **{name: value for name, value in wanted.items() if value is not None})
+    def clip_geometry(self, clips: ClipsConfig) -> ClipGeometry:
+        """Shape of the clips of an evaluation: the configured values, else those of the pre-training."""
+        configured = {"frames": clips.frames, "stride": clips.stride, "crop": clips.crop}
+        return replace(self.geometry, **{name: value for name, value in configured.items() if value is not None})
+
+    def needs_recalibration(self, requested: bool | None) -> bool:
+        """Whether to measure BatchNorm's statistics on training clips: as requested, by default if untrained."""
+        return self.is_untrained if requested is None else requested
 
 
-def settled(checkpoint: str) -> str:
-    """What a name stands for now, so that all ranks and splits load the same however a run goes on meanwhile.
+def resolve_checkpoint(checkpoint: str) -> str:
+    """The `step-…` URL of a run's newest good checkpoint; a weights file and `random` stay as they are.
 
-    The newest good `step-…` folder of a run, told where a newer one is damaged; a file and `random` as they are.
+    All ranks and splits then load the same checkpoint while the run writes new ones. A warning names each newer
+    checkpoint that is damaged.
 
     Raises:
         UserError: no such checkpoint.
     """
     from mcl_dist.checkpoint import resolve
-    from mcl_dist.checkpoint.interchange import is_file
+    from mcl_dist.checkpoint.interchange import is_weights_file
     from mcl_dist.storage.store_requests import without_credentials
 
-    if checkpoint == RANDOM or is_file(checkpoint):
+    if checkpoint == RANDOM or is_weights_file(checkpoint):
         return checkpoint
     url, refused = resolve(checkpoint)
-    for damage in refused:
-        told = without_credentials(f"mcl: {damage.url}: {damage.reason}; {url} is taken instead")
-        print(told, file=sys.stderr)
+    for damaged in refused:
+        print(without_credentials(f"mcl: {damaged.url}: {damaged.reason}; using {url} instead"), file=sys.stderr)
     return url
 
 
-def load_subject(checkpoint: str, pretrain: PretrainConfig | None = None) -> EncoderUnderTest:
-    """The encoder of a checkpoint, or the one that a pre-training run starts from.
+def load_encoder_under_test(checkpoint: str, pretrain: PretrainConfig | None = None) -> EncoderUnderTest:
+    """Load the encoder of a checkpoint, or build the one that a pre-training run starts from.
 
-    Args:
-        checkpoint: as for `mcl_dist.load_encoder`, or `random`.
-        pretrain: the run whose start `random` is.
+    `checkpoint` is as for `mcl_dist.load_encoder`, or `random`, which means the start of the run `pretrain`.
 
     Raises:
         ConfigError: `random` without a pre-training configuration.
@@ -76,47 +78,35 @@ def load_subject(checkpoint: str, pretrain: PretrainConfig | None = None) -> Enc
     """
     from dataloading.loader.probe_clips import ClipGeometry
     from launch.run.config import PretrainConfig
-    from mcl_dist.checkpoint import load_encoder
-    from mcl_dist.checkpoint.interchange import clips_of_file, is_file
-    from mcl_dist.checkpoint.interchange import load_encoder as load_weights
+    from mcl_dist.checkpoint import interchange, load_encoder
     from mcl_dist.config import build_config
 
     if checkpoint == RANDOM:
         if pretrain is None:
             raise ConfigError(
-                "--checkpoint random: say which encoder with --pretrain FILE, a pre-training configuration"
+                f"--checkpoint {RANDOM}: needs a pre-training configuration; name it with --pretrain FILE"
             )
-        return EncoderUnderTest(RANDOM, _untrained(pretrain), _geometry(pretrain), is_untrained=True)
-    if is_file(checkpoint):
-        encoder = load_weights(checkpoint)
-        clips = clips_of_file(checkpoint) or {"frames": FRAMES, "stride": STRIDE, "crop": CROP}
-        return EncoderUnderTest(checkpoint, encoder, ClipGeometry(**clips))
+        return _untrained(pretrain)
+    if interchange.is_weights_file(checkpoint):
+        clips = interchange.read_clip_settings(checkpoint) or {"frames": FRAMES, "stride": STRIDE, "crop": CROP}
+        return EncoderUnderTest(checkpoint, interchange.load_encoder(checkpoint), ClipGeometry(**clips))
     encoder, stored = load_encoder(checkpoint)
     data = build_config(PretrainConfig, stored).data
     return EncoderUnderTest(checkpoint, encoder, ClipGeometry(data.frames, data.stride, data.crop))
 
 
 def load_pretrain_config(file: str, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """A pre-training configuration whose encoder is wanted; errors as of `load_config`."""
+    """Load the pre-training configuration of an encoder; errors as in `load_config`."""
     from launch.run.config import PretrainConfig
     from mcl_dist.config import load_config
 
-    return load_config(PretrainConfig, file, [*NEEDLESS, *overrides])
+    return load_config(PretrainConfig, file, [*UNUSED_KEYS, *overrides])
 
 
-def _untrained(config: PretrainConfig) -> Encoder:
-    import torch
-
-    from mcl_dist.model.network import Network
-    from mcl_dist.model.pretrained_weights import initialise
-
-    torch.manual_seed(config.run.seed)
-    network = Network(config.encoder, config.heads)
-    initialise(network, config.initial)
-    return network.encoder
-
-
-def _geometry(config: PretrainConfig) -> ClipGeometry:
+def _untrained(config: PretrainConfig) -> EncoderUnderTest:
     from dataloading.loader.probe_clips import ClipGeometry
+    from launch.run.initial_network import build_initial_network
 
-    return ClipGeometry(config.data.frames, config.data.stride, config.data.crop)
+    network, _ = build_initial_network(config.run.seed, config.encoder, config.heads, config.initial)
+    geometry = ClipGeometry(config.data.frames, config.data.stride, config.data.crop)
+    return EncoderUnderTest(RANDOM, network.encoder, geometry, is_untrained=True)

@@ -1,4 +1,4 @@
-"""What an evaluation was asked to do, as the command hands it to its ranks."""
+"""The request of an evaluation, as the command passes it to its ranks."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launch.evaluation.encoder_under_test import load_pretrain_config, load_subject
+from launch.evaluation.encoder_under_test import load_encoder_under_test, load_pretrain_config
 
 if TYPE_CHECKING:
     from launch.evaluation.config import FrozenConfig, TrainingEvaluation
     from launch.evaluation.encoder_under_test import EncoderUnderTest
 
-SUPERVISED = ("linear", "finetune")  # those that train for long: a run each, with a folder
+TRAINING_PROTOCOLS = ("linear", "finetune")  # train for long: each is a run with a folder
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a command line asks for; ranks get it as JSON.
+    """The request of a command line; ranks get it as JSON.
 
     Attributes:
-        protocol: of `PROTOCOLS`.
-        checkpoint: as for `load_subject`.
-        evaluated: what it stood for when the command began; empty: whatever it stands for.
+        protocol: name of the protocol.
+        checkpoint: as for `load_encoder_under_test`.
         train, test: URLs of the splits' sets.
-        config, overrides: of the evaluation.
-        pretrain, pretrain_overrides: the pre-training whose start `random` is, and changes of it.
-        as_json: print for machines.
+        config, overrides: file and overrides of the evaluation's configuration.
+        pretrain, pretrain_overrides: those of the pre-training whose start `random` means.
+        as_json: print JSON.
+        evaluated: the checkpoint that `checkpoint` meant when the command began; empty: not resolved.
     """
 
     protocol: str
@@ -40,8 +40,8 @@ class Job:
     as_json: bool = False
     evaluated: str = ""
 
-    def frozen(self) -> FrozenConfig:
-        """The checked configuration of a protocol on frozen features; errors as of `load_config`."""
+    def frozen_config(self) -> FrozenConfig:
+        """Load the configuration of a protocol on frozen features; errors as in `load_config`."""
         from launch.evaluation.config import KnnEvaluation, RetrievalEvaluation, SvmEvaluation
         from mcl_dist.config import load_config
 
@@ -52,8 +52,8 @@ class Job:
         }
         return load_config(schemas[self.protocol], self.config, self.overrides)
 
-    def supervised(self, num_ranks: int) -> TrainingEvaluation:
-        """… of one that trains, on so many ranks."""
+    def training_config(self, num_ranks: int) -> TrainingEvaluation:
+        """Load the configuration of a training protocol; errors as in `load_config` and `TrainingEvaluation.check`."""
         from launch.evaluation.config import FinetuneEvaluation, LinearEvaluation
         from mcl_dist.config import load_config
 
@@ -62,8 +62,8 @@ class Job:
         config.check(num_ranks)
         return config
 
-    def subject(self) -> EncoderUnderTest:
-        """What is evaluated; errors as of `load_subject`."""
+    def encoder_under_test(self) -> EncoderUnderTest:
+        """Load the encoder; errors as in `load_encoder_under_test` and `load_config`."""
         if self.pretrain is None:
-            return load_subject(self.evaluated or self.checkpoint)
-        return load_subject(self.checkpoint, load_pretrain_config(self.pretrain, self.pretrain_overrides))
+            return load_encoder_under_test(self.evaluated or self.checkpoint)
+        return load_encoder_under_test(self.checkpoint, load_pretrain_config(self.pretrain, self.pretrain_overrides))

@@ -6,72 +6,77 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from launch.evaluation.job import Job
-from launch.evaluation.score_report import tell, tell_once
-from launch.supervision.deepspeed_launcher import this_birth, watched_rank
+from launch.evaluation.score_report import print_scores, print_scores_once
+from launch.supervision.deepspeed_launcher import read_start_info, start_rank_watch
 
 if TYPE_CHECKING:
+    from launch.run.parts import RankContext
     from mcl_dist.distributed.process_group import ProcessGroup
 
-PROBE_SECONDS = 86400.0  # that ranks wait for the first to fit its probe; one that dies ends them all at once
+PROBE_SECONDS = 86400.0  # timeout of the ranks that wait for the first to fit its probe; a rank that dies ends them all
 
 
 def evaluate(job: Job, group: ProcessGroup) -> None:
-    """All splits of a job, and on the first rank what comes of them, printed."""
+    """Evaluate all splits by a protocol on frozen features; the first rank prints the scores."""
     from launch.evaluation.frozen_protocols import evaluate_frozen
 
-    settings = job.frozen()
+    config = job.frozen_config()
     splits = []
     for train, test in zip(job.train, job.test, strict=True):
-        scores = evaluate_frozen(job.subject(), train, test, settings, group)
+        scores = evaluate_frozen(job.encoder_under_test(), train, test, config, group)
         if scores is not None:
             splits.append(scores)
     if group.is_first:
-        tell(job, splits, settings)
+        print_scores(job, splits, config)
 
 
-def evaluate_as_rank(job: Job) -> None:
-    """Run this rank's part of a protocol on frozen features."""
-    from launch.supervision.parent_watch import stop_with_launcher
-    from mcl_dist.distributed.process_group import ProcessGroup, limit_waiting
+def run_frozen_rank(job: Job) -> None:
+    """Run this rank of a protocol on frozen features."""
+    from launch.supervision.parent_watch import stop_with_parent
+    from mcl_dist.distributed.process_group import ProcessGroup, set_collective_timeout
     from mcl_dist.distributed.shutdown import StopRequest
     from mcl_dist.training.deepspeed_engine import join_process_group, pick_device
 
-    stop_with_launcher(StopRequest(), seconds=0)
+    stop_with_parent(StopRequest(), seconds=0)
     device = pick_device()
     join_process_group(device)
-    limit_waiting(PROBE_SECONDS)
+    set_collective_timeout(PROBE_SECONDS)
     group = ProcessGroup(device)
     evaluate(job, group)
     group.barrier()
 
 
-def supervised_work(job: Job) -> Callable[[], bool]:
-    """One rank's part in a protocol that trains, all splits; False where it was asked to stop."""
-    stop, heartbeat = watched_rank()
+def training_rank_work(job: Job) -> Callable[[], bool]:
+    """Start watching this rank of a training protocol; return the function that runs it, False after a stop request."""
+    stop, heartbeat = start_rank_watch()
 
     def work() -> bool:
-        birth = this_birth()
-        from launch.evaluation.training_protocols import RankContext, evaluate_supervised
-        from launch.supervision.parent_watch import stop_with_launcher
+        start_info = read_start_info()
+        from launch.run.parts import RankContext
+        from launch.supervision.parent_watch import stop_with_parent
         from mcl_dist.distributed.process_group import ProcessGroup
         from mcl_dist.training.deepspeed_engine import join_process_group, pick_device
 
-        stop_with_launcher(stop)
+        stop_with_parent(stop)
         device = pick_device()
         join_process_group(device)
-        group = ProcessGroup(device)
-        config = job.supervised(group.size)
-        splits = []
-        for number, (train, test) in enumerate(zip(job.train, job.test, strict=True), start=1):
-            of_split = config if len(job.train) == 1 else config.below(f"split-{number}")
-            outcome = evaluate_supervised(
-                job.subject(), train, test, of_split, RankContext(group, stop, heartbeat, birth)
-            )
-            if not outcome.is_done:
-                return False
-            splits += [outcome.scores] if outcome.scores else []
-        if group.is_first:
-            tell_once(job, splits, config)
-        return True
+        return _train_and_test_splits(job, RankContext(ProcessGroup(device), stop, heartbeat, start_info))
 
     return work
+
+
+def _train_and_test_splits(job: Job, rank: RankContext) -> bool:
+    """Run a training protocol on all splits and print the scores; False after a stop request."""
+    from launch.evaluation.training_protocols import train_and_test
+
+    config = job.training_config(rank.group.size)
+    splits = []
+    for number, (train, test) in enumerate(zip(job.train, job.test, strict=True), start=1):
+        split_config = config if len(job.train) == 1 else config.in_subfolder(f"split-{number}")
+        result = train_and_test(job.encoder_under_test(), train, test, split_config, rank)
+        if not result.is_done:
+            return False
+        splits += [result.scores] if result.scores else []
+    if rank.group.is_first:
+        print_scores_once(job, splits, config)
+    return True

@@ -1,4 +1,4 @@
-"""Scores of an evaluation: printed for people or as JSON, and kept in the folder of the run that they are of."""
+"""Scores of an evaluation: printed as text or JSON, and logged in the run folder."""
 
 from __future__ import annotations
 
@@ -15,36 +15,37 @@ if TYPE_CHECKING:
     from mcl_dist.evaluation.metrics import Scores
 
 LABELS = {"top1": "top-1", "top5": "top-5", "mean_class": "mean of classes"}
-MOST_LINES = 40  # of the table of classes on a terminal
+MAX_CLASSES = 40  # in the table of a terminal
 
 
-def tell_once(job: Job, splits: Sequence[Scores], settings: TrainingEvaluation) -> None:
-    """Print the scores of a supervised run, which is not to start again where nobody reads them (`mcl … | head`).
+def print_scores_once(job: Job, splits: Sequence[Scores], config: TrainingEvaluation) -> None:
+    """Print the scores of a training protocol; a closed pipe (`mcl … | head`) is an error that is not retried.
 
     Raises:
-        UserError: nobody does.
+        UserError: standard output is closed.
     """
     try:
-        tell(job, splits, settings)
+        print_scores(job, splits, config)
         sys.stdout.flush()
     except BrokenPipeError as error:
         raise UserError(
-            "whoever read the scores went away; the same command goes on from the last step and prints them again"
+            "standard output: closed before the scores were read; run the same command again, which resumes after the "
+            "last step and prints them"
         ) from error
 
 
-def tell(job: Job, splits: Sequence[Scores], settings: FrozenConfig | TrainingEvaluation) -> None:
-    """Print what was found, and keep it for the report of the run that it is of."""
-    from launch.evaluation.results_log import keep
+def print_scores(job: Job, splits: Sequence[Scores], config: FrozenConfig | TrainingEvaluation) -> None:
+    """Print the scores, and log them for the run's report."""
+    from launch.evaluation.results_log import log_results
 
     report = _report(job, splits)
     print(json.dumps(report) if job.as_json else _text(splits))
-    if line := keep(job.checkpoint, job.evaluated, report, splits, settings):
-        print(line, file=sys.stderr)
+    if message := log_results(job.checkpoint, job.evaluated, report, splits, config):
+        print(message, file=sys.stderr)
 
 
 def _report(job: Job, splits: Sequence[Scores]) -> dict[str, Any]:
-    """For machines: means over splits, then every split."""
+    """The JSON output: means over splits, then every split."""
     from mcl_dist.evaluation.metrics import mean_of_splits
 
     return {
@@ -59,19 +60,18 @@ def _report(job: Job, splits: Sequence[Scores]) -> dict[str, Any]:
 
 
 def _text(splits: Sequence[Scores]) -> str:
-    """For people: a line a split and one of their mean, with 95 % intervals; of a single split its classes, too."""
+    """The text output: a line for each split with 95 % intervals, then their mean, or the classes of a single split."""
     from mcl_dist.evaluation.metrics import mean_of_splits
 
-    means = [mean_of_splits([split]) for split in splits]
-    lines = [_line(mean) for mean in means]
+    lines = [_line(mean_of_splits([split])) for split in splits]
     if len(splits) > 1:
         return "\n".join([*lines, f"mean of {len(splits)} splits: {_line(mean_of_splits(splits))}"])
     worst_first = sorted(
         (each for each in splits[0].classes if each.accuracy is not None), key=lambda each: each.accuracy or 0.0
     )
-    lines += [f"  {each.accuracy:7.1%} of {each.videos:5} {each.name}" for each in worst_first[:MOST_LINES]]
-    if len(worst_first) > MOST_LINES:
-        lines.append(f"  … and {len(worst_first) - MOST_LINES} classes above these; --json has them all")
+    lines += [f"  {each.accuracy:7.1%} of {each.videos:5} {each.name}" for each in worst_first[:MAX_CLASSES]]
+    if len(worst_first) > MAX_CLASSES:
+        lines.append(f"  … and {len(worst_first) - MAX_CLASSES} classes with higher accuracy; --json lists all")
     return "\n".join(lines)
 
 

@@ -1,1 +1,1 @@
-"""HTML pages: in go a run folder or a shard set, out comes one self-contained file."""
+"""HTML reports: a run folder or a shard set in, one self-contained HTML file out."""

@@ -1,4 +1,4 @@
-"""Where the alignment map looks and where the video moves, at each checkpoint that is kept (METHOD.md, section 4)."""
+"""Section "Alignment" of a run's report: alignment maps and motion targets by checkpoint (METHOD.md, section 4)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from dataloading.loader.loader import TubeletLoader
-from launch.report.html import Markup, joined, jpeg_uri, png_uri, tag
+from launch.report.html import SafeHtml, fragment, jpeg_uri, png_uri, tag
 from launch.report.video_card import heat_colours
 from launch.run.config import PretrainConfig
-from launch.terminal.units import number
+from launch.terminal.units import format_number
 from mcl_dist.batch import FIRST_KEY, QUERY, TubeletBatch
 from mcl_dist.checkpoint import Snapshot, read_snapshot, restore
 from mcl_dist.checkpoint.format import COMMITTED, step_folder, steps_in
@@ -24,9 +24,9 @@ from mcl_dist.model.network import HeadsConfig, Network
 from mcl_dist.objective.alignment import Alignment, align, alignment_map, similarity_gradient
 from mcl_dist.storage.folder import Folder
 
-NUM_VIDEOS = 8  # normalised together: BatchNorm of training mode wants several
+NUM_VIDEOS = 8  # in one batch, because BatchNorm in training mode needs several
 NUM_SHOWN = 3
-MOST_CHECKPOINTS = 6
+MAX_CHECKPOINTS = 6
 STYLE = """
 .maps{display:grid;gap:.25rem .35rem;align-items:center;
 grid-template-columns:minmax(3.6rem,max-content) repeat(var(--n),minmax(0,6rem))}
@@ -35,47 +35,49 @@ grid-template-columns:minmax(3.6rem,max-content) repeat(var(--n),minmax(0,6rem))
 
 
 @dataclass(frozen=True)
-class AlignmentSnapshot:
-    """Where the network of one checkpoint looks.
+class CheckpointAlignment:
+    """Alignment maps of one checkpoint.
 
     Attributes:
-        step: steps done.
+        step: step of the checkpoint.
         maps: float32 (B, T', H', W').
-        agreed: with the targets.
+        agreement: cosines of the maps with the motion targets.
     """
 
     step: int
     maps: np.ndarray
-    agreed: Alignment
+    agreement: Alignment
 
 
-def alignment(config: PretrainConfig, checkpoints: str) -> Markup:
-    """Maps beside targets for a few training videos, the same at every checkpoint.
+def alignment_section(config: PretrainConfig, checkpoints: str) -> SafeHtml:
+    """Alignment maps and motion targets of a few training videos, the same for every checkpoint.
 
     Raises:
-        UserError: no complete checkpoint, or the training set cannot be read.
+        UserError: there is no complete checkpoint, or the training set cannot be read.
     """
     folder = Folder(checkpoints)
     steps = [step for step in steps_in(folder) if folder.exists(f"{step_folder(step)}/{COMMITTED}")]
     if not steps:
         raise UserError(f"{folder.url}: no complete checkpoint yet")
-    batch = _some_videos(config)
-    looks = [look(read_snapshot(f"{folder.url}/{step_folder(step)}"), batch) for step in _some(steps)]
-    return tag("div", _how_to_read(config, len(batch.order)), _agreements(looks), _videos(batch, looks))
+    batch = _load_batch(config)
+    measured = [
+        measure_alignment(read_snapshot(f"{folder.url}/{step_folder(step)}"), batch) for step in _evenly_spaced(steps)
+    ]
+    return tag("div", _explanation(config, len(batch.order)), _agreement_table(measured), _videos(batch, measured))
 
 
-def look(snapshot: Snapshot, batch: TubeletBatch) -> AlignmentSnapshot:
-    """The alignment map M of a checkpoint's query network for a batch, and how far it agrees with the targets D."""
-    query, key = (_restored(snapshot, side) for side in ("query", "key"))
+def measure_alignment(snapshot: Snapshot, batch: TubeletBatch) -> CheckpointAlignment:
+    """Alignment maps M of a checkpoint's query network for a batch, and their agreement with the motion targets D."""
+    query, key = (_restore_network(snapshot, side) for side in ("query", "key"))
     with torch.no_grad():
         first_key = key(normalise(batch.views[:, FIRST_KEY])).inter.vector
         output = query(normalise(batch.views[:, QUERY]))
         maps = alignment_map(similarity_gradient(query, output, first_key))
-    return AlignmentSnapshot(snapshot.step, maps.numpy(), align(maps, batch.motion))
+    return CheckpointAlignment(snapshot.step, maps.numpy(), align(maps, batch.motion))
 
 
-def _restored(snapshot: Snapshot, side: str) -> Network:
-    """One side's network as it trains; a process may be one of several ranks, but looks alone."""
+def _restore_network(snapshot: Snapshot, side: str) -> Network:
+    """One side's network in training mode, with local BatchNorm, as other ranks of the process do not take part."""
     encoder = replace(build_config(EncoderConfig, snapshot.config["encoder"]), batch_norm="local")
     network = Network(encoder, build_config(HeadsConfig, snapshot.config["heads"])).train()
     parameters = snapshot.network if side == "query" else snapshot.momentum
@@ -83,8 +85,8 @@ def _restored(snapshot: Snapshot, side: str) -> Network:
     return network
 
 
-def _some_videos(config: PretrainConfig) -> TubeletBatch:
-    """A few videos of the run's first epoch, as it draws, cuts and colours them."""
+def _load_batch(config: PretrainConfig) -> TubeletBatch:
+    """A few videos of the run's first epoch, drawn, cropped and augmented as in the run."""
     loader = TubeletLoader(
         replace(config.data, lanes=None, workers=0, prefetch=1),
         seed=config.run.seed,
@@ -98,79 +100,82 @@ def _some_videos(config: PretrainConfig) -> TubeletBatch:
         return next(iter(loader))
 
 
-def _some(steps: Sequence[int]) -> list[int]:
-    """At most so many of the checkpoints, evenly spread, the first and the last among them."""
-    places = np.linspace(0, len(steps) - 1, min(len(steps), MOST_CHECKPOINTS)).round().astype(int)
-    return [steps[place] for place in places.tolist()]
+def _evenly_spaced(steps: Sequence[int]) -> list[int]:
+    """At most MAX_CHECKPOINTS of the steps, with the first and the last."""
+    positions = np.linspace(0, len(steps) - 1, min(len(steps), MAX_CHECKPOINTS)).round().astype(int)
+    return [steps[position] for position in positions.tolist()]
 
 
-def _how_to_read(config: PretrainConfig, num_videos: int) -> Markup:
+def _explanation(config: PretrainConfig, num_videos: int) -> SafeHtml:
     layer = config.objective.alignment_layer
-    own = "" if layer is None else f" This run aligns {layer}; the maps are those of the last convolution all the same."
-    weight = " This run's alignment has weight 0." if config.objective.alignment == 0 else ""
+    other_layer = "" if layer is None else f" This run aligns {layer}, but the maps are those of the last convolution."
+    no_weight = " The alignment loss of this run has weight 0." if config.objective.alignment == 0 else ""
     return tag(
         "p",
-        "Query clips of training videos in four groups of frames; below them the target D, where the clip moves, and "
-        "at each kept checkpoint the map M, where the similarity of query and first key looks. Each row has a scale of "
-        f"its own, from nothing (dark) to its strongest cell (bright). {num_videos} videos are normalised together, "
-        f"as in training.{own}{weight}",
+        "Query clips of training videos in four groups of frames. Below them: the motion target D (motion of the clip) "
+        "and for each kept checkpoint the alignment map M (where the similarity of query and first key depends on the "
+        "features). Each row has its own colour scale, from 0 (dark) to its maximum (bright). "
+        f"{num_videos} videos form a batch for BatchNorm, as in training.{other_layer}{no_weight}",
         class_="soft",
     )
 
 
-def _agreements(looks: Sequence[AlignmentSnapshot]) -> Markup:
+def _agreement_table(measured: Sequence[CheckpointAlignment]) -> SafeHtml:
     head = ("checkpoint", "space and time", "space", "time")
-    rows = ((f"step {each.step:,}", *(f"{number(float(value.mean()))}" for value in each.agreed[1:])) for each in looks)
+    rows = (
+        (f"step {each.step:,}", *(f"{format_number(float(value.mean()))}" for value in each.agreement[1:]))
+        for each in measured
+    )
     return tag(
         "div",
-        tag("p", "Cosine of M with D, mean over the videos:"),
+        tag("p", "Cosine of M and D, mean over the videos:"),
         tag(
             "table",
-            tag("tr", *(tag("th", word) for word in head)),
+            tag("tr", *(tag("th", name) for name in head)),
             *(tag("tr", *(tag("td", cell) for cell in row)) for row in rows),
         ),
         class_="scroll",
     )
 
 
-def _videos(batch: TubeletBatch, looks: Sequence[AlignmentSnapshot]) -> Markup:
+def _videos(batch: TubeletBatch, measured: Sequence[CheckpointAlignment]) -> SafeHtml:
     shown = range(min(NUM_SHOWN, len(batch.order)))
-    return tag("div", *(_video(batch, looks, place) for place in shown), class_="grid")
+    return tag("div", *(_video(batch, measured, position) for position in shown), class_="grid")
 
 
-def _video(batch: TubeletBatch, looks: Sequence[AlignmentSnapshot], place: int) -> Markup:
-    clip, target = batch.views[place, QUERY].numpy(), batch.motion[place].numpy()
+def _video(batch: TubeletBatch, measured: Sequence[CheckpointAlignment], position: int) -> SafeHtml:
+    clip, target = batch.views[position, QUERY].numpy(), batch.motion[position].numpy()
     groups = len(target)
     frames = [clip[int((group + 0.5) * len(clip) / groups)] for group in range(groups)]
-    name, side = f"clip-{place}", frames[0].shape[0]
-    pictures = [
+    name, side = f"clip-{position}", frames[0].shape[0]
+    images = [
         tag("image", id=f"{name}-{group}", href=jpeg_uri(frame), width=side, height=side)
         for group, frame in enumerate(frames)
     ]
-    rows = [joined(tag("span", "frames"), *(_svg(side, "frame", picture) for picture in pictures))]
-    rows.append(_row("D", f"target D of video {place + 1}", target, name, side))
-    for each in looks:
-        agreed = float(each.agreed.spatiotemporal[place])
-        label = joined(f"M, step {each.step:,}", tag("br"), f"cos {agreed:.2f}")
-        rows.append(_row(label, f"map M of video {place + 1} at step {each.step}", each.maps[place], name, side))
+    rows = [fragment(tag("span", "frames"), *(_svg(side, "frame", image) for image in images))]
+    rows.append(_row("D", f"target D of video {position + 1}", target, name, side))
+    for each in measured:
+        cosine = float(each.agreement.spatiotemporal[position])
+        label = fragment(f"M, step {each.step:,}", tag("br"), f"cos {cosine:.2f}")
+        rows.append(_row(label, f"map M of video {position + 1} at step {each.step}", each.maps[position], name, side))
     return tag("figure", tag("div", *rows, class_="maps", style=f"--n:{groups}"))
 
 
-def _row(label: str, said: str, maps_thw: np.ndarray, name: str, side: int) -> Markup:
-    strongest = max(float(maps_thw.max()), 1e-12)
-    scaled = np.asarray(np.rint(maps_thw * (255 / strongest)), dtype=np.uint8)
+def _row(label: str, description: str, maps_thw: np.ndarray, name: str, side: int) -> SafeHtml:
+    maximum = max(float(maps_thw.max()), 1e-12)
+    scaled = np.asarray(np.rint(maps_thw * (255 / maximum)), dtype=np.uint8)
     cells = (
-        _svg(side, said, tag("use", href=f"#{name}-{group}"), _heat(values, side))
+        _svg(side, description, tag("use", href=f"#{name}-{group}"), _heat(values, side))
         for group, values in enumerate(scaled)
     )
-    return joined(tag("span", label), *cells)
+    return fragment(tag("span", label), *cells)
 
 
-def _heat(values_hw: np.ndarray, side: int) -> Markup:
-    """A map over its frame: the stronger, the brighter and the less clear."""
+def _heat(values_hw: np.ndarray, side: int) -> SafeHtml:
+    """A map to overlay on its frame: higher values are brighter and more opaque."""
     cells = np.dstack([heat_colours(values_hw), np.asarray(110 + values_hw * 0.4, dtype=np.uint8)])
     return tag("image", href=png_uri(cells), preserveAspectRatio="none", class_="pixels", width=side, height=side)
 
 
-def _svg(side: int, label: str, *children: Markup) -> Markup:
+def _svg(side: int, label: str, *children: SafeHtml) -> SafeHtml:
     return tag("svg", *children, viewBox=f"0 0 {side} {side}", role="img", aria_label=label)

@@ -1,4 +1,4 @@
-"""The page of `mcl report`: its parts in order, each with what it shows or why it has nothing to show."""
+"""The page of `mcl report`: its sections in order, each with its content or the reason why it is missing."""
 
 from __future__ import annotations
 
@@ -11,25 +11,23 @@ from tempfile import TemporaryDirectory
 
 from dataloading.reading.shard_set import ShardSet
 from dataloading.visualize import inspect_video, sample_positions
-from launch.evaluation.results_log import kept
-from launch.report import report_alignment, report_evaluations, report_neighbours
-from launch.report import svg_chart as chart
-from launch.report.document import document
-from launch.report.html import Markup, joined, tag
-from launch.report.report_alignment import alignment
-from launch.report.report_curves import curves
-from launch.report.report_evaluations import evaluations
-from launch.report.report_neighbours import neighbours
-from launch.report.video_card import facts, legend_style, tubelets
+from launch.evaluation.results_log import read_results
+from launch.report import report_alignment, report_evaluations, report_neighbours, svg_chart
+from launch.report.html import SafeHtml, fragment, html_page, tag
+from launch.report.report_alignment import alignment_section
+from launch.report.report_curves import curves_section
+from launch.report.report_evaluations import evaluations_section
+from launch.report.report_neighbours import neighbours_section
+from launch.report.video_card import definition_list, legend_style, tubelet_views
 from launch.run.config import PretrainConfig
-from launch.terminal.units import UNKNOWN, counted, duration, number, ratio, size
+from launch.terminal.units import UNKNOWN, format_bytes, format_counts, format_duration, format_number, format_percent
 from mcl_dist.config import RUN_CONFIG, load_config
 from mcl_dist.errors import UserError
 from mcl_dist.storage.store_requests import without_credentials
 from monitoring.history.run_folder import RunFolder
 from monitoring.history.run_view import RunView
 
-WITH_STYLE = (chart, report_evaluations, report_alignment, report_neighbours)
+MODULES_WITH_STYLE = (svg_chart, report_evaluations, report_alignment, report_neighbours)
 STYLE = """
 :root{--good:#1a7f37;--bad:#b3261e}
 @media(prefers-color-scheme:dark){:root{--good:#5fd38a;--bad:#ff8a80}}
@@ -45,127 +43,128 @@ nav{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin:0 0 1rem}a{color:var(--acc
 """
 
 
-def report(folder: Path, num_videos: int, cache: str | None = None) -> str:
+def run_page(folder: Path, num_videos: int, cache: str | None = None) -> str:
     """The whole page of a run.
 
     Args:
-        folder: of the run.
-        num_videos: whose tubelets are shown.
-        cache: local folder for indices of sets that are elsewhere, instead of the run's.
+        folder: run folder.
+        num_videos: number of videos with tubelets.
+        cache: local folder for indices of remote shard sets; default: the run's cache, or a temporary folder.
 
     Raises:
-        UserError: there is no run.
+        UserError: there is no run in the folder.
     """
     view = RunFolder(folder).view()
-    lines = kept(folder)
+    results = read_results(folder)
     with TemporaryDirectory() as temporary:
 
         def config() -> PretrainConfig:
-            return _config(folder, cache, temporary)
+            return _load_config(folder, cache, temporary)
 
-        parts = (
+        sections = (
             ("configuration", "Configuration", lambda: _configuration(folder, config())),
-            ("curves", "Curves", lambda: curves(view)),
-            ("evaluations", "Evaluations", lambda: evaluations(lines)),
+            ("curves", "Learning curves", lambda: curves_section(view)),
+            ("evaluations", "Evaluations", lambda: evaluations_section(results)),
             ("tubelets", "Tubelets", lambda: _tubelets(config(), num_videos)),
-            ("alignment", "Where the alignment map looks", lambda: _alignment(config(), folder)),
-            ("neighbours", "Nearest neighbours", lambda: neighbours(lines, config().data)),
+            ("alignment", "Alignment", lambda: _alignment(config(), folder)),
+            ("neighbours", "Nearest neighbours", lambda: neighbours_section(results, config().data)),
         )
-        sections = [_part(*part) for part in parts]
-    return document(
+        rendered = [_section(*section) for section in sections]
+    return html_page(
         f"Run {view['run']}",
         _summary(view),
-        tag("nav", *(tag("a", title, href=f"#{name}") for name, title, _ in parts)),
-        *sections,
-        style=legend_style() + STYLE + "".join(part.STYLE for part in WITH_STYLE),
+        tag("nav", *(tag("a", title, href=f"#{name}") for name, title, _ in sections)),
+        *rendered,
+        style=legend_style() + STYLE + "".join(module.STYLE for module in MODULES_WITH_STYLE),
     )
 
 
-def _config(folder: Path, cache: str | None, temporary: str) -> PretrainConfig:
-    """The run's configuration, with sets read where they lie, a few stills at a time.
+def _load_config(folder: Path, cache: str | None, temporary: str) -> PretrainConfig:
+    """The run's configuration, changed to read shard sets by byte ranges instead of whole shards.
 
     Raises:
-        UserError: the run folder has none.
-        ConfigError: it is not one.
+        UserError: the run folder has no configuration.
+        ConfigError: the configuration is invalid.
     """
     path = folder / RUN_CONFIG
     if not path.is_file():
-        raise UserError(f"{path}: missing; the run's own configuration says what there is to show")
+        raise UserError(f"{path}: missing; the report needs the run's configuration")
     config = load_config(PretrainConfig, path)
     return replace(config, data=replace(config.data, fetch="ranges", cache=cache or config.data.cache or temporary))
 
 
-def _part(name: str, title: str, make: Callable[[], Markup]) -> Markup:
-    """A part of the page; what keeps it from being there is told in its place."""
+def _section(name: str, title: str, render: Callable[[], SafeHtml]) -> SafeHtml:
+    """A section of the page; a UserError is shown in its place."""
     try:
-        content = make()
+        content = render()
     except UserError as error:
-        content = tag("p", f"Not here: {without_credentials(str(error))}", class_="absent")
+        content = tag("p", f"Not available: {without_credentials(str(error))}", class_="absent")
     return tag("section", tag("h2", title), content, class_="card", id=name)
 
 
-def _summary(view: RunView) -> Markup:
+def _summary(view: RunView) -> SafeHtml:
     rows = [
         ("state", view["state"] + (f": {view['why']}" if view["why"] else "")),
         ("steps", f"{view['step']:,}" + (f" of {view['total_steps']:,}" if view["total_steps"] else "")),
-        ("last step", _moment(view["updated"])),
-        ("goodput", f"{ratio(view['goodput'])} of the time went into steps that count"),
-        ("restarts", counted(view["restarts"])),
+        ("last step", _time(view["updated"])),
+        ("goodput", f"{format_percent(view['goodput'])} of the time was productive"),
+        ("restarts", format_counts(view["restarts"])),
         ("steps skipped", f"{view['counts']['skipped']:,}"),
-        ("step time", f"{duration(view['latest'].get('seconds'))}, {number(view['latest'].get('videos_per_second'))} "
-         "videos/s in the last"),
-        ("page made", _moment(view["now"])),
+        ("step time", format_duration(view["latest"].get("seconds"))),
+        ("throughput", f"{format_number(view['latest'].get('videos_per_second'))} videos/s"),
+        ("page created", _time(view["now"])),
     ]  # fmt: skip
     if (checkpoint := view["checkpoint"]) is not None:
-        rows.insert(3, ("checkpoint", f"step {checkpoint['step']:,}, {size(checkpoint['bytes'])}"))
-    return tag("section", facts(rows, "wide"), class_="card", id="summary")
+        rows.insert(3, ("checkpoint", f"step {checkpoint['step']:,}, {format_bytes(checkpoint['bytes'])}"))
+    return tag("section", definition_list(rows, "wide"), class_="card", id="summary")
 
 
-def _moment(seconds: float | None) -> str:
+def _time(seconds: float | None) -> str:
     return UNKNOWN if seconds is None else time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
 
 
-def _configuration(folder: Path, config: PretrainConfig) -> Markup:
+def _configuration(folder: Path, config: PretrainConfig) -> SafeHtml:
     train, encoder, optimizer, data = config.train, config.encoder, config.optimizer, config.data
     losses, rate = config.objective, optimizer.base_rate(train.global_batch)
     length = f"{train.steps:,} steps" if train.steps else f"{train.epochs:,} epochs"
     rows = [
         ("trained on", without_credentials(", ".join(part.url for part in data.all_sets))),
-        ("clips", f"{data.frames} frames every {data.stride}, {data.crop}×{data.crop} pixels"),
-        ("motion-focused", f"{data.motion_probability:.0%} of the draws"),
+        ("clips", f"{data.frames} frames at stride {data.stride}, {data.crop}×{data.crop} pixels"),
+        ("motion-focused draws", f"{data.motion_probability:.0%}"),
         ("encoder", f"width {encoder.width}, blocks {'-'.join(map(str, encoder.blocks))}"),
         ("BatchNorm", encoder.batch_norm),
         ("length", f"{length}, global batch {train.global_batch}"),
-        ("optimizer", f"{optimizer.name}, rate {rate:g}, decay {optimizer.weight_decay:g}"),
+        ("optimizer", f"{optimizer.name}, learning rate {rate:g}, weight decay {optimizer.weight_decay:g}"),
         ("loss weights", f"intra {losses.intra:g}, alignment {losses.alignment:g}, order {losses.order}"),
         ("queue", f"{losses.queue:,} keys, momentum {losses.momentum:g}, temperature {losses.temperature:g}"),
         ("precision", train.precision),
         ("seed", config.run.seed),
     ]  # fmt: skip
-    everything = without_credentials((folder / RUN_CONFIG).read_text())
-    return joined(facts(rows, "wide"), tag("details", tag("summary", "all of it, as YAML"), tag("pre", everything)))
+    yaml = without_credentials((folder / RUN_CONFIG).read_text())
+    complete = tag("details", tag("summary", "complete configuration (YAML)"), tag("pre", yaml))
+    return fragment(definition_list(rows, "wide"), complete)
 
 
-def _tubelets(config: PretrainConfig, num_videos: int) -> Markup:
+def _tubelets(config: PretrainConfig, num_videos: int) -> SafeHtml:
     url = config.data.all_sets[0].url
     with closing(ShardSet(url, config.data.cache, config.data)) as shard_set:
         positions = sample_positions(len(shard_set), num_videos, config.run.seed)
         videos = [inspect_video(shard_set, position, config.run.seed) for position in positions]
     heat = tag("i", class_="heat", role="img", aria_label="colours of the frame maps")
-    return joined(
-        tag("p", f"Motion-focused draws of {len(videos)} videos of {without_credentials(url)}. The four views of each: "
-            "the frame map lies over the frames, blue is the crop, dashed the box of the cells that move most; what is "
-            "cut out is below.", class_="soft"),
-        tag("p", tag("span", heat, "motion boundary, none to the video's strongest"), class_="legend soft"),
-        *(_folded(f"{video.class_name}, {video.key}", tubelets(video), place) for place, video in enumerate(videos)),
+    return fragment(
+        tag("p", f"Motion-focused draws of {len(videos)} videos of {without_credentials(url)}: the four views of each. "
+            "The frame map overlays the frames; the crop is blue, the box of the cells with the most motion is dashed; "
+            "the cropped frames are below.", class_="soft"),
+        tag("p", tag("span", heat, "motion boundary, 0 to the maximum of the video"), class_="legend soft"),
+        *(_details(f"{video.class_name}, {video.key}", tubelet_views(video), is_open=index == 0)
+          for index, video in enumerate(videos)),
     )  # fmt: skip
 
 
-def _folded(title: str, content: Markup, place: int) -> Markup:
-    """One of several alike: the first lies open."""
-    opened = {} if place else {"open": ""}
-    return tag("details", tag("summary", tag("b", title)), content, **opened)
+def _details(title: str, content: SafeHtml, *, is_open: bool) -> SafeHtml:
+    attributes = {"open": ""} if is_open else {}
+    return tag("details", tag("summary", tag("b", title)), content, **attributes)
 
 
-def _alignment(config: PretrainConfig, folder: Path) -> Markup:
-    return alignment(config, config.checkpoint.folder or str(folder / "checkpoints"))
+def _alignment(config: PretrainConfig, folder: Path) -> SafeHtml:
+    return alignment_section(config, config.checkpoint.folder or str(folder / "checkpoints"))

@@ -1,4 +1,4 @@
-"""The report of a run, written by `mcl report` at any time and by the first rank at the end."""
+"""Write the report of a run: by `mcl report` at any time, and by rank 0 at the end of the run."""
 
 from __future__ import annotations
 
@@ -6,39 +6,39 @@ import subprocess
 import sys
 from pathlib import Path
 
-FILE = "report.html"
-AT_MOST_SECONDS = 900.0  # that the end of a run waits for its report
+REPORT_FILE = "report.html"
+TIMEOUT_SECONDS = 900.0  # for the report at the end of a run
 
 
 def write_report(folder: Path, out: str | None = None, num_videos: int = 3, cache: str | None = None) -> str:
-    """Write a run's report, by default into its folder; returns where.
+    """Write the report of a run, by default into its folder, and return its path.
 
     Raises:
-        UserError: there is no run, or the page cannot be written.
+        UserError: there is no run in the folder, or the page cannot be written.
     """
-    from launch.report.run_page import report
+    from launch.report.run_page import run_page
     from mcl_dist.storage.folder import write_file
 
-    page = report(folder, num_videos, cache)
-    out = out or str(folder / FILE)
-    write_file(out, page.encode())
+    out = out or str(folder / REPORT_FILE)
+    write_file(out, run_page(folder, num_videos, cache).encode())
     return out
 
 
-def report_at_the_end(folder: str) -> None:
-    """The report of a run that is done, by its first rank; the run counts as done whatever becomes of it.
+def write_final_report(folder: str) -> None:
+    """Write the report of a finished run on rank 0; a failure is printed and does not fail the run.
 
-    In a process of its own: in a rank's, once the others had left, files that it read were seen closed under it.
+    It runs in a separate process: inside a rank, files that the report read were observed to be closed by other code
+    once the other ranks had exited.
     """
     command = [sys.executable, "-m", "mcl_dist", "report", folder]
+    failure = ""
     try:
         result = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=AT_MOST_SECONDS, check=False
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
         )
-        said = (
-            (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1] if result.returncode else ""
-        )
+        if result.returncode:
+            failure = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
     except subprocess.TimeoutExpired:
-        said = f"not done after {AT_MOST_SECONDS:.0f} s"
-    told = f"no report written ({said}); `mcl report {folder}` tries again" if said else f"report: {folder}/{FILE}"
-    print(told, flush=True)
+        failure = f"not finished after {TIMEOUT_SECONDS:.0f} s"
+    success = f"report: {folder}/{REPORT_FILE}"
+    print(f"no report written ({failure}); run `mcl report {folder}` to retry" if failure else success, flush=True)

@@ -1,8 +1,7 @@
-"""The page of `mcl shards inspect`: one file of HTML, without scripts and without requests."""
+"""The page of `mcl shards inspect`: a shard set and a sample of its videos."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import groupby
@@ -11,50 +10,47 @@ import numpy as np
 
 from dataloading.reading.shard_set import ShardSet
 from dataloading.shards.format import Manifest
-from dataloading.visualize import InspectedVideo
-from launch.report.document import document
-from launch.report.html import Markup, joined, tag
-from launch.report.video_card import facts, legend_style, video_card
+from dataloading.visualize import VideoInspection
+from launch.report.html import SafeHtml, fragment, html_page, tag
+from launch.report.video_card import definition_list, legend_style, video_card
+from launch.terminal.units import UNKNOWN
+from mcl_dist.storage.store_requests import without_credentials
 
-NUM_REFUSED_SHOWN = 20
+NUM_REFUSED_SHOWN = 20  # for each reason
 
 
-def page(url: str, shard_set: ShardSet, videos: Sequence[InspectedVideo], seed: int) -> str:
-    """The whole page of a set and a sample of its videos; equal arguments give equal pages."""
-    title = f"Shard set {_without_credentials(url)}"
+def shard_set_page(url: str, shard_set: ShardSet, videos: Sequence[VideoInspection], seed: int) -> str:
+    """The whole page; equal arguments give equal pages."""
+    title = f"Shard set {without_credentials(url)}"
     num_shown = f"{len(videos)} of {len(shard_set)} videos, drawn with seed {seed}"
-    return document(
+    return html_page(
         title,
         _summary(shard_set),
         tag("h2", num_shown),
-        _how_to_read(),
+        _explanation(),
         *(video_card(video) for video in videos),
         style=legend_style(),
     )
 
 
-def _without_credentials(url: str) -> str:
-    return re.sub(r"://[^/@]*@", "://", url)
-
-
-def _summary(shard_set: ShardSet) -> Markup:
+def _summary(shard_set: ShardSet) -> SafeHtml:
     manifest = shard_set.manifest
     frames = shard_set.num_frames
     sizes = {f"{width}×{height}" for width, height in zip(shard_set.widths, shard_set.heights, strict=True)}
     totals = {
         "videos": f"{manifest.num_videos:,}",
         "frames": f"{manifest.num_frames:,}",
-        "playing time": timedelta(seconds=round(manifest.num_seconds)) if manifest.num_seconds else "not said",
-        "frames a video": f"{frames.min():,} to {frames.max():,}, median {np.median(frames):,.0f}",
-        "frame sizes": sizes.pop() if len(sizes) == 1 else f"{len(sizes)} different",
+        "playing time": timedelta(seconds=round(manifest.num_seconds)) if manifest.num_seconds else UNKNOWN,
+        "frames per video": f"{frames.min():,} to {frames.max():,}, median {np.median(frames):,.0f}",
+        "frame sizes": sizes.pop() if len(sizes) == 1 else f"{len(sizes)} different sizes",
         "shards": f"{len(manifest.shards):,}",
         "bytes": f"{manifest.num_bytes:,}",
         "classes": f"{len(manifest.classes):,}",
         "refused": f"{len(manifest.refused):,}",
     }
     cards = (
-        ("Totals", facts(totals.items())),
-        ("Build configuration", facts(manifest.build.items())),
+        ("Totals", definition_list(totals.items())),
+        ("Build configuration", definition_list(manifest.build.items())),
         ("Videos by class", _histogram(manifest.classes, shard_set.labels)),
         ("Refused videos", _refused(manifest)),
     )
@@ -62,53 +58,54 @@ def _summary(shard_set: ShardSet) -> Markup:
     return tag("div", *sections, class_="grid")
 
 
-def _histogram(classes: Sequence[str], labels: np.ndarray) -> Markup:
+def _histogram(classes: Sequence[str], labels: np.ndarray) -> SafeHtml:
     counts = np.bincount(labels, minlength=len(classes)).tolist()
-    most = max(counts)
+    maximum = max(counts)
     rows = (
-        joined(tag("span", name), tag("i", style=f"width:{100 * count / most:.1f}%"), tag("b", f"{count:,}"))
+        fragment(tag("span", name), tag("i", style=f"width:{100 * count / maximum:.1f}%"), tag("b", f"{count:,}"))
         for name, count in zip(classes, counts, strict=True)
     )
     return tag("div", *rows, class_="bars")
 
 
-def _refused(manifest: Manifest) -> Markup:
+def _refused(manifest: Manifest) -> SafeHtml:
     if not manifest.refused:
         return tag("p", "none")
-    ordered = sorted(manifest.refused, key=lambda video: _kind(video.reason))
+    ordered = sorted(manifest.refused, key=lambda video: _reason(video.reason))
     parts = []
-    for kind, group in groupby(ordered, key=lambda video: _kind(video.reason)):
+    for reason, group in groupby(ordered, key=lambda video: _reason(video.reason)):
         videos = list(group)
         rows = [tag("li", video.source, ": ", video.reason) for video in videos[:NUM_REFUSED_SHOWN]]
         if len(videos) > NUM_REFUSED_SHOWN:
             rows.append(tag("li", f"and {len(videos) - NUM_REFUSED_SHOWN:,} more, in manifest.json"))
-        parts.append(tag("details", tag("summary", f"{kind}: {len(videos):,}"), tag("ul", *rows)))
-    return joined(*parts)
+        parts.append(tag("details", tag("summary", f"{reason}: {len(videos):,}"), tag("ul", *rows)))
+    return fragment(*parts)
 
 
-def _kind(reason: str) -> str:
-    return reason.partition(":")[0]
+def _reason(text: str) -> str:
+    """The reason of a refusal, without its details."""
+    return text.partition(":")[0]
 
 
-def _how_to_read() -> Markup:
+def _explanation() -> SafeHtml:
     return tag(
         "details",
         tag("summary", "How to read the videos below"),
         tag(
             "ul",
-            tag("li", "Frames are numbered from 0. Each moment shows its frame, its flow and its frame map."),
-            tag("li", "Flow: a direction has the colour of that place of the wheel; what stands still is white."),
-            tag("li", "Frame maps: 7×7 cells of motion boundary, which a steady camera does not have."),
+            tag("li", "Frames are numbered from 0. Each sample shows a frame, its flow and its frame map."),
+            tag("li", "Flow: the colour wheel gives the direction; no motion is white."),
+            tag("li", "Frame maps: 7×7 cells of motion boundary, in which steady camera motion cancels out."),
             tag(
                 "li",
-                "Curve: the score of the clip that starts at each frame. Bands hold the starts to choose among: "
-                "the best half of each half of the video. Marks are the starts drawn.",
+                "Curve: clip score by start frame. Bands are the candidate starts: the best half of each half of the "
+                "video. Marks are the drawn starts.",
             ),
             tag(
                 "li",
-                "Tubelets: four views of three clips, the query and the first key being two crops of one. The "
-                "frame map lies over the frames; blue is the crop, dashed where the clip moves most; the cut-out is "
-                "below.",
+                "Tubelets: four views of three clips; query and first key are two crops of the same clip. The frame "
+                "map overlays the frames; the crop is blue, the region of most motion is dashed; the cropped frames "
+                "are below.",
             ),
         ),
         class_="card",

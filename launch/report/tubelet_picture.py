@@ -1,4 +1,4 @@
-"""A picture of what pre-training sees of one video: four tubelets, with their crops over the motion maps."""
+"""Image of the four tubelets of one video, with their crops and motion maps."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from dataloading.loader.config import DataConfig
 from dataloading.reading.shard_set import ShardSet, StoredVideo
 from dataloading.sampling.epoch_order import sample_generator
 from dataloading.sampling.tubelets import Tubelet, draw_tubelets
-from dataloading.visualize import VIEWS, decoded, decoded_frames
+from dataloading.visualize import VIEWS, decode_frames, decode_windows
 
 NUM_SHOWN = 5  # frames of each clip
 CROP_COLOUR = "#00d8ff"
 
 
-def draw_picture(path: Path, shard_set: ShardSet, position: int, config: DataConfig, *, seed: int) -> None:
-    """Write a PNG of the tubelets that this video gives in the first epoch of a run with this seed.
+def save_tubelet_picture(path: Path, shard_set: ShardSet, position: int, config: DataConfig, *, seed: int) -> None:
+    """Write a PNG of the tubelets of a video in the first epoch of a run with this seed.
 
-    A row per view: frames of its clip under the motion map that they were drawn by, the crop as a box, and the
-    cut-out at the right.
+    Each view is a row: frames of its clip with their motion maps and the crop box, and one cropped frame at the right.
     """
     video = shard_set.read(position)
     cut = config.cut(shard_set.stored_stride(config.stride))
@@ -47,28 +46,28 @@ def draw_picture(path: Path, shard_set: ShardSet, position: int, config: DataCon
 
 def _draw_view(axes: np.ndarray, view: str, video: StoredVideo, tubelet: Tubelet, crop: int) -> None:
     shown = tubelet.frames[np.linspace(0, len(tubelet.frames) - 1, NUM_SHOWN).round().astype(int)]
-    whole = decoded_frames(video, shown.tolist())
-    strongest = max(int(video.frame_maps[tubelet.frames].max()), 1)
-    for axis, frame, image in zip(axes, shown, whole, strict=False):
+    images = decode_frames(video, shown.tolist())
+    maximum = max(int(video.frame_maps[tubelet.frames].max()), 1)
+    for axis, frame, image in zip(axes, shown, images, strict=False):
         axis.imshow(image)
         axis.imshow(
             video.frame_maps[frame],
             extent=(-0.5, video.width - 0.5, video.height - 0.5, -0.5),
             cmap="inferno",
             vmin=0,
-            vmax=strongest,
+            vmax=maximum,
             alpha=0.45,
         )
         top, left, height, width = tubelet.box
         axis.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=CROP_COLOUR, lw=2))
-        _finish(axis, f"frame {frame}")
-    (cut_out,) = decoded(video.frames(shown[:1]), np.array([tubelet.box]), (crop, crop))
-    axes[-1].imshow(cut_out)
-    _finish(axes[-1], "cut out")
+        _label(axis, f"frame {frame}")
+    (crop_image,) = decode_windows(video.frames(shown[:1]), np.array([tubelet.box]), (crop, crop))
+    axes[-1].imshow(crop_image)
+    _label(axes[-1], "crop")
     axes[0].set_ylabel(view)
 
 
-def _finish(axis: Axes, title: str) -> None:
+def _label(axis: Axes, title: str) -> None:
     axis.set_title(title, fontsize=9)
     axis.set_xticks([])
     axis.set_yticks([])

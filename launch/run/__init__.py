@@ -1,1 +1,1 @@
-"""What all runs share: their configuration and the lock on their folder."""
+"""Shared by all runs on ranks: configuration, parts to compose a trainer from, the lock of a run folder."""

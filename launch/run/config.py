@@ -1,4 +1,4 @@
-"""The one configuration of a pre-training run, composed of the sections that its parts own."""
+"""The configuration of a pre-training run, composed of the sections that its parts own."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from mcl_dist.model.encoder import EncoderConfig
 from mcl_dist.model.network import HeadsConfig
 from mcl_dist.model.pretrained_weights import InitialConfig
 from mcl_dist.objective.objective import ObjectiveConfig
+from mcl_dist.training.config import TrainConfig
 from mcl_dist.training.deepspeed_engine import OptimizerConfig
-from mcl_dist.training.trainer import TrainConfig
 from monitoring.http.server import MonitoringConfig
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives, and the seed of all its draws.
+    """Folder and seed of a run.
 
     Attributes:
         dir: the run folder: configuration, logs, metrics, checkpoints.
-        seed: of weights, order, tubelets and shuffles.
-        report: whether the first rank writes `report.html` once all steps are done; `mcl report` does at any time.
+        seed: of weights, sample order, tubelets and shuffles.
+        report: whether the first rank writes `report.html` after the last step; `mcl report` writes it at any time.
     """
 
     dir: str
@@ -53,20 +53,22 @@ class PretrainConfig:
 
 
 def check(config: PretrainConfig, num_ranks: int) -> None:
-    """What no section can check alone.
+    """Check what spans several sections.
 
     Raises:
-        ConfigError: when ranks do not divide the batch, the optimizer cannot be sharded as asked, clips do not fit the
-            encoder, or an evaluation lacks a set.
+        ConfigError: the ranks do not divide the batch, the optimizer does not support the requested sharding, clips do
+            not fit the encoder, `train.compile` conflicts with another section, or an evaluation lacks a set.
     """
     config.optimizer.check()
     config.monitoring.check()
     config.evaluate.check(config.data.train)
     if config.train.compile and config.optimizer.zero_stage == 3:
-        raise ConfigError("train.compile: found true, must be false with optimizer.zero_stage=3: it hooks every layer")
+        raise ConfigError(
+            "train.compile: found true, must be false with optimizer.zero_stage=3, which hooks every layer"
+        )
     if config.train.compile and config.objective.alignment_layer is not None:
         raise ConfigError(
-            "train.compile: found true, must be false with objective.alignment_layer, which differentiates twice"
+            "train.compile: found true, must be false with objective.alignment_layer, which needs second derivatives"
         )
     config.train.batch_per_rank(num_ranks)
     check_clips(config.data, config.encoder.grid(config.data.frames, config.data.crop))

@@ -1,4 +1,4 @@
-"""Whether a run is evaluated on its way, and on what."""
+"""Configuration of the evaluations during a pre-training run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from mcl_dist.evaluation.knn import KnnConfig
 
 @dataclass(frozen=True)
 class EvaluateConfig(KnnConfig):
-    """Whether and how the query encoder is scored on its way; neighbours and temperature as of `mcl evaluate knn`.
+    """kNN evaluation of the query encoder during training; `neighbours` and `temperature` as for `mcl evaluate knn`.
 
     Attributes:
-        every: steps from one evaluation to the next; there is one after the last step, too. None: no evaluation.
-        train: URL of the set whose videos are the neighbours; None: `data.train`.
-        test: URL of the set that is held out.
-        videos: of each set, at most; a set's order is random, so its first ones are a fair share. None: all.
-        clips: evenly spaced ones of a video, of the size that is trained on.
+        every: steps between two evaluations; one more follows the last step. None: no evaluation.
+        train: URL of the set that supplies the neighbours; None: `data.train`.
+        test: URL of the held-out set.
+        videos: the first videos of each set, at most this many; a set's order is random, so they are an unbiased
+            sample. None: all.
+        clips: evenly spaced clips per video, of the size used in training.
     """
 
     every: int | None = number(None, minimum=1)
@@ -28,21 +29,21 @@ class EvaluateConfig(KnnConfig):
     clips: int = number(4, minimum=1)
 
     def check(self, data_train: str | None) -> None:
-        """What no field can check alone; `data_train` is `data.train`.
+        """Check that the evaluation has its sets; `data_train` is `data.train`.
 
         Raises:
-            ConfigError: an evaluation that lacks a set, or a set without an evaluation.
+            ConfigError: an evaluation without a set, or a set without an evaluation.
         """
         if self.every is None:
             if self.train or self.test:
-                raise ConfigError("evaluate.every: missing; say after how many steps to evaluate, or name no sets")
+                raise ConfigError("evaluate.every: missing; set it, or remove evaluate.train and evaluate.test")
             return
         if self.test is None:
-            raise ConfigError("evaluate.test: missing; name the set to be tested on, or leave evaluate.every out")
+            raise ConfigError("evaluate.test: missing; name the held-out set, or remove evaluate.every")
         if self.train is None and data_train is None:
-            raise ConfigError("evaluate.train: missing; name the set to take neighbours from, as data.sets are several")
+            raise ConfigError("evaluate.train: missing; name the set of the neighbours: data.sets has several")
 
     @property
     def sets(self) -> tuple[str, ...]:
-        """The sets that it names itself."""
+        """URLs of the sets that this section names."""
         return tuple(url for url in (self.train, self.test) if url)

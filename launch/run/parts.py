@@ -1,104 +1,128 @@
-"""Parts that every run on ranks is composed of: listeners, the newest checkpoint, the engine, the schedule."""
+"""Parts of every run on ranks: listeners, checkpoints, resuming, engine, schedule, batches."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dataloading.loader.loader import Delivered, Loader
-from mcl_dist.checkpoint import CheckpointManager, DamagedError, Snapshot
-from mcl_dist.distributed.process_group import ProcessGroup, limit_waiting
-from mcl_dist.errors import RankError, UserError
-from mcl_dist.events import Failed, Listener, Notice, Started, tell
+from launch.run.config import RunConfig
+from launch.run.rank_errors import errors_name_rank
+from mcl_dist.checkpoint import CheckpointConfig, CheckpointManager, CorruptCheckpointError, Snapshot
+from mcl_dist.distributed.heartbeat import Heartbeat
+from mcl_dist.distributed.process_group import ProcessGroup, set_collective_timeout
+from mcl_dist.distributed.shutdown import StopRequest
+from mcl_dist.errors import UserError
+from mcl_dist.events import Failed, Listener, Notice, Started, emit
 from mcl_dist.model.loss_module import LossModule
 from mcl_dist.objective.schedule import Schedule
 from mcl_dist.run_log.goodput import GoodputTracker, StartInfo
 from mcl_dist.run_log.listeners import Console, EventLog, MetricsFile
+from mcl_dist.training.config import TrainConfig
 from mcl_dist.training.deepspeed_engine import Engine, OptimizerConfig
-from mcl_dist.training.trainer import TrainConfig, TrainingState
+from mcl_dist.training.training_state import TrainingState
 
-ARCHITECTURE = ("encoder", "heads", "classes")  # sections that say of which shapes the tensors are
+ARCHITECTURE = ("encoder", "heads", "classes")  # sections that determine the shapes of the tensors
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """This process in a run: its process group, its stop request, its heartbeat and the reason of its start."""
+
+    group: ProcessGroup
+    stop: StopRequest
+    heartbeat: Heartbeat
+    start_info: StartInfo
 
 
 @contextmanager
-def listening(
+def open_listeners(
     folder: Path,
     group: ProcessGroup,
-    birth: StartInfo,
+    start_info: StartInfo,
     console: Console,
-    exported: AbstractContextManager[Listener | None],
+    metrics_server: AbstractContextManager[Listener | None],
 ) -> Iterator[list[Listener]]:
-    """A log on every rank, and Prometheus where asked for; on the first also the terminal and the metrics' file."""
-    listeners: list[Listener] = [EventLog(folder / of_rank("log", group))]
+    """Yield this rank's listeners: event log and served metrics; on the first rank also console, metrics file, goodput.
+
+    A `UserError` from the block is logged as `Failed` and raised again.
+    """
+    listeners: list[Listener] = [EventLog(folder / rank_file_name("log", group))]
     if group.is_first:
         listeners += [console, MetricsFile(folder / "metrics.jsonl")]
     try:
-        with exported as metrics:
-            everyone: list[Listener] = [*listeners, *([metrics] if metrics else [])]
+        with metrics_server as metrics:
+            all_listeners: list[Listener] = [*listeners, *([metrics] if metrics else [])]
             if group.is_first:
-                everyone.append(GoodputTracker(folder, everyone, birth))
-            yield everyone
+                all_listeners.append(GoodputTracker(folder, all_listeners, start_info))
+            yield all_listeners
     except UserError as error:
-        with suppress(UserError):  # of a disk that is full, perhaps for this very reason
-            tell(listeners, Failed(str(error)))
+        with suppress(UserError):  # a full disk may be the error, and then the log cannot be written either
+            emit(listeners, Failed(str(error)))
         raise
 
 
-def of_rank(name: str, group: ProcessGroup) -> str:
-    """A file of lines that every rank has for itself: the first one's bears the name alone."""
+def rank_file_name(name: str, group: ProcessGroup) -> str:
+    """Name of a rank's own `.jsonl` file; the first rank's has no number."""
     return f"{name}.jsonl" if group.is_first else f"{name}-{group.rank:05d}.jsonl"
 
 
+def open_checkpoints(run: RunConfig, checkpoint: CheckpointConfig, group: ProcessGroup) -> CheckpointManager:
+    """The checkpoints of a run: in `checkpoint.folder`, else below the run folder."""
+    return CheckpointManager(checkpoint.folder or f"{run.dir}/checkpoints", group, checkpoint)
+
+
 def resume(
-    learner: TrainingState,
+    state: TrainingState,
     checkpoints: CheckpointManager,
     config: dict[str, Any],
     listeners: Sequence[Listener],
     *,
-    course: Sequence[str],
+    immutable_keys: Sequence[str],
 ) -> Snapshot | None:
-    """Bring the learner to the newest good checkpoint, if there is one.
+    """Restore the newest good checkpoint into the training state; return its snapshot, None without a checkpoint.
 
     Args:
-        learner: as the run would start without one.
+        state: the state without a checkpoint; changed in place.
         checkpoints: of the run.
-        config: of the run, as checkpoints have it.
-        listeners: are told of checkpoints that cannot be used.
-        course: keys of the configuration that a run may not change on its way.
+        config: of the run, as checkpoints store it.
+        listeners: receive an event for each refused checkpoint.
+        immutable_keys: keys of the configuration that must equal the checkpoint's.
 
     Raises:
-        UserError: they are another run's.
+        UserError: the checkpoint belongs to another run.
     """
-    step, refused = checkpoints.latest(lambda snapshot, url: _check_itself(snapshot, url, learner, config))
+    step, refused = checkpoints.latest(lambda snapshot, url: _check_shapes(snapshot, url, state, config))
     for event in refused:
-        tell(listeners, event)
+        emit(listeners, event)
     if step is None:
         return None
     snapshot, url = checkpoints.load(step), checkpoints.step_url(step)
-    _check_same_run(snapshot.config, config, url, course)
-    learner.restore(snapshot, url)
+    _check_same_run(snapshot.config, config, url, immutable_keys)
+    state.restore(snapshot, url)
     return snapshot
 
 
-def _check_itself(snapshot: Snapshot, url: str, learner: TrainingState, config: dict[str, Any]) -> None:
-    """Look whether a checkpoint holds what its own configuration says, where that is the run's.
+def _check_shapes(snapshot: Snapshot, url: str, state: TrainingState, config: dict[str, Any]) -> None:
+    """Check a checkpoint's tensors against its configuration, if that has the run's architecture.
 
     Raises:
-        DamagedError: when it does not.
+        CorruptCheckpointError: they do not fit.
     """
     now = json.loads(json.dumps(config))
     if all(snapshot.config.get(section) == now.get(section) for section in ARCHITECTURE):
-        difference = learner.misfit(snapshot)
+        difference = state.first_mismatch(snapshot)
         if difference is not None:
-            raise DamagedError(url, f"it does not hold what its configuration says ({difference})")
+            raise CorruptCheckpointError(url, f"its tensors do not fit its own configuration ({difference})")
 
 
-def _check_same_run(stored: dict[str, Any], now: dict[str, Any], url: str, course: Sequence[str]) -> None:
-    for path in course:
+def _check_same_run(stored: dict[str, Any], now: dict[str, Any], url: str, immutable_keys: Sequence[str]) -> None:
+    """Raise a `UserError` that names the first immutable key with another value than the checkpoint's."""
+    for path in immutable_keys:
         section, key = path.split(".")
         made_with = stored.get(section, {}).get(key)
         if made_with != now[section][key]:
@@ -116,48 +140,45 @@ def build_engine(
     snapshot: Snapshot | None,
     collective_seconds: float,
 ) -> Engine:
-    """The DeepSpeed engine of a run, with the snapshot's optimizer state if there is one.
+    """Build the DeepSpeed engine, restore the optimizer state and set the collectives' timeout.
 
     Args:
         objective: module whose parameters are trained.
-        optimizer: of the run.
-        train: batch size of the run.
+        optimizer: configuration of the optimizer.
+        train: supplies the batch size.
         group: ranks of the run.
-        snapshot: of the checkpoint that the run resumes from.
+        snapshot: checkpoint that the run resumes from, if any.
         collective_seconds: timeout of every process group except the checkpoint group.
     """
     engine = Engine(objective, optimizer, batch_per_rank=train.batch_per_rank(group.size), accumulate=train.accumulate)
-    limit_waiting(collective_seconds)
+    set_collective_timeout(collective_seconds)
     if snapshot:
         engine.load_optimizer_state(snapshot.optimizer, snapshot.step)
     return engine
 
 
-def schedule_of(train: TrainConfig, optimizer: OptimizerConfig, steps_per_epoch: int) -> Schedule:
-    """The length of a run, and its rates, by step."""
+def build_schedule(train: TrainConfig, optimizer: OptimizerConfig, steps_per_epoch: int) -> Schedule:
+    """Build the schedule: total steps, and learning rate by step."""
     total = train.steps or train.epochs * steps_per_epoch
     return Schedule(optimizer.base_rate(train.global_batch), steps_per_epoch, total, optimizer.warmup_epochs)
 
 
-def batches_of(loader: Loader[Delivered], group: ProcessGroup) -> Iterator[Delivered]:
-    """What the loader delivers; its errors name the rank that met them."""
-    try:
+def rank_batches(loader: Loader[Delivered], group: ProcessGroup) -> Iterator[Delivered]:
+    """Yield the loader's batches; its errors name this rank."""
+    with errors_name_rank(group):
         yield from loader
-    except UserError as error:
-        # No other rank reads what this one reads.
-        raise RankError(f"rank {group.rank}: {error}") from error
 
 
-def tell_start(
+def emit_start(
     listeners: Sequence[Listener], snapshot: Snapshot | None, schedule: Schedule, checkpoints: CheckpointManager
 ) -> None:
-    """Tell where the run starts, and whether it goes on by another schedule than before."""
-    start, now = snapshot.step if snapshot else 0, dataclasses.asdict(schedule)
+    """Emit `Started`, and before it a `Notice` if the schedule is not the checkpoint's."""
+    start, now = snapshot.step if snapshot else 0, asdict(schedule)
     if snapshot and snapshot.schedule != now:
-        tell(listeners, Notice(_other_schedule(snapshot.schedule, now)))
-    tell(listeners, Started(start, schedule.total_steps, checkpoints.step_url(start) if snapshot else None))
+        emit(listeners, Notice(_schedule_change(snapshot.schedule, now)))
+    emit(listeners, Started(start, schedule.total_steps, checkpoints.step_url(start) if snapshot else None))
 
 
-def _other_schedule(stored: dict[str, Any], now: dict[str, Any]) -> str:
-    changes = ", ".join(f"{key} {stored.get(key)} there, {now[key]} here" for key in now if stored.get(key) != now[key])
-    return f"this run's schedule is not the checkpoint's: {changes}"
+def _schedule_change(stored: dict[str, Any], now: dict[str, Any]) -> str:
+    changes = ", ".join(f"{key} {stored.get(key)}, now {now[key]}" for key in now if stored.get(key) != now[key])
+    return f"the schedule differs from the checkpoint's: {changes}"

@@ -1,39 +1,40 @@
-"""What keeps a run the only one in its folder."""
+"""A lock that admits one run at a time to a run folder."""
 
 from __future__ import annotations
 
 import fcntl
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from launch.supervision.parent_watch import LEAVE_SECONDS
+from launch.supervision.polling import wait_until
 from mcl_dist.errors import UserError
 
-LOCK = "lock"
-LOCK_SECONDS = LEAVE_SECONDS + 10  # ranks of a run whose command was just killed may take some of it to save and go
+LOCK_FILE = "lock"
+LOCK_SECONDS = LEAVE_SECONDS + 10  # the ranks of a run whose command was killed may take LEAVE_SECONDS to save
 RETRY_SECONDS = 0.2
 
 
 @contextmanager
-def only_run(folder: Path) -> Iterator[None]:
-    """Hold the run folder's lock, which ends with this process however it ends.
+def hold_run_lock(folder: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
+    """Hold the run folder's lock; the kernel releases it when this process ends.
+
+    Args:
+        folder: of the run; created if it is missing.
+        seconds: to wait for another run to end.
 
     Raises:
-        UserError: when another run still holds it after a minute.
+        UserError: another run still holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while not _locked(file.fileno()):
-            if time.monotonic() > deadline:
-                raise UserError(f"{folder}: another run is training there; end it first, or choose another run.dir")
-            time.sleep(RETRY_SECONDS)
+    with (folder / LOCK_FILE).open("w") as file:
+        if not wait_until(lambda: _try_lock(file.fileno()), seconds, RETRY_SECONDS):
+            raise UserError(f"{folder}: another run is training there; end it first, or choose another run.dir")
         yield
 
 
-def _locked(descriptor: int) -> bool:
+def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

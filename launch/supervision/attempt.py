@@ -1,31 +1,32 @@
-"""One attempt at a run: the launcher with this node's ranks, watched until all of them are gone."""
+"""One attempt at a run: the launcher and this node's ranks, watched until all of them have ended."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.supervision.hang_detection import SuperviseConfig, hang, is_pausing
-from launch.supervision.outcome import DONE, HUNG, STOPPED, Outcome, read_ends, verdict
-from launch.supervision.processes import LOOK_SECONDS, is_gone, kill_session, send
+from launch.supervision.hang_detection import SuperviseConfig, any_in_slow_phase, find_hang
+from launch.supervision.outcome import DONE, HUNG, STOPPED, Outcome, attempt_outcome, read_outcomes
+from launch.supervision.polling import wait_until
+from launch.supervision.processes import is_gone, kill_session, send_signal
 from mcl_dist.distributed.heartbeat import Beat, read_beats
 from mcl_dist.errors import EXIT_FAILURE, UserError
 
-WORDS_SECONDS = 2.0  # for the other ranks to say what they met when one is gone
-CODE_SECONDS = 3.0  # for the launcher to find out with which exit code
+OUTCOME_SECONDS = 2.0  # for the other ranks to write their outcomes after one is gone
+EXIT_CODE_SECONDS = 3.0  # for the launcher to exit with the code of the failed rank
 
 
 @dataclass
 class Attempt:
-    """The launcher in a session of its own, which whatever it starts belongs to.
+    """The launcher in its own session, which all its ranks belong to.
 
     Attributes:
         launcher: leader of the session.
-        folder: where its ranks beat and leave word.
+        folder: of the ranks' heartbeats and outcomes.
         num_ranks: on this node.
         limits: when a rank hangs.
     """
@@ -35,13 +36,13 @@ class Attempt:
     num_ranks: int
     limits: SuperviseConfig
     _signalled: set[int] = field(default_factory=set)
-    _began: float = field(default_factory=time.monotonic)
+    _started_at: float = field(default_factory=time.monotonic)
 
     @classmethod
     def start(
         cls, command: Sequence[str], environment: dict[str, str], folder: Path, num_ranks: int, limits: SuperviseConfig
     ) -> Attempt:
-        """Start the launcher; no terminal's signal reaches it."""
+        """Start the launcher, out of reach of a terminal's signals."""
         launcher = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
         return cls(launcher, folder, num_ranks, limits)
 
@@ -50,77 +51,70 @@ class Attempt:
         """Steps done."""
         return max((beat.step for beat in read_beats(self.folder)), default=0)
 
-    def ask_to_stop(self, number: signal.Signals) -> None:
-        """Send a signal to every rank that has come to life since the last call."""
+    def request_stop(self, number: signal.Signals) -> None:
+        """Send a signal, once, to every rank that has started."""
         for beat in read_beats(self.folder):
-            if beat.rank not in self._signalled and send(beat.pid, self.launcher.pid, number):
+            if beat.rank not in self._signalled and send_signal(beat.pid, self.launcher.pid, number):
                 self._signalled.add(beat.rank)
 
-    def is_pausing(self) -> bool:
-        """Whether a rank is at what may take long."""
-        beats = self._present(read_beats(self.folder))
-        return len(beats) < self.num_ranks or is_pausing(beats)
+    def in_slow_phase(self) -> bool:
+        """Whether a rank of this node is in a slow phase or has not started."""
+        beats = self._running(read_beats(self.folder))
+        return len(beats) < self.num_ranks or any_in_slow_phase(beats)
 
-    def ended(self, *, others_pause: bool = False) -> Outcome | None:
-        """How it ended, once it has; then nothing is left of it.
+    def poll(self, *, others_in_slow_phase: bool = False) -> Outcome | None:
+        """The outcome if the attempt has ended or hangs, with all its processes gone; None while it runs.
 
         Args:
-            others_pause: on another node, a rank is at what may take long.
+            others_in_slow_phase: whether a rank of another node is in a slow phase.
         """
         beats = read_beats(self.folder)
-        present = self._present(beats)
-        if self._launcher_is_gone() or self._are_lost(beats, present):
-            return self._verdict()
+        running = self._running(beats)
+        if self._launcher_is_gone() or self._has_failed_rank(beats, running):
+            return self._collect_outcome()
         now = time.monotonic()
-        reason = hang(present, self.limits, now, others_pause=others_pause)
-        if reason is None and len(beats) < self.num_ranks and now - self._began > self.limits.pause_seconds:
-            reason = f"{self.num_ranks - len(beats)} ranks have not come to life for {now - self._began:.0f} s"
+        reason = find_hang(running, self.limits, now, others_in_slow_phase=others_in_slow_phase)
+        if reason is None and len(beats) < self.num_ranks and now - self._started_at > self.limits.pause_seconds:
+            reason = f"{self.num_ranks - len(beats)} ranks have not started within {now - self._started_at:.0f} s"
         if reason is None:
             return None
         self.kill()
         return Outcome(EXIT_FAILURE, HUNG, reason)
 
     def kill(self) -> None:
-        """End the launcher and all ranks.
+        """Kill the launcher and all ranks.
 
         Raises:
-            UserError: naming processes that do not go.
+            UserError: some processes survive.
         """
         if self.launcher.returncode is not None:
             return
-        left = kill_session(self.launcher.pid)
-        if left:
-            raise UserError(f"processes {left} do not end, they wait for a device or a disk; mend that, or this host")
+        if pids := kill_session(self.launcher.pid):
+            raise UserError(f"processes {pids} do not end: they wait for a device or a disk; repair it or this host")
         self.launcher.wait()
 
     def _launcher_is_gone(self) -> bool:
-        """Whether the launcher has ended; it is waited for last, since until then no other session has its number."""
+        """Whether the launcher has ended; `kill` reaps it last, so that no other session can get its number."""
         return is_gone(self.launcher.pid, self.launcher.pid)
 
-    def _present(self, beats: Sequence[Beat]) -> list[Beat]:
+    def _running(self, beats: Sequence[Beat]) -> list[Beat]:
         return [beat for beat in beats if not is_gone(beat.pid, self.launcher.pid)]
 
-    def _are_lost(self, beats: Sequence[Beat], present: Sequence[Beat]) -> bool:
-        """Whether a rank is gone that did not end well: the others can but wait for it."""
-        gone = {beat.rank for beat in beats} - {beat.rank for beat in present}
-        ends = read_ends(self.folder) if gone else {}
-        return any(rank not in ends or ends[rank].cause not in (DONE, STOPPED) for rank in gone)
+    def _has_failed_rank(self, beats: Sequence[Beat], running: Sequence[Beat]) -> bool:
+        """Whether a rank has ended without success; the other ranks would wait for it."""
+        gone = {beat.rank for beat in beats} - {beat.rank for beat in running}
+        outcomes = read_outcomes(self.folder) if gone else {}
+        return any(rank not in outcomes or outcomes[rank].cause not in (DONE, STOPPED) for rank in gone)
 
-    def _verdict(self) -> Outcome:
-        """Let the other ranks say what they met, and the launcher with which exit code the first one left."""
-        self._wait(WORDS_SECONDS, lambda: not self._present(read_beats(self.folder)))
+    def _collect_outcome(self) -> Outcome:
+        """Wait for the outcomes of all ranks and for the launcher's exit code, then kill what is left."""
+        wait_until(lambda: not self._running(read_beats(self.folder)), OUTCOME_SECONDS)
         beats = read_beats(self.folder)
-        present = self._present(beats)
-        ends = read_ends(self.folder)
-        for beat in present:
-            send(beat.pid, self.launcher.pid, signal.SIGKILL)
-        self._wait(CODE_SECONDS, self._launcher_is_gone)
+        running = self._running(beats)
+        outcomes = read_outcomes(self.folder)
+        for beat in running:
+            send_signal(beat.pid, self.launcher.pid, signal.SIGKILL)
+        wait_until(self._launcher_is_gone, EXIT_CODE_SECONDS)
         self.kill()
-        silent = {beat.rank for beat in beats} - {beat.rank for beat in present} - set(ends)
-        return verdict(ends, sorted(silent), self.launcher.returncode)
-
-    @staticmethod
-    def _wait(seconds: float, until: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + seconds
-        while not until() and time.monotonic() < deadline:
-            time.sleep(LOOK_SECONDS)
+        silent = {beat.rank for beat in beats} - {beat.rank for beat in running} - set(outcomes)
+        return attempt_outcome(outcomes, sorted(silent), self.launcher.returncode)

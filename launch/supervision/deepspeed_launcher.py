@@ -1,4 +1,4 @@
-"""Ranks on this machine: started by the DeepSpeed launcher, each ended without tearing DeepSpeed down."""
+"""Ranks of this machine, started by the DeepSpeed launcher; each exits without tearing DeepSpeed down."""
 
 from __future__ import annotations
 
@@ -16,50 +16,52 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from launch.supervision.messages import log, print_safely
 from launch.supervision.outcome import CRASHED, DONE, LOST, STOPPED, USER, Outcome
 from mcl_dist.distributed.heartbeat import Heartbeat
 from mcl_dist.distributed.shutdown import StopRequest
 from mcl_dist.errors import EXIT_FAILURE, EXIT_STOPPED, RankError, UserError
 from mcl_dist.run_log.goodput import StartInfo
 
-RUNTIME = "MCL_RUNTIME"  # names the folder of the node's supervisor, in the environment of its ranks
-RESTARTED = "MCL_RESTARTED"  # says as JSON why this attempt had to be made
-STOP_FILE = "stop"  # in the run's folder or the supervisor's, a request to stop
-LOST_RANK = "gloo/transport"  # where gloo's error comes from when a connection is closed, reset or broken
-LOST_LINE = "a rank has gone, and with it this run; the line of that rank says why"
+RUNTIME = "MCL_RUNTIME"  # environment variable of ranks: the folder of the node's supervisor
+RESTARTED = "MCL_RESTARTED"  # environment variable of ranks: the cause of this restart, as JSON
+STOP_FILE = "stop"  # requests a stop, in the run's folder or the supervisor's
+LOST_CONNECTION = "gloo/transport"  # source file in gloo's errors of a connection that is closed, reset or broken
+LOST_RANK_REASON = "another rank is gone, which ends this run; see the message of that rank"
 
 
 @dataclass(frozen=True)
 class NodeSpec:
-    """Where the ranks of all nodes meet, and which of them are on this node.
+    """This node's place in a run.
 
     Attributes:
         num_ranks: on each node.
-        nodes: number of nodes.
-        node: this one's, from 0.
-        address, port: of the first node.
+        num_nodes: of the run.
+        node_rank: this node's number, from 0.
+        address, port: of the rendezvous on node 0.
     """
 
     num_ranks: int
-    nodes: int = 1
-    node: int = 0
+    num_nodes: int = 1
+    node_rank: int = 0
     address: str = "127.0.0.1"
     port: int = 0
 
 
-def launcher_command(script: str, words: Sequence[str], meeting: NodeSpec) -> list[str]:
-    """What runs a script once a rank of this node, with these words on its command line."""
-    world = json.dumps({f"node{node}": _devices(meeting.num_ranks) for node in range(meeting.nodes)})
+def launcher_command(script: str, arguments: Sequence[str], node_spec: NodeSpec) -> list[str]:
+    """The command that runs a script with these arguments once for each rank of this node."""
+    world = json.dumps({f"node{node}": _devices(node_spec.num_ranks) for node in range(node_spec.num_nodes)})
     command = [sys.executable, "-m", "deepspeed.launcher.launch", "--log_level", "critical"]
-    command += ["--world_info", base64.urlsafe_b64encode(world.encode()).decode(), "--node_rank", str(meeting.node)]
-    command += ["--master_addr", meeting.address, "--master_port", str(meeting.port or free_port())]
-    return [*command, str(Path(script).resolve()), *words]
+    command += ["--world_info", base64.urlsafe_b64encode(world.encode()).decode()]
+    command += ["--node_rank", str(node_spec.node_rank)]
+    command += ["--master_addr", node_spec.address, "--master_port", str(node_spec.port or free_port())]
+    return [*command, str(Path(script).resolve()), *arguments]
 
 
 def _devices(num_ranks: int) -> list[str]:
-    """What DeepSpeed's launcher is to make of CUDA_VISIBLE_DEVICES, an entry a rank; -1 shows a rank no GPU.
+    """An entry of CUDA_VISIBLE_DEVICES for each rank; -1 hides all GPUs.
 
-    It overwrites the variable, so GPUs that somebody has hidden by it would be back in the ranks.
+    DeepSpeed's launcher overwrites the variable, so without these entries ranks would see GPUs that the user hides.
     """
     import torch
 
@@ -70,7 +72,7 @@ def _devices(num_ranks: int) -> list[str]:
 
 
 def launcher_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of the launcher, which its ranks inherit."""
+    """The environment of the launcher and its ranks, with `more` variables."""
     import torch
 
     environment = {**os.environ, **(more or {})}
@@ -79,62 +81,69 @@ def launcher_environment(more: Mapping[str, str] | None = None) -> dict[str, str
     return environment
 
 
-def launch_ranks(script: str, words: Sequence[str], num_ranks: int) -> int:
-    """Run a script once a rank, with these words on its command line; returns the launcher's exit code."""
-    command = launcher_command(script, words, NodeSpec(num_ranks))
+def launch_ranks(script: str, arguments: Sequence[str], num_ranks: int) -> int:
+    """Run a script with these arguments once for each rank; returns the launcher's exit code."""
+    command = launcher_command(script, arguments, NodeSpec(num_ranks))
     return subprocess.run(command, env=launcher_environment(), check=False).returncode
 
 
-def watched_rank() -> tuple[StopRequest, Heartbeat]:
-    """What asks this rank to stop, and its sign of life, from now on; to be called before anything that takes long."""
+def start_rank_watch() -> tuple[StopRequest, Heartbeat]:
+    """Start this rank's signal handling and heartbeat; call it before anything that takes long."""
     stop = StopRequest()
-    stop.heed_signals()
+    stop.handle_signals()
     folder = os.environ.get(RUNTIME)
     heartbeat = Heartbeat(Path(folder) if folder else None, int(os.environ.get("RANK", "0")))
     heartbeat.start()
     return stop, heartbeat
 
 
-def heed_stop_file(folder: Path, stop: StopRequest, heartbeat: Heartbeat) -> Path:
-    """Take a file in the run's folder for a request, on a machine's first rank; returns which, to be removed then."""
+def watch_stop_file(folder: Path, stop: StopRequest, heartbeat: Heartbeat) -> Path:
+    """Request a stop when a stop file is in the run's folder, on a machine's first rank; returns the file's path.
+
+    The caller removes the file after the stop.
+    """
     file = folder / STOP_FILE
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        heartbeat.at_every_beat(lambda: stop.ask("a stop file") if file.exists() else None)
+        heartbeat.on_beat(lambda: stop.request("a stop file") if file.exists() else None)
     return file
 
 
-def this_birth() -> StartInfo:
-    """When this start of the run began, which is now, and what a supervisor says of why."""
+def read_start_info() -> StartInfo:
+    """This start of the run: its time, which is now, and the supervisor's cause of the restart, if any."""
     return StartInfo(time.time(), **json.loads(os.environ.get(RESTARTED, "{}")))
 
 
-def as_rank(work: Callable[[], bool | None]) -> NoReturn:
-    """Do this rank's work and end: with 0, with 75 where it was cut short, or with an error's exit code and its line.
+def run_as_rank(work: Callable[[], bool | None]) -> NoReturn:
+    """Do this rank's work and exit: with 0, with 75 after a stop, or with an error's exit code and message.
 
     Args:
-        work: returns False where it was cut short.
+        work: returns False after a stop.
     """
     try:
-        is_cut_short = work() is False
-        end = Outcome(EXIT_STOPPED, STOPPED, "asked to stop") if is_cut_short else Outcome(0, DONE, "all is done")
+        is_stopped = work() is False
+        outcome = Outcome(EXIT_STOPPED, STOPPED, "asked to stop") if is_stopped else Outcome(0, DONE, "all is done")
     except UserError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
-            _say(f"mcl: {error}")
-        end = Outcome(error.exit_code, USER, str(error))
+            log(str(error))
+        outcome = Outcome(error.exit_code, USER, str(error))
     except KeyboardInterrupt:
-        end = Outcome(EXIT_FAILURE, STOPPED, "interrupted")
+        outcome = Outcome(EXIT_FAILURE, STOPPED, "interrupted")
     except Exception as error:
-        if _is_of_another_rank(error):
-            _say(f"mcl: {LOST_LINE}")
-            end = Outcome(EXIT_FAILURE, LOST, LOST_LINE)
-        else:
-            _say(traceback.format_exc())
-            end = Outcome(EXIT_FAILURE, CRASHED, traceback.format_exception_only(error)[-1].strip())
-    _leave(end)
+        outcome = _crash_outcome(error)
+    _exit(outcome)
+
+
+def _crash_outcome(error: Exception) -> Outcome:
+    """Print an unexpected error; returns its outcome."""
+    if _is_of_another_rank(error):
+        log(LOST_RANK_REASON)
+        return Outcome(EXIT_FAILURE, LOST, LOST_RANK_REASON)
+    print_safely(traceback.format_exc(), sys.stderr)
+    return Outcome(EXIT_FAILURE, CRASHED, traceback.format_exception_only(error)[-1].strip())
 
 
 def free_port() -> int:
-    """A port that nobody listens on just now."""
+    """A port that no process listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -144,19 +153,16 @@ def free_port() -> int:
 def _is_of_another_rank(error: Exception) -> bool:
     from torch import distributed
 
-    return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and LOST_RANK in str(error))
+    return isinstance(error, distributed.DistError) or (
+        isinstance(error, RuntimeError) and LOST_CONNECTION in str(error)
+    )
 
 
-def _say(text: str) -> None:
-    with suppress(OSError):  # of a terminal that was closed
-        print(text, file=sys.stderr, flush=True)
-
-
-def _leave(end: Outcome) -> NoReturn:
-    """End this rank at once: tearing down DeepSpeed's process groups aborts about one run in twenty."""
+def _exit(outcome: Outcome) -> NoReturn:
+    """Write the outcome and exit at once: tearing down DeepSpeed's process groups aborts about one run in twenty."""
     if folder := os.environ.get(RUNTIME):
         with suppress(OSError):
-            end.write(Path(folder), int(os.environ.get("RANK", "0")))
+            outcome.write(Path(folder), int(os.environ.get("RANK", "0")))
     with suppress(OSError):
         sys.stdout.flush()
-    os._exit(end.exit_code)
+    os._exit(outcome.exit_code)

@@ -1,4 +1,4 @@
-"""When a rank that still runs, or seems to, will not come back."""
+"""Detection of ranks that hang."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from mcl_dist.distributed.heartbeat import STEPPING, Beat
 
 @dataclass(frozen=True)
 class SuperviseConfig:
-    """When a run is ended and started again.
+    """When a run is ended and restarted.
 
     Attributes:
-        restarts: without progress, before the run is given up.
-        progress_steps: farther than ever before that count as progress.
-        hang_factor: times the usual (median) step that a step may take …
-        hang_seconds_min: … though never less than this.
-        silent_seconds: without a sign of life, which ranks give twice a second: stopped, or held by the system.
-        pause_seconds: that starting, waiting for data, saving or evaluating may take.
-        collective_seconds: that ranks wait for one another in a collective operation; what ends a run that nobody
-            supervises.
-        node_seconds: without word from another node, after which all nodes start again.
-        join_seconds: that nodes wait for one another at the start of each attempt.
+        restarts: consecutive restarts without progress before the run fails.
+        progress_steps: steps beyond the highest one so far that count as progress.
+        hang_factor: longest step, as a multiple of the median step …
+        hang_seconds_min: … but never below this.
+        silent_seconds: without a heartbeat (ranks write two a second): the process is stopped or blocked.
+        pause_seconds: longest slow phase: starting, waiting for data, saving or evaluating.
+        collective_seconds: timeout of collective operations; it also ends a run that has no supervisor.
+        node_seconds: without a message from another node, after which all nodes restart.
+        join_seconds: that nodes wait for one another at the start of an attempt.
     """
 
     restarts: int = number(5, minimum=0)
@@ -38,31 +37,34 @@ class SuperviseConfig:
     join_seconds: float = number(1800.0, minimum=1)
 
 
-def is_pausing(beats: Sequence[Beat]) -> bool:
-    """Whether a rank is at what may take long, so that others wait for it in the midst of a step."""
+def any_in_slow_phase(beats: Sequence[Beat]) -> bool:
+    """Whether a rank is in a phase other than stepping; the other ranks may then wait for it inside a step."""
     return any(beat.phase != STEPPING for beat in beats)
 
 
-def hang(beats: Sequence[Beat], config: SuperviseConfig, now: float, *, others_pause: bool = False) -> str | None:
-    """Which rank hangs, in a sentence; None where all is well.
+def find_hang(
+    beats: Sequence[Beat], config: SuperviseConfig, now: float, *, others_in_slow_phase: bool = False
+) -> str | None:
+    """Describe the first rank that hangs; None if no rank does.
 
     Args:
-        beats: of the ranks of this node that have not left.
+        beats: of the ranks that run on this node.
         config: the limits.
         now: of the monotonic clock.
-        others_pause: on another node, a rank is at what may take long.
+        others_in_slow_phase: whether a rank of another node is in a slow phase.
     """
-    patient = others_pause or is_pausing(beats)
+    is_slow = others_in_slow_phase or any_in_slow_phase(beats)
     for beat in beats:
-        if now - beat.told > config.silent_seconds:
-            what = "is stopped" if ProcessEntry(beat.pid).is_stopped else "gives no sign of life"
-            return f"rank {beat.rank} {what}, for {now - beat.told:.0f} s, at step {beat.step}"
+        silent_seconds = now - beat.written_at
+        if silent_seconds > config.silent_seconds:
+            state = "has been stopped" if ProcessEntry(beat.pid).is_stopped else "has sent no heartbeat"
+            return f"rank {beat.rank} {state} for {silent_seconds:.0f} s at step {beat.step}"
     for beat in beats:
         seconds = now - beat.since
-        if patient or beat.usual is None:
+        if is_slow or beat.median_step_seconds is None:
             limit = config.pause_seconds
         else:
-            limit = max(config.hang_seconds_min, config.hang_factor * beat.usual)
+            limit = max(config.hang_seconds_min, config.hang_factor * beat.median_step_seconds)
         if seconds > limit:
             return f"rank {beat.rank} has been {beat.phase} for {seconds:.0f} s at step {beat.step}"
     return None

@@ -1,4 +1,4 @@
-"""Which node of a run this is: from the command line, or from what Slurm or a PyTorchJob left in the environment."""
+"""This node's place in the run, from the command line or from the environment of Slurm or a PyTorchJob."""
 
 from __future__ import annotations
 
@@ -9,42 +9,43 @@ from collections.abc import Mapping
 from launch.supervision.deepspeed_launcher import NodeSpec
 from mcl_dist.errors import ConfigError
 
-NODES, NODE = ("SLURM_STEP_NUM_NODES", "PET_NNODES", "NNODES"), ("SLURM_NODEID", "PET_NODE_RANK", "NODE_RANK")
+NUM_NODES = ("SLURM_STEP_NUM_NODES", "PET_NNODES", "NNODES")
+NODE_RANK = ("SLURM_NODEID", "PET_NODE_RANK", "NODE_RANK")
 ADDRESS, PORT = ("PET_MASTER_ADDR", "MASTER_ADDR"), ("PET_MASTER_PORT", "MASTER_PORT")
 DEFAULT_PORT = 29500
 
 
 def add_node_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that every node of a run is given."""
+    """Add the options of a single node."""
     parser.add_argument("--ranks", type=int, help="processes on this machine (default: its GPUs, or 1 without any)")
     parser.add_argument("--nodes", type=int, help="machines that train together, each with this command (default 1)")
     parser.add_argument("--node-rank", type=int, help="this machine's number, from 0")
     parser.add_argument("--master-addr", help="name or address of machine 0")
-    parser.add_argument("--master-port", type=int, help=f"port at which machines meet there (default {DEFAULT_PORT})")
-    parser.add_argument("--runtime", help="local folder for signs of life, requests to stop and the outcome")
+    parser.add_argument("--master-port", type=int, help=f"port of the rendezvous on machine 0 (default {DEFAULT_PORT})")
+    parser.add_argument("--runtime", help="local folder for heartbeats, stop requests and the outcome")
     parser.add_argument("--attached", action="store_true", help="stop at the end of standard input; print the outcome")
 
 
-def meeting_of(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> NodeSpec:
-    """The node that the command line describes, and where it is silent the environment.
+def node_spec_of(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> NodeSpec:
+    """The node that the command line describes; the environment fills in missing options.
 
     Raises:
-        ConfigError: a number is missing, or is none, or does not fit the others.
+        ConfigError: a number is missing, malformed or out of range, or the address is missing.
     """
     import torch
 
     num_ranks = arguments.ranks or torch.cuda.device_count() or 1
-    nodes = arguments.nodes or _number(environment, NODES) or 1
-    if nodes == 1:
+    num_nodes = arguments.nodes or _number(environment, NUM_NODES) or 1
+    if num_nodes == 1:
         return NodeSpec(num_ranks)
-    node = arguments.node_rank if arguments.node_rank is not None else _number(environment, NODE)
+    node_rank = arguments.node_rank if arguments.node_rank is not None else _number(environment, NODE_RANK)
     address = arguments.master_addr or _first(environment, ADDRESS)[1]
-    if node is None or not 0 <= node < nodes:
-        raise ConfigError(f"--node-rank: found {node}, must be from 0 to {nodes - 1} with --nodes {nodes}")
+    if node_rank is None or not 0 <= node_rank < num_nodes:
+        raise ConfigError(f"--node-rank: found {node_rank}, must be from 0 to {num_nodes - 1} with --nodes {num_nodes}")
     if not address:
-        raise ConfigError(f"--master-addr: missing; give the name of machine 0, as there are {nodes}")
+        raise ConfigError(f"--master-addr: missing; give the name of machine 0 of the {num_nodes}")
     port = arguments.master_port or _number(environment, PORT) or DEFAULT_PORT
-    return NodeSpec(num_ranks, nodes, node, address, port)
+    return NodeSpec(num_ranks, num_nodes, node_rank, address, port)
 
 
 def _first(environment: Mapping[str, str], names: tuple[str, ...]) -> tuple[str, str]:

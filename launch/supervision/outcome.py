@@ -1,4 +1,4 @@
-"""How a rank ended, or all ranks of an attempt, and whether another attempt could mend it."""
+"""The outcome of a rank or of an attempt, and whether a retry can succeed."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from mcl_dist.errors import EXIT_FAILURE
 
 DONE, STOPPED, USER = "done", "stopped", "user"
 KILLED, CRASHED, HUNG, LOST = "killed", "error", "hang", "lost"
-RETRIED = (KILLED, CRASHED, HUNG, LOST)
-WORST_FIRST = (USER, STOPPED, KILLED, CRASHED, LOST, DONE)  # which of several ranks' ends says what happened
-OUTCOME_LINE = "mcl-outcome"  # before the JSON that a node with --attached prints last
-END_FILE = re.compile(r"rank-(\d+)\.end")
+RETRYABLE = (KILLED, CRASHED, HUNG, LOST)
+CAUSES_BY_PRIORITY = (USER, STOPPED, KILLED, CRASHED, LOST, DONE)  # the first that any rank has explains the attempt
+OUTCOME_LINE = "mcl-outcome"  # prefix of the JSON that a node with --attached prints last
+RANK_FILE = re.compile(r"rank-(\d+)\.end")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a rank or of an attempt.
+    """How a rank or an attempt ended.
 
     Attributes:
         exit_code: of the process.
-        cause: one of a few words: `done`, `stopped`, `user` (a UserError), `killed`, `error` (any other), `hang`,
-            `lost` (another rank or node was gone).
+        cause: `done`, `stopped`, `user` (a UserError), `killed`, `error` (any other exception), `hang`, or `lost`
+            (another rank or node is gone).
         reason: the cause in a sentence.
     """
 
@@ -35,44 +35,48 @@ class Outcome:
     reason: str
 
     @property
-    def may_be_mended(self) -> bool:
-        """Whether another attempt could go better: not where a person has to do something first."""
-        return self.cause in RETRIED
+    def is_retryable(self) -> bool:
+        """Whether another attempt can succeed without a change by the user."""
+        return self.cause in RETRYABLE
+
+    def restart_info(self, num_restarts: int) -> str:
+        """This outcome as the cause of a restart, in the JSON that ranks read as their StartInfo."""
+        return json.dumps({"cause": self.cause, "reason": self.reason, "attempt": num_restarts})
 
     def write(self, folder: Path, rank: int) -> None:
-        """Leave word in the supervisor's folder."""
+        """Write a rank's outcome to the supervisor's folder."""
         (folder / f"rank-{rank:05d}.end").write_text(json.dumps(asdict(self)))
 
 
-def read_ends(folder: Path) -> dict[int, Outcome]:
-    """What the ranks of this machine that have left said of it."""
-    ends = {}
+def read_outcomes(folder: Path) -> dict[int, Outcome]:
+    """Outcomes that the ranks of this machine have written, by rank."""
+    outcomes = {}
     for file in folder.glob("rank-*.end"):
-        match = END_FILE.fullmatch(file.name)
+        match = RANK_FILE.fullmatch(file.name)
         text = file.read_text()
         if match and text:
-            ends[int(match[1])] = Outcome(**json.loads(text))
-    return ends
+            outcomes[int(match[1])] = Outcome(**json.loads(text))
+    return outcomes
 
 
-def verdict(ends: Mapping[int, Outcome], silent: Iterable[int], launcher_code: int) -> Outcome:
-    """What ended an attempt.
+def attempt_outcome(outcomes: Mapping[int, Outcome], silent: Iterable[int], launcher_code: int) -> Outcome:
+    """The outcome of an attempt, from those of its ranks.
 
     Args:
-        ends: what ranks said.
-        silent: ranks that were gone without a word.
-        launcher_code: the launcher's exit code, which is that of a rank that failed, if one did.
+        outcomes: written by ranks, by rank.
+        silent: ranks that are gone without an outcome.
+        launcher_code: exit code of the launcher: that of a failed rank, if any.
     """
-    how = _how(launcher_code)
-    told = {rank: Outcome(EXIT_FAILURE, KILLED, f"rank {rank} {how}") for rank in silent}
-    told |= {rank: replace(end, reason=f"rank {rank}: {end.reason}") for rank, end in ends.items()}
-    nothing = Outcome(EXIT_FAILURE, KILLED, f"the launcher {how}")
-    return min(told.values(), key=lambda end: WORST_FIRST.index(end.cause), default=nothing)
+    exit_text = _describe_exit(launcher_code)
+    found = {rank: Outcome(EXIT_FAILURE, KILLED, f"rank {rank} {exit_text}") for rank in silent}
+    found |= {rank: replace(outcome, reason=f"rank {rank}: {outcome.reason}") for rank, outcome in outcomes.items()}
+    default = Outcome(EXIT_FAILURE, KILLED, f"the launcher {exit_text}")
+    return min(found.values(), key=lambda outcome: CAUSES_BY_PRIORITY.index(outcome.cause), default=default)
 
 
-def _how(code: int) -> str:
-    number = -code if code < 0 else 256 - code  # a launcher passes a rank's -9 on as 247
+def _describe_exit(code: int) -> str:
+    number = -code if code < 0 else 256 - code  # the launcher passes a rank's -9 on as 247
     try:
-        return f"was ended by {signal.Signals(number).name}"
+        return f"was killed by {signal.Signals(number).name}"
     except ValueError:
-        return f"left with exit code {code}"
+        return f"exited with code {code}"

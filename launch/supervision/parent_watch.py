@@ -1,4 +1,4 @@
-"""Ranks whose launcher or supervisor is gone: killed, it can neither end them nor start them again."""
+"""A rank's watch on its launcher and supervisor: once killed, they can neither end nor restart it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from launch.supervision.processes import ProcessEntry
 from mcl_dist.distributed.shutdown import StopRequest
 from mcl_dist.errors import EXIT_FAILURE
 
-LEAVE_SECONDS = 50.0  # to save; the run that replaces this one waits a little longer for the folder's lock
+LEAVE_SECONDS = 50.0  # to save; the next run waits a little longer for the run folder's lock
 
 
-def stop_with_launcher(stop: StopRequest, seconds: float = LEAVE_SECONDS) -> None:
-    """Ask this rank to stop when a launcher above it is gone, and end it if that does not come to be.
+def stop_with_parent(stop: StopRequest, seconds: float = LEAVE_SECONDS) -> None:
+    """Request this rank's stop when its launcher or supervisor is gone, and exit after so many seconds.
 
-    Left alone it would train on, into the folder of the run that replaces its own.
+    Without a parent it would train on, into the folder of the run that replaces its own.
     """
     descriptors = [os.pidfd_open(pid) for pid in _launchers()]
     if descriptors:
@@ -41,6 +41,6 @@ def _watch(descriptors: list[int], stop: StopRequest, seconds: float) -> None:
     for descriptor in descriptors:
         poll.register(descriptor, select.POLLIN)
     poll.poll()
-    stop.ask("the command that started it is gone")
+    stop.request("launcher gone")
     time.sleep(seconds)
     os._exit(EXIT_FAILURE)

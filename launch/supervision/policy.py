@@ -1,37 +1,77 @@
-"""How often a run is started again."""
+"""Restart policy of a run, and the loop that applies it; the supervisor of a node and the cluster controller use it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
-LONGEST_PAUSE = 60.0
+from launch.supervision.messages import log
+from launch.supervision.outcome import Outcome
+
+MAX_BACKOFF_SECONDS = 60.0
 
 
 @dataclass
 class RestartPolicy:
-    """So many restarts without progress.
+    """Limits the restarts without progress.
 
     Attributes:
-        limit: of restarts in a row.
-        progress_steps: farther than ever before that begin a new row.
-        in_a_row: those made since there was progress.
-        farthest: step that any attempt came to.
+        limit: consecutive restarts without progress.
+        progress_steps: steps beyond `max_step` that count as progress.
+        num_restarts: restarts since the last progress.
+        max_step: highest step of any attempt.
     """
 
     limit: int
     progress_steps: int
-    in_a_row: int = 0
-    farthest: int = 0
+    num_restarts: int = 0
+    max_step: int = 0
 
     def allow(self, step: int) -> bool:
-        """Whether another may follow an attempt that came to `step`; counts it."""
-        if step >= self.farthest + self.progress_steps:
-            self.in_a_row = 0
-        self.farthest = max(self.farthest, step)
-        self.in_a_row += 1
-        return self.in_a_row <= self.limit
+        """Count a restart after an attempt that ended at `step`; returns whether it is within the limit."""
+        if step >= self.max_step + self.progress_steps:
+            self.num_restarts = 0
+        self.max_step = max(self.max_step, step)
+        self.num_restarts += 1
+        return self.num_restarts <= self.limit
 
     @property
-    def pause(self) -> float:
-        """Seconds to wait before the one just allowed: the first is made at once, later ones wait."""
-        return 0.0 if self.in_a_row < 2 else min(LONGEST_PAUSE, 2.0 ** (self.in_a_row - 2))
+    def backoff_seconds(self) -> float:
+        """Seconds to wait before the restart just allowed: 0 for the first, then exponential."""
+        return 0.0 if self.num_restarts < 2 else min(MAX_BACKOFF_SECONDS, 2.0 ** (self.num_restarts - 2))
+
+
+class AttemptResult(NamedTuple):
+    """How one attempt ended.
+
+    Attributes:
+        outcome: cause and exit code.
+        step: steps done.
+        is_final: no restart follows, even if the outcome is retryable.
+    """
+
+    outcome: Outcome
+    step: int
+    is_final: bool = False
+
+
+def run_with_restarts(
+    policy: RestartPolicy, attempt: Callable[[Outcome | None], AttemptResult], wait: Callable[[float], object]
+) -> Outcome:
+    """Run attempts until one ends for good or the policy allows no restart; returns the last outcome.
+
+    Args:
+        policy: limits the restarts.
+        attempt: runs one attempt; its argument is the outcome that caused the restart, None for the first attempt.
+        wait: sleeps for the given seconds; may return earlier.
+    """
+    cause: Outcome | None = None
+    while True:
+        result = attempt(cause)
+        cause = result.outcome
+        if result.is_final or not cause.is_retryable or not policy.allow(result.step):
+            return cause
+        count = f"restart {policy.num_restarts} of {policy.limit}"
+        log(f"{cause.reason}; restarting from the newest checkpoint ({count})")
+        wait(policy.backoff_seconds)

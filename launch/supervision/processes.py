@@ -1,23 +1,23 @@
-"""Processes of this machine by what /proc says of them, and a session of them ended as one."""
+"""Processes of this machine, as listed in /proc, and their sessions."""
 
 from __future__ import annotations
 
 import os
 import select
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-STATE, PARENT, SESSION = 0, 1, 3  # of the fields after the command's name in /proc/PID/stat
-KILL_SECONDS = 30.0  # a process that does not go by then waits for a device that does not answer
-LOOK_SECONDS = 0.02
+from launch.supervision.polling import wait_until
+
+STATE, PARENT, SESSION = 0, 1, 3  # fields after the command's name in /proc/PID/stat
+KILL_SECONDS = 30.0  # a process that survives SIGKILL for so long waits for a device that does not answer
 
 
 class ProcessEntry(NamedTuple):
-    """A process; what is asked of one that is gone is empty or 0."""
+    """A process; the properties of one that is gone are empty or 0."""
 
     pid: int
 
@@ -40,12 +40,12 @@ class ProcessEntry(NamedTuple):
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a signal such as SIGSTOP has halted it."""
+        """Whether a signal such as SIGSTOP has stopped it."""
         return self._field(STATE) in ("T", "t")
 
     @property
     def is_dead(self) -> bool:
-        """Whether it is gone, or just waits for its parent to hear of that."""
+        """Whether it is gone or a zombie."""
         return self._field(STATE) in ("", "Z", "X")
 
     def _field(self, number: int) -> str:
@@ -55,8 +55,8 @@ class ProcessEntry(NamedTuple):
 
 
 @contextmanager
-def held(pid: int, session: int) -> Iterator[int | None]:
-    """A descriptor of a process, None unless it is of that session: its number may be another's by now."""
+def process_descriptor(pid: int, session: int) -> Iterator[int | None]:
+    """A descriptor of a process; None if the process is not in that session, since the kernel reuses process ids."""
     try:
         descriptor = os.pidfd_open(pid)
     except OSError:
@@ -68,9 +68,9 @@ def held(pid: int, session: int) -> Iterator[int | None]:
         os.close(descriptor)
 
 
-def send(pid: int, session: int, number: signal.Signals) -> bool:
-    """Signal a process of a session; whether it was there."""
-    with held(pid, session) as descriptor, suppress(OSError):
+def send_signal(pid: int, session: int, number: signal.Signals) -> bool:
+    """Send a signal to a process of a session; returns whether the process exists."""
+    with process_descriptor(pid, session) as descriptor, suppress(OSError):
         if descriptor is not None:
             signal.pidfd_send_signal(descriptor, number)
             return True
@@ -79,27 +79,27 @@ def send(pid: int, session: int, number: signal.Signals) -> bool:
 
 def is_gone(pid: int, session: int) -> bool:
     """Whether a process of a session has ended."""
-    with held(pid, session) as descriptor:
+    with process_descriptor(pid, session) as descriptor:
         if descriptor is None:
             return True
-        waiting = select.poll()
-        waiting.register(descriptor, select.POLLIN)
-        return bool(waiting.poll(0))
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        return bool(poll.poll(0))
 
 
-def members(session: int) -> list[int]:
-    """Process ids of a session, without its dead."""
+def session_members(session: int) -> list[int]:
+    """Process ids of a session, zombies excluded."""
     pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
     return [pid for pid in pids if (entry := ProcessEntry(pid)).session == session and not entry.is_dead]
 
 
 def kill_session(session: int) -> list[int]:
-    """End every process of a session, stopped ones too; returns those that do not go."""
-    deadline = time.monotonic() + KILL_SECONDS
-    while left := members(session):
-        for pid in left:
-            send(pid, session, signal.SIGKILL)
-        if time.monotonic() > deadline:
-            return left
-        time.sleep(LOOK_SECONDS)
-    return []
+    """Kill every process of a session, stopped ones too; returns those that survive."""
+
+    def is_empty() -> bool:
+        pids = session_members(session)
+        for pid in pids:
+            send_signal(pid, session, signal.SIGKILL)
+        return not pids
+
+    return [] if wait_until(is_empty, KILL_SECONDS) else session_members(session)

@@ -1,15 +1,13 @@
-"""A node's supervisor: starts the ranks, watches them, and starts them again from the newest checkpoint."""
+"""The supervisor of a node: starts its ranks, watches them, and restarts them from the newest checkpoint."""
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,156 +21,142 @@ from launch.supervision.deepspeed_launcher import (
     launcher_environment,
 )
 from launch.supervision.hang_detection import SuperviseConfig
+from launch.supervision.messages import log
 from launch.supervision.outcome import LOST, STOPPED, Outcome
-from launch.supervision.policy import RestartPolicy
+from launch.supervision.policy import AttemptResult, RestartPolicy, run_with_restarts
+from launch.supervision.polling import wait_until
 from launch.supervision.rendezvous import RendezvousClient
-from mcl_dist.distributed.shutdown import EXIT_AT_ONCE, StopRequest
+from mcl_dist.distributed.shutdown import EXIT_INTERRUPTED, StopRequest
 from mcl_dist.errors import EXIT_FAILURE, EXIT_STOPPED
 from mcl_dist.events import Failed
 from mcl_dist.run_log.listeners import EventLog
 
-LOOK_SECONDS = 0.2
-TOLD_SECONDS = 30.0  # between lines that say which nodes are missing
+POLL_SECONDS = 0.2
+REPORT_SECONDS = 30.0  # between messages that list the missing nodes
 
 
 @dataclass
 class Supervisor:
-    """All attempts at a run, as far as they happen on this node.
+    """All attempts at a run, on this node.
 
     Attributes:
-        script, words: what a rank runs.
-        meeting: which of the nodes this is.
-        limits: when to end and restart.
-        runtime: folder on this machine for beats and words of ranks, and for a file that asks to stop.
-        log: the run's `log.jsonl`.
-        member: this node's tie to the others, where there are any.
-        attached: whether the end of standard input is a request to stop: whoever gave this command is gone.
+        script, arguments: command of a rank.
+        node_spec: this node's place in the run.
+        limits: of hangs and restarts.
+        runtime: local folder of the ranks' heartbeats and outcomes, and of a stop file.
+        event_log: the run's `log.jsonl`.
+        rendezvous: connection to node 0; None if there is one node.
+        attached: whether the end of standard input requests a stop: the parent command is gone.
     """
 
     script: str
-    words: Sequence[str]
-    meeting: NodeSpec
+    arguments: Sequence[str]
+    node_spec: NodeSpec
     limits: SuperviseConfig
     runtime: Path
-    log: Path
-    member: RendezvousClient | None = None
+    event_log: Path
+    rendezvous: RendezvousClient | None = None
     attached: bool = False
-    _number: int = 0
-    _is_hurried: bool = False
+    _num_attempts: int = 0
+    _is_interrupted: bool = False
     _stop: StopRequest = field(init=False)
-    _restarts: RestartPolicy = field(init=False)
+    _policy: RestartPolicy = field(init=False)
 
     def __post_init__(self) -> None:
-        self._stop = StopRequest(at_once=self._hurry)
-        self._restarts = RestartPolicy(self.limits.restarts, self.limits.progress_steps)
+        self._stop = StopRequest(on_second_interrupt=self._interrupt)
+        self._policy = RestartPolicy(self.limits.restarts, self.limits.progress_steps)
 
     def run(self) -> Outcome:
-        """See the run through to its end, which is told."""
-        self._stop.heed_signals()
-        end = self._attempts()
-        if end.may_be_mended:
-            self._say(f"{end.reason}; after {self.limits.restarts} restarts without progress, this run is given up")
-            if self.meeting.node == 0:
-                EventLog(self.log)(Failed(end.reason))
-        return end
+        """Run attempts until the run ends; log a failure that restarts cannot repair."""
+        self._stop.handle_signals()
+        outcome = run_with_restarts(self._policy, self._attempt, self._wait_for_stop)
+        if outcome.is_retryable:
+            log(f"{outcome.reason}; given up after {self.limits.restarts} restarts without progress")
+            if self.node_spec.node_rank == 0:
+                EventLog(self.event_log)(Failed(outcome.reason))
+        return outcome
 
-    def _attempts(self) -> Outcome:
-        cause: Outcome | None = None
-        while True:
-            meeting = self._joined()
-            if isinstance(meeting, Outcome):
-                return meeting
-            if cause and cause.cause == LOST and self.member and self.member.before:
-                cause = self.member.before  # what this node could but miss, another has seen
-            end, step = self._attempt(meeting, cause)
-            if self._stop.is_asked and end.may_be_mended:
-                self._say(f"{end.reason}, before all was saved; the run will go on from its newest checkpoint")
-                return Outcome(EXIT_STOPPED, STOPPED, f"asked to stop; {end.reason}")
-            if not end.may_be_mended or not self._restarts.allow(step):
-                return end
-            again = f"restart {self._restarts.in_a_row} of {self.limits.restarts}"
-            self._say(f"{end.reason}; starting again from the newest checkpoint ({again})")
-            self._wait(self._restarts.pause, lambda: self._stop.is_asked)
-            cause = end
+    def _attempt(self, cause: Outcome | None) -> AttemptResult:
+        node_spec = self._join()
+        if isinstance(node_spec, Outcome):
+            return AttemptResult(node_spec, 0, is_final=True)
+        if cause and cause.cause == LOST and self.rendezvous and self.rendezvous.root_cause:
+            cause = self.rendezvous.root_cause  # this node has only lost the others; another node knows why
+        outcome, step = self._run_ranks(node_spec, cause)
+        if self._stop.is_requested and outcome.is_retryable:
+            log(f"{outcome.reason}, before a checkpoint was complete; the run resumes from the one before")
+            outcome = Outcome(EXIT_STOPPED, STOPPED, f"asked to stop; {outcome.reason}")
+        return AttemptResult(outcome, step)
 
-    def _joined(self) -> NodeSpec | Outcome:
-        """Where this attempt's ranks meet, once all nodes are ready; or why there will be no attempt."""
-        self._look()
-        deadline, told = time.monotonic() + self.limits.join_seconds, time.monotonic()
-        if self.member:
-            self.member.ready()
-        while not self._stop.is_asked:
-            if not self.member:
-                return self.meeting
-            if end := self.member.over():
-                return end
-            if port := self.member.begun():
-                return replace(self.meeting, port=port)
-            where = f"{self.meeting.address}:{self.meeting.port}"
+    def _join(self) -> NodeSpec | Outcome:
+        """Wait until all nodes are ready; returns where the ranks meet, or why there is no attempt."""
+        self._poll_stop_requests()
+        deadline, reported_at = time.monotonic() + self.limits.join_seconds, time.monotonic()
+        if self.rendezvous:
+            self.rendezvous.set_ready()
+        while not self._stop.is_requested:
+            if not self.rendezvous:
+                return self.node_spec
+            if outcome := self.rendezvous.final_outcome:
+                return outcome
+            if port := self.rendezvous.join_attempt():
+                return replace(self.node_spec, port=port)
+            waiting = f"at {self.node_spec.address}:{self.node_spec.port} for nodes {self.rendezvous.missing}"
             if time.monotonic() > deadline:
-                waited = f"for {self.limits.join_seconds:.0f} s"
-                return Outcome(EXIT_FAILURE, LOST, f"nodes {self.member.missing} did not come to {where} {waited}")
-            if time.monotonic() - told > TOLD_SECONDS:
-                told = time.monotonic()
-                self._say(f"waiting at {where} for nodes {self.member.missing}")
-            time.sleep(LOOK_SECONDS)
-            self._look()
+                return Outcome(EXIT_FAILURE, LOST, f"waited {self.limits.join_seconds:.0f} s {waiting}")
+            if time.monotonic() - reported_at > REPORT_SECONDS:
+                reported_at = time.monotonic()
+                log(f"waiting {waiting}")
+            time.sleep(POLL_SECONDS)
+            self._poll_stop_requests()
         return Outcome(EXIT_STOPPED, STOPPED, "asked to stop between two attempts")
 
-    def _attempt(self, meeting: NodeSpec, cause: Outcome | None) -> tuple[Outcome, int]:
-        """How an attempt ended, and the steps that were done then."""
-        self._number += 1
-        folder = self.runtime / f"attempt-{self._number}"
+    def _run_ranks(self, node_spec: NodeSpec, cause: Outcome | None) -> tuple[Outcome, int]:
+        """Run one attempt; returns its outcome and the steps done."""
+        self._num_attempts += 1
+        folder = self.runtime / f"attempt-{self._num_attempts}"
         folder.mkdir(parents=True)
-        more = {RUNTIME: str(folder)}
+        variables = {RUNTIME: str(folder)}
         if cause:
-            more[RESTARTED] = json.dumps(
-                {"cause": cause.cause, "reason": cause.reason, "attempt": self._restarts.in_a_row}
-            )
-        command = launcher_command(self.script, self.words, meeting)
-        attempt = Attempt.start(command, launcher_environment(more), folder, meeting.num_ranks, self.limits)
+            variables[RESTARTED] = cause.restart_info(self._policy.num_restarts)
+        command = launcher_command(self.script, self.arguments, node_spec)
+        attempt = Attempt.start(command, launcher_environment(variables), folder, node_spec.num_ranks, self.limits)
         try:
-            end = self._watch(attempt)
+            outcome = self._watch(attempt)
         finally:
             attempt.kill()
-        if self.member:
-            self.member.ended(end)
-        return end, attempt.step
+        if self.rendezvous:
+            self.rendezvous.report_outcome(outcome)
+        return outcome, attempt.step
 
     def _watch(self, attempt: Attempt) -> Outcome:
         while True:
-            self._look()
-            if self._is_hurried:
-                return Outcome(EXIT_AT_ONCE, STOPPED, "interrupted twice")
-            if self._stop.is_asked:
-                number = signal.Signals.__members__.get(self._stop.reason or "", signal.SIGUSR1)
-                attempt.ask_to_stop(number)
-            if end := attempt.ended(others_pause=bool(self.member and self.member.others_pause)):
-                return end
-            if self.member and (end := self.member.news(pauses=attempt.is_pausing())):
-                return end
-            time.sleep(LOOK_SECONDS)
+            self._poll_stop_requests()
+            if self._is_interrupted:
+                return Outcome(EXIT_INTERRUPTED, STOPPED, "interrupted twice")
+            if self._stop.is_requested:
+                attempt.request_stop(signal.Signals.__members__.get(self._stop.reason or "", signal.SIGUSR1))
+            others_in_slow_phase = bool(self.rendezvous and self.rendezvous.any_in_slow_phase)
+            outcome = attempt.poll(others_in_slow_phase=others_in_slow_phase)
+            if outcome is None and self.rendezvous:
+                self.rendezvous.report_phase(in_slow_phase=attempt.in_slow_phase())
+                outcome = self.rendezvous.failure_elsewhere()
+            if outcome:
+                return outcome
+            time.sleep(POLL_SECONDS)
 
-    def _look(self) -> None:
-        """Look for requests to stop that are no signals."""
+    def _poll_stop_requests(self) -> None:
+        """Check for a stop file and for the end of standard input; signals arrive by themselves."""
         file = self.runtime / STOP_FILE
         if file.exists():
             file.unlink(missing_ok=True)
-            self._stop.ask("a stop file")
+            self._stop.request("a stop file")
         if self.attached and select.select([sys.stdin], [], [], 0)[0] and not os.read(sys.stdin.fileno(), 4096):
             self.attached = False
-            self._stop.ask("the end of standard input")
+            self._stop.request("the end of standard input")
 
-    def _hurry(self) -> None:
-        self._is_hurried = True
+    def _wait_for_stop(self, seconds: float) -> None:
+        wait_until(lambda: self._stop.is_requested, seconds, POLL_SECONDS)
 
-    @staticmethod
-    def _wait(seconds: float, until: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + seconds
-        while not until() and time.monotonic() < deadline:
-            time.sleep(LOOK_SECONDS)
-
-    @staticmethod
-    def _say(text: str) -> None:
-        with suppress(OSError):  # of a terminal that was closed
-            print(f"mcl: {text}", file=sys.stderr, flush=True)
+    def _interrupt(self) -> None:
+        self._is_interrupted = True

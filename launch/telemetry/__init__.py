@@ -1,1 +1,1 @@
-"""Prometheus wiring: in go listeners of runs, builds and benchmarks, out come served or pushed metrics."""
+"""Prometheus wiring: in go the events of runs, builds and benchmarks, out come served or pushed metrics."""

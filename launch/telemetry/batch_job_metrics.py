@@ -1,4 +1,4 @@
-"""What a command that ends by itself shows to Prometheus: it answers while it runs, or pushes to a gateway."""
+"""Metrics of a command that ends by itself: served while it runs, and pushed to a Pushgateway."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from contextlib import ExitStack, contextmanager
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from monitoring.http.pushgateway import Pushgateway
-from monitoring.http.server import Exporter, MonitoringConfig
+from monitoring.http.server import MetricsServer, MonitoringConfig
 from monitoring.metrics.registry import Registry
 
 
 @contextmanager
-def showing(
-    board: Registry,
+def serve_or_push(
+    registry: Registry,
     port: int | None,
-    gateway: Pushgateway | None = None,
+    pushgateway: Pushgateway | None = None,
     count_failed_push: Callable[[], None] = lambda: None,
 ) -> Iterator[int | None]:
-    """Within, a board and the process are served on the loopback, where there is a port; 0 takes one that is free.
+    """Serve a registry and the process's own metrics on the loopback, and push them to a Pushgateway, if given.
 
     Args:
-        board: what is shown.
-        port: to answer at.
-        gateway: to push to as well, at the end the last time.
-        count_failed_push: is called for each push that fails.
+        registry: metrics of the command.
+        port: to serve at; 0 takes a free one, None serves nothing.
+        pushgateway: pushed to periodically and once more at the end.
+        count_failed_push: called for each failed push.
 
     Yields:
-        The port.
+        The port, None if nothing is served.
 
     Raises:
         UserError: the port is taken.
     """
-    registry = CollectorRegistry()
-    registry.register(board)
-    ProcessCollector(registry=registry)
-    with ExitStack() as ends:
-        exporter = None
+    collectors = CollectorRegistry()
+    collectors.register(registry)
+    ProcessCollector(registry=collectors)
+    with ExitStack() as stack:
+        server = None
         if port is not None:
-            exporter = Exporter(registry, MonitoringConfig(port=port), option="--metrics-port")
-            ends.callback(exporter.close)
-        if gateway is not None:
-            ends.enter_context(gateway.pushing(registry, count_failed_push))
-        yield None if exporter is None else exporter.port
+            server = MetricsServer(collectors, MonitoringConfig(port=port), option="--metrics-port")
+            stack.callback(server.close)
+        if pushgateway is not None:
+            stack.enter_context(pushgateway.push_periodically(collectors, count_failed_push))
+        yield None if server is None else server.port

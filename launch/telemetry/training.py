@@ -1,74 +1,92 @@
-"""What a rank serves to Prometheus, put together: metrics, its machine, its web server, the file of all ranks."""
+"""The metrics server of a training rank, and the scrape targets of all ranks."""
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from prometheus_client import CollectorRegistry, ProcessCollector
 
-from launch.run.config import PretrainConfig
+from launch.run.rank_errors import errors_name_rank
 from mcl_dist.distributed.process_group import ProcessGroup
-from mcl_dist.errors import RankError, UserError
 from mcl_dist.storage.folder import Folder
 from monitoring.history.run_folder import RunFolder
-from monitoring.http.file_sd import FILE, ScrapeTarget, write_targets
+from monitoring.http.file_sd import TARGETS_FILE, ScrapeTarget, write_targets
 from monitoring.http.healthz import Healthz
-from monitoring.http.server import Exporter, MonitoringConfig, reached_at
+from monitoring.http.server import MetricsServer, MonitoringConfig, advertised_host
 from monitoring.metrics.catalogue import Scope
 from monitoring.metrics.gpu import Gpu, peak_flops
-from monitoring.metrics.machine import watch_machine
+from monitoring.metrics.machine import register_machine_metrics
 from monitoring.metrics.registry import Registry
 from monitoring.metrics.training_metrics import TrainingMetrics
-from monitoring.web.app import Page
+from monitoring.web.app import RunApp
 
 
 @contextmanager
-def exporting(config: PretrainConfig, group: ProcessGroup, device: torch.device) -> Iterator[TrainingMetrics]:
-    """A listener whose metrics this rank serves within; `monitoring.port` must be set.
+def serve_training_metrics(
+    config: MonitoringConfig, group: ProcessGroup, run_folder: Path, folders: Mapping[str, str | None], precision: str
+) -> Iterator[TrainingMetrics]:
+    """Serve this rank's metrics and `/healthz`, on the first rank also the run's page; yield the listener.
+
+    Args:
+        config: its port must be set.
+        group: all ranks of the run; they must call this together.
+        run_folder: folder of the run, whose name labels the targets.
+        folders: URLs by volume name, None for a volume that the run lacks; the disks of local ones are measured.
+        precision: `float32` or `bfloat16`.
 
     Raises:
         UserError: the port is taken, or a file that the configuration names cannot be used.
     """
-    settings, local_rank = config.monitoring, int(os.environ.get("LOCAL_RANK", "0"))
-    board = Registry(_scopes(group, local_rank))
-    pulse = Healthz(settings.stale_seconds)
-    metrics = TrainingMetrics(board, pulse, _peak(settings, device, config.train.precision, group.size))
-    board.set("mcl_run_info", 1, version("mcl-dist"), torch.__version__, config.train.precision, _name(device))
-    watch_machine(board, _volumes(config), Gpu.of(device))
-    with _serving(board, settings, local_rank, group) as exporter:
-        exporter.mount("/healthz", pulse, is_open=True)
-        host = reached_at(settings.address)
-        rows = group.gather_texts(f"{socket.gethostname()} {host} {exporter.port}")
-        targets = [ScrapeTarget(rank, *_place(row)) for rank, row in enumerate(rows)]
-        file = Path(settings.targets or Path(config.run.dir) / FILE)
-        run, tls = Path(config.run.dir).absolute().name, settings.tls_certificate is not None
-        if group.is_first:
-            write_targets(file, targets, run, tls=tls)
-            exporter.mount("/", Page(RunFolder(Path(config.run.dir)).view))
-        yield metrics
-        if group.is_first:  # in order, finished or stopped; whatever fails leaves targets that do not answer
-            write_targets(file, [], run, tls=tls)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    registry, healthz = Registry(_scopes(group, local_rank)), Healthz(config.stale_seconds)
+    metrics = TrainingMetrics(registry, healthz, _peak_flops(config, group, precision))
+    registry.set("mcl_run_info", 1, version("mcl-dist"), torch.__version__, precision, _device_name(group.device))
+    register_machine_metrics(registry, _local_folders(folders), Gpu.for_device(group.device))
+    with _open_server(registry, config, local_rank, group) as server:
+        server.mount("/healthz", healthz, is_public=True)
+        targets = _gather_targets(config, group, server.port)
+        with _publish_targets(config, run_folder, targets) if group.is_first else nullcontext():
+            if group.is_first:
+                server.mount("/", RunApp(RunFolder(run_folder).view))
+            yield metrics
 
 
 @contextmanager
-def _serving(board: Registry, settings: MonitoringConfig, local_rank: int, group: ProcessGroup) -> Iterator[Exporter]:
-    registry = CollectorRegistry()
-    registry.register(board)
-    ProcessCollector(registry=registry)
+def _open_server(
+    registry: Registry, config: MonitoringConfig, local_rank: int, group: ProcessGroup
+) -> Iterator[MetricsServer]:
+    collectors = CollectorRegistry()
+    collectors.register(registry)
+    ProcessCollector(registry=collectors)
+    with errors_name_rank(group):
+        server = MetricsServer(collectors, config, offset=local_rank)
     try:
-        exporter = Exporter(registry, settings, offset=local_rank)
-    except UserError as error:
-        raise RankError(f"rank {group.rank}: {error}") from error
-    try:
-        yield exporter
+        yield server
     finally:
-        exporter.close()
+        server.close()
+
+
+def _gather_targets(config: MonitoringConfig, group: ProcessGroup, port: int) -> list[ScrapeTarget]:
+    """Where each rank serves its metrics; all ranks must call it together."""
+    rows = group.gather_texts(f"{socket.gethostname()} {advertised_host(config.address)} {port}")
+    places = (row.split() for row in rows)
+    return [ScrapeTarget(rank, node, host, int(port)) for rank, (node, host, port) in enumerate(places)]
+
+
+@contextmanager
+def _publish_targets(config: MonitoringConfig, run_folder: Path, targets: list[ScrapeTarget]) -> Iterator[None]:
+    """Write the targets file, and empty it at an orderly end; after an error it stays, which raises an alert."""
+    file = Path(config.targets or run_folder / TARGETS_FILE)
+    run, tls = run_folder.absolute().name, config.tls_certificate is not None
+    write_targets(file, targets, run, tls=tls)
+    yield
+    write_targets(file, [], run, tls=tls)
 
 
 def _scopes(group: ProcessGroup, local_rank: int) -> list[Scope]:
@@ -77,24 +95,17 @@ def _scopes(group: ProcessGroup, local_rank: int) -> list[Scope]:
     return scopes + (["node"] if local_rank == 0 else [])
 
 
-def _volumes(config: PretrainConfig) -> dict[str, Path]:
-    """Folders on disks of this machine that may fill up."""
-    folders = {"run": config.run.dir, "cache": config.data.cache, "checkpoint": config.checkpoint.folder}
-    local = {volume: Folder(folder) for volume, folder in folders.items() if folder is not None}
-    return {volume: Path(folder.path("")) for volume, folder in local.items() if folder.is_local}
+def _local_folders(folders: Mapping[str, str | None]) -> dict[str, Path]:
+    opened = {volume: Folder(folder) for volume, folder in folders.items() if folder is not None}
+    return {volume: Path(folder.path("")) for volume, folder in opened.items() if folder.is_local}
 
 
-def _peak(settings: MonitoringConfig, device: torch.device, precision: str, num_ranks: int) -> float | None:
-    """Of all ranks together."""
-    known = peak_flops(_name(device), precision)
-    one = known if settings.peak_tflops is None else settings.peak_tflops * 1e12
-    return None if one is None else one * num_ranks
+def _peak_flops(config: MonitoringConfig, group: ProcessGroup, precision: str) -> float | None:
+    """Peak FLOPs per second of all ranks' devices together; None if not configured and not known."""
+    known = peak_flops(_device_name(group.device), precision)
+    per_device = known if config.peak_tflops is None else config.peak_tflops * 1e12
+    return None if per_device is None else per_device * group.size
 
 
-def _name(device: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _place(row: str) -> tuple[str, str, int]:
-    node, host, port = row.split()
-    return node, host, int(port)

@@ -1,1 +1,1 @@
-"""What terminals show: progress bars, the monitor screen, sparklines, and numbers with units."""
+"""Terminal output: progress line, monitor screen, sparklines, and numbers with units."""

@@ -1,10 +1,10 @@
-"""A run on a terminal: as much of its view as fits, most important first."""
+"""Terminal screen of a run view: as much as fits, most important first."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, zip_longest
 from textwrap import wrap
 from typing import Any
 
@@ -12,14 +12,22 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from launch.terminal.sparkline import sparkline
-from launch.terminal.units import UNKNOWN, counted, duration, number, printable, ratio, size
-from mcl_dist.run_log.listeners import MEASURES
+from launch.terminal.units import (
+    UNKNOWN,
+    format_bytes,
+    format_counts,
+    format_duration,
+    format_number,
+    format_percent,
+    printable,
+)
+from mcl_dist.run_log.listeners import SCORE_LABELS
 from monitoring.history.curves import Columns
 from monitoring.history.run_view import RankView, RunView
 
-WIDE = 120  # columns from which there are two side by side
+WIDE = 120  # columns from which the layout has two columns
 GAP = 3
-TALL = 40  # lines from which curves are higher
+TALL = 40  # lines from which sparklines are higher
 LABEL_WIDTH, VALUE_WIDTH = 14, 10
 STATE_STYLES = {
     "running": "bold green",
@@ -34,45 +42,44 @@ STATE_STYLES = {
 }
 LEVEL_STYLES = {"info": "", "warning": "yellow", "error": "red"}
 PHASE_STYLES = ("red", "blue", "green", "magenta", "cyan", "yellow", "white")
-FIGURES: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
-    ("videos_per_second", "videos/s", number),
-    ("seconds", "step", duration),
-    ("data_wait_ratio", "waiting", ratio),
-    ("gradient_norm", "gradient norm", number),
-    ("learning_rate", "learning rate", number),
+VALUES: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
+    ("videos_per_second", "videos/s", format_number),
+    ("seconds", "step time", format_duration),
+    ("data_wait_ratio", "data wait", format_percent),
+    ("gradient_norm", "gradient norm", format_number),
+    ("learning_rate", "learning rate", format_number),
 )
 Lines = list[Text]
 
 
-class Screen:
-    """A view as a rich renderable; `fits` keeps it within the terminal's height, `trouble` says why it is old."""
+class MonitorScreen:
+    """Rich renderable of a run view; `error` states why it is outdated, `fit_height` cuts it to the terminal."""
 
-    def __init__(self, view: RunView, trouble: str = "", *, fits: bool = False) -> None:
-        self._view, self._trouble, self._fits = view, trouble, fits
+    def __init__(self, view: RunView, error: str = "", *, fit_height: bool = False) -> None:
+        self._view, self._error, self._fit_height = view, error, fit_height
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Lines of the terminal's width."""
-        height = console.height if self._fits else None
-        lines = screen_lines(self._view, options.max_width, height, self._trouble)
-        for line in lines:
+        """Yield lines no wider than the terminal."""
+        height = console.height if self._fit_height else None
+        for line in screen_lines(self._view, options.max_width, height, self._error):
             line.truncate(options.max_width, overflow="ellipsis")
-        yield from lines
+            yield line
 
 
-def screen_lines(view: RunView, width: int, height: int | None, trouble: str = "") -> Lines:
-    """The run in lines of `width` columns, at most `height` of them."""
+def screen_lines(view: RunView, width: int, height: int | None, error: str = "") -> Lines:
+    """Lines for a screen of `width` columns; at most `height` of them, if given."""
     is_tall = height is not None and height >= TALL
     lines = [_title(view, width), _progress(view, width)]
-    for text in filter(None, [trouble, *view["warnings"]]):
+    for text in filter(None, [error, *view["warnings"]]):
         lines += [
             Text(line, style="bold yellow") for line in wrap(f"! {printable(text)}", width, subsequent_indent="  ")
         ]
     if width >= WIDE:
         half = (width - GAP) // 2
-        facts = _facts(view, half) + _ranks(view["ranks"], view["now"], 16 if is_tall else 8, half)
-        lines += _beside(_figures(view, half, 3 if is_tall else 1), facts, half)
+        status = _status(view, half) + _ranks(view["ranks"], view["now"], 16 if is_tall else 8, half)
+        lines += _side_by_side(_sparklines(view, half, 3 if is_tall else 1), status, half)
     else:
-        lines += _figures(view, width, 2 if is_tall else 1) + _facts(view, width)
+        lines += _sparklines(view, width, 2 if is_tall else 1) + _status(view, width)
         lines += _ranks(view["ranks"], view["now"], 8 if is_tall else 1, width)
     return (lines + _messages(view, None if height is None else height - len(lines)))[:height]
 
@@ -90,141 +97,141 @@ def _title(view: RunView, width: int) -> Text:
 
 def _progress(view: RunView, width: int) -> Text:
     step, total = view["step"], view["total_steps"]
-    words = f"step {step:,}" + (f" of {total:,}" if total else "")
+    text = f"step {step:,}" + (f" of {total:,}" if total else "")
     if view["epoch"] is not None:
-        words += f"  epoch {view['epoch']}"
+        text += f"  epoch {view['epoch']}"
     if view["state"] not in ("finished", "failed", "stopped") and view["seconds_left"] is not None:
-        words += f"  {duration(view['seconds_left'])} left"
-    room = max(0, width - len(words) - 8)
-    share = min(1.0, step / total) if total else 0.0
-    done = round(share * room)
-    return Text.assemble(("━" * done, "green"), ("─" * (room - done), "dim"), f" {share:4.0%}  ", words)
+        text += f"  {format_duration(view['seconds_left'])} left"
+    bar_width = max(0, width - len(text) - 8)
+    fraction = min(1.0, step / total) if total else 0.0
+    done = round(fraction * bar_width)
+    return Text.assemble(("━" * done, "green"), ("─" * (bar_width - done), "dim"), f" {fraction:4.0%}  ", text)
 
 
-def _figures(view: RunView, width: int, height: int) -> Lines:
+def _sparklines(view: RunView, width: int, height: int) -> Lines:
+    """Losses and VALUES: label, newest value and sparkline."""
     values = view["whole"]["values"]
     terms = [name for name in values if name.startswith("loss")]
-    curves = [(name, name.removeprefix("loss_").replace("loss", "total loss"), number) for name in terms]
+    losses = [(name, name.removeprefix("loss_").replace("loss", "total loss"), format_number) for name in terms]
     lines = []
-    for name, label, shown in (*curves, *FIGURES):
-        drawn = sparkline(values.get(name, []), max(4, width - LABEL_WIDTH - VALUE_WIDTH - 2), height)
-        for row, curve in enumerate(drawn):
+    for name, label, formatted in (*losses, *VALUES):
+        rows = sparkline(values.get(name, []), max(4, width - LABEL_WIDTH - VALUE_WIDTH - 2), height)
+        for row, curve in enumerate(rows):
             is_last = row == height - 1
             text = f"{label:{LABEL_WIDTH}}" if is_last else " " * LABEL_WIDTH
-            value = shown(view["latest"].get(name)) if is_last else ""
+            value = formatted(view["latest"].get(name)) if is_last else ""
             lines.append(Text.assemble((text, "dim"), f"{value:>{VALUE_WIDTH}}  ", (curve, "cyan")))
     return lines
 
 
-def _facts(view: RunView, width: int) -> Lines:
+def _status(view: RunView, width: int) -> Lines:
     counts = view["counts"]
-    health = [f"skipped {counts['skipped']:,}", f"loss leaps {counts['spikes']:,}"]
-    health.append(f"restarts {counted(view['restarts'])}" if view["restarts"] else f"starts {counts['starts']:,}")
+    health = [f"skipped {counts['skipped']:,}", f"loss spikes {counts['spikes']:,}"]
+    health.append(f"restarts {format_counts(view['restarts'])}" if view["restarts"] else f"starts {counts['starts']:,}")
     if view["goodput"] is not None:
-        health.append(f"goodput {ratio(view['goodput'])}")
-    facts = _phases(view["phases"], width)
+        health.append(f"goodput {format_percent(view['goodput'])}")
+    lines = _phases(view["phases"], width)
     if view["loader"]:
-        facts += _fact("data", _fed(view["loader"]), width)
+        lines += _row("data", _loader(view["loader"]), width)
     if view["evaluations"]["step"]:
-        facts += _fact("kNN", _scored(view["evaluations"]), width)
-    return facts + _fact("checkpoint", _saved(view), width) + _fact("steps", health, width)
+        lines += _row("online kNN", _newest_scores(view["evaluations"]), width)
+    return lines + _row("checkpoint", _checkpoint(view), width) + _row("steps", health, width)
 
 
-def _saved(view: RunView) -> list[str]:
+def _checkpoint(view: RunView) -> list[str]:
     newest, failed = view["checkpoint"], view["counts"]["checkpoints_failed"]
-    words = ["none yet"]
+    parts = ["none yet"]
     if newest is not None:
-        known = (
+        optional = (
             (newest["time"], _ago(newest["time"] or 0.0, view["now"])),
-            (newest["seconds"], f"took {duration(newest['seconds'])}"),
-            (newest["stall_seconds"], f"held up {duration(newest['stall_seconds'])}"),
-            (newest["bytes"], size(newest["bytes"])),
+            (newest["seconds"], f"took {format_duration(newest['seconds'])}"),
+            (newest["stall_seconds"], f"stall {format_duration(newest['stall_seconds'])}"),
+            (newest["bytes"], format_bytes(newest["bytes"])),
         )
-        words = [f"step {newest['step']:,}", *(text for value, text in known if value is not None)]
-    return words + ([f"{failed:,} failed"] if failed else [])
+        parts = [f"step {newest['step']:,}", *(text for value, text in optional if value is not None)]
+    return parts + ([f"{failed:,} failed"] if failed else [])
 
 
-def _scored(evaluations: Columns) -> list[str]:
-    """What the encoder last came to on held-out videos."""
+def _newest_scores(evaluations: Columns) -> list[str]:
     newest = {name: column[-1] for name, column in evaluations["values"].items()}
-    words = [f"{name} {ratio(newest.get(key))}" for key, name in MEASURES.items()]
-    return [*words, f"step {evaluations['step'][-1]:,}", f"took {duration(newest.get('seconds'))}"]
+    scores = [f"{name} {format_percent(newest.get(key))}" for key, name in SCORE_LABELS.items()]
+    return [*scores, f"step {evaluations['step'][-1]:,}", f"took {format_duration(newest.get('seconds'))}"]
 
 
-def _fed(loader: Mapping[str, Any]) -> list[str]:
+def _loader(loader: Mapping[str, Any]) -> list[str]:
     reads = loader["cache_hits"] + loader["cache_misses"]
-    words = [f"{loader['queue']:,} batches ready", f"bad {counted(loader['bad_samples'])}"]
-    words.append(f"retries {counted(loader['retries'])}")
-    return words + ([f"cache hits {ratio(loader['cache_hits'] / reads)}"] if reads else [])
+    parts = [f"{loader['queue']:,} batches ready", f"bad {format_counts(loader['bad_samples'])}"]
+    parts.append(f"retries {format_counts(loader['retries'])}")
+    return parts + ([f"cache hits {format_percent(loader['cache_hits'] / reads)}"] if reads else [])
 
 
-def _fact(label: str, words: Sequence[str], width: int) -> Lines:
-    return _wrapped(label, [Text(printable(word)) for word in words], " · ", width)
+def _row(label: str, parts: Sequence[str], width: int) -> Lines:
+    return _wrapped(label, [Text(printable(part)) for part in parts], " · ", width)
 
 
-def _wrapped(label: str, parts: Sequence[Text], between: str, width: int) -> Lines:
-    """Parts after their label, on as many lines as they need."""
+def _wrapped(label: str, parts: Sequence[Text], separator: str, width: int) -> Lines:
+    """A label and its parts, wrapped between parts."""
     lines = [Text.assemble((f"{label:{LABEL_WIDTH}}", "dim"))]
     for part in parts:
         is_first = len(lines[-1]) == LABEL_WIDTH
-        if not is_first and len(lines[-1]) + len(between) + len(part) > width:
+        if not is_first and len(lines[-1]) + len(separator) + len(part) > width:
             lines.append(Text(" " * LABEL_WIDTH))
             is_first = True
-        lines[-1].append("" if is_first else between).append_text(part)
+        lines[-1].append("" if is_first else separator).append_text(part)
     return lines
 
 
 def _phases(phases: Mapping[str, float], width: int) -> Lines:
-    """Where a step's time goes: a bar, and what its parts are."""
-    total, room = sum(phases.values()), width - LABEL_WIDTH
+    """Phases of the step time: a stacked bar and its legend."""
+    total, bar_width = sum(phases.values()), width - LABEL_WIDTH
     if not total:
         return []
-    bar = Text.assemble((f"{'step time':{LABEL_WIDTH}}", "dim"))
-    words, passed, drawn = [], 0.0, 0
+    bar = Text.assemble((f"{'phases':{LABEL_WIDTH}}", "dim"))
+    legend, elapsed, drawn = [], 0.0, 0
     for (name, seconds), style in zip(phases.items(), cycle(PHASE_STYLES), strict=False):
-        passed += seconds
-        end = round(passed / total * room)
+        elapsed += seconds
+        end = round(elapsed / total * bar_width)
         bar.append("█" * (end - drawn), style=style)
         drawn = end
-        words.append(Text.assemble(("■", style), f"{printable(name)} {seconds / total:.0%}"))
-    return [bar, *_wrapped("", words, " ", width)]
+        legend.append(Text.assemble(("■", style), f"{printable(name)} {seconds / total:.0%}"))
+    return [bar, *_wrapped("", legend, " ", width)]
 
 
-def _ranks(ranks: Sequence[RankView], now: float, most: int, width: int) -> Lines:
-    """The ranks that wait longest for data or take longest for a step, as many as asked for."""
+def _ranks(ranks: Sequence[RankView], now: float, count: int, width: int) -> Lines:
+    """The `count` ranks with the longest steps, then the longest data wait; nothing for a single rank."""
     if len(ranks) < 2:
         return []
-    worst = sorted(ranks, key=lambda rank: (rank["step_seconds"] or 0, rank["wait_ratio"] or 0), reverse=True)
+    slowest = sorted(ranks, key=lambda rank: (rank["step_seconds"] or 0, rank["wait_ratio"] or 0), reverse=True)
     lines = []
-    for rank in worst[:most]:
-        words = [f"waiting {ratio(rank['wait_ratio'])}", f"queue {_count(rank['queue'])}"]
-        words += [f"step {duration(rank['step_seconds'])}"] if rank["step_seconds"] is not None else []
-        words += [f"bad {_count(rank['bad_samples'])}", f"retries {_count(rank['retries'])}"]
-        words += [_ago(rank["time"], now)] if rank["time"] is not None else []
-        words += [rank["node"]] if rank["node"] else []
-        lines += _fact(f"rank {rank['rank']}", words, width)
-    if len(ranks) > most:
-        lines += _fact("", [f"and {len(ranks) - most:,} more"], width)
+    for rank in slowest[:count]:
+        parts = [f"data wait {format_percent(rank['wait_ratio'])}", f"queue {_count(rank['queue'])}"]
+        parts += [f"step time {format_duration(rank['step_seconds'])}"] if rank["step_seconds"] is not None else []
+        parts += [f"bad {_count(rank['bad_samples'])}", f"retries {_count(rank['retries'])}"]
+        parts += [_ago(rank["time"], now)] if rank["time"] is not None else []
+        parts += [rank["node"]] if rank["node"] else []
+        lines += _row(f"rank {rank['rank']}", parts, width)
+    if len(ranks) > count:
+        lines += _row("", [f"and {len(ranks) - count:,} more"], width)
     return lines
 
 
-def _messages(view: RunView, room: int | None) -> Lines:
-    newest = view["messages"] if room is None else view["messages"][max(0, len(view["messages"]) - room) :]
+def _messages(view: RunView, height: int | None) -> Lines:
+    """The newest messages, as many as `height` lines hold; all without a limit."""
+    newest = view["messages"] if height is None else view["messages"][max(0, len(view["messages"]) - height) :]
     lines = []
-    for message in newest if room is None or room > 0 else []:
+    for message in newest if height is None or height > 0 else []:
         moment = "" if message["time"] is None else time.strftime("%H:%M:%S", time.localtime(message["time"]))
         text = (printable(message["text"]), LEVEL_STYLES[message["level"]])
         lines.append(Text.assemble((f"{moment:{LABEL_WIDTH}}", "dim"), text))
     return lines
 
 
-def _beside(left: Lines, right: Lines, width: int) -> Lines:
-    rows = max(len(left), len(right))
+def _side_by_side(left: Lines, right: Lines, width: int) -> Lines:
     joined = []
-    for index in range(rows):
-        line = left[index].copy() if index < len(left) else Text()
+    for left_line, right_line in zip_longest(left, right):
+        line = Text() if left_line is None else left_line.copy()
         line.truncate(width, pad=True)
-        joined.append(Text.assemble(line, " " * GAP, right[index] if index < len(right) else ""))
+        joined.append(Text.assemble(line, " " * GAP, "" if right_line is None else right_line))
     return joined
 
 
@@ -233,4 +240,4 @@ def _count(value: int | None) -> str:
 
 
 def _ago(moment: float, now: float) -> str:
-    return f"{duration(max(0.0, round(now - moment)))} ago"
+    return f"{format_duration(max(0.0, round(now - moment)))} ago"

@@ -1,4 +1,4 @@
-"""Curves of block characters, for terminals."""
+"""Sparklines of block characters."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ EIGHTHS = len(LEVELS) - 1
 
 
 def sparkline(values: Sequence[float | None], width: int, height: int = 1) -> list[str]:
-    """`height` lines of `width` characters, the upper ones first; a column without a value stays empty.
+    """Draw values as `height` lines of `width` characters, top line first; a missing value leaves its column empty.
 
-    More values than columns are averaged. The least value still shows, as the lowest step.
+    If there are more values than columns, each column shows a mean. The smallest value is drawn as the lowest block.
     """
     columns = _columns(values, width)
     known = [value for value in columns if value is not None]
@@ -20,9 +20,9 @@ def sparkline(values: Sequence[float | None], width: int, height: int = 1) -> li
         return [" " * width] * height
     low, high = min(known), max(known)
     top = EIGHTHS * height - 1
-    heights = [0 if value is None else 1 + round(top * _share(value, low, high)) for value in columns]
+    heights = [0 if value is None else 1 + round(top * _fraction(value, low, high)) for value in columns]
     rows = range(height - 1, -1, -1)
-    return ["".join(LEVELS[max(0, min(EIGHTHS, tall - EIGHTHS * row))] for tall in heights) for row in rows]
+    return ["".join(LEVELS[max(0, min(EIGHTHS, eighths - EIGHTHS * row))] for eighths in heights) for row in rows]
 
 
 def _columns(values: Sequence[float | None], width: int) -> list[float | None]:
@@ -38,5 +38,5 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _share(value: float, low: float, high: float) -> float:
+def _fraction(value: float, low: float, high: float) -> float:
     return (value - low) / (high - low) if high > low else 0.5

@@ -1,4 +1,4 @@
-"""What is shipped for Slurm and Kubernetes: the batch script run with programs in Slurm's place, the manifests read."""
+"""The Slurm batch script, run with fake Slurm programs, and the Kubernetes manifests."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tests.support.paths import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
 BATCH = LAUNCH / "slurm" / "pretrain.sbatch"
-# In Slurm's and our program's place; what they are asked is written down.
+# In place of Slurm's programs and `mcl`; they record how they are called.
 PROGRAMS = {
-    "scontrol": 'echo "scontrol $*" >> "$TOLD"; [ "$1" = show ] && printf "n1\\nn2\\n"; exit 0',
-    "scancel": 'echo "scancel $*" >> "$TOLD"; for pid in $(cat "$TOLD".pids); do kill -USR1 $pid; done',
+    "scontrol": 'echo "scontrol $*" >> "$CALLS"; [ "$1" = show ] && printf "n1\\nn2\\n"; exit 0',
+    "scancel": 'echo "scancel $*" >> "$CALLS"; for pid in $(cat "$CALLS".pids); do kill -USR1 $pid; done',
     "srun": """while [ "${1#--}" != "$1" ]; do shift; done
-worst=0; for node in 0 1; do SLURM_NODEID=$node "$@" & pids="$pids $!"; done; echo $pids > "$TOLD".pids
+worst=0; for node in 0 1; do SLURM_NODEID=$node "$@" & pids="$pids $!"; done; echo $pids > "$CALLS".pids
 for pid in $pids; do wait $pid; code=$?; [ $code -gt $worst ] && worst=$code; done; exit $worst""",
-    "mcl": """echo "mcl $*" >> "$TOLD"; [ -n "$CODE" ] && exit $CODE
-trap 'exit 75' USR1; touch "$TOLD".$SLURM_NODEID; while :; do sleep 0.05; done""",
+    "mcl": """echo "mcl $*" >> "$CALLS"; [ -n "$CODE" ] && exit $CODE
+trap 'exit 75' USR1; touch "$CALLS".$SLURM_NODEID; while :; do sleep 0.05; done""",
 }
 
 
@@ -35,33 +35,33 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
         (tmp_path / name).chmod(0o755)
     job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "n[1-2]"}
-    return {**os.environ, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TOLD": str(tmp_path / "told")}
+    return {**os.environ, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
 
 
-@pytest.mark.parametrize(("code", "is_queued_again"), [(0, False), (1, False), (75, True)])
-def test_a_slurm_job_starts_a_node_each_and_is_queued_again_after_a_stop(
-    slurm: dict[str, str], code: int, is_queued_again: bool
+@pytest.mark.parametrize(("code", "is_requeued"), [(0, False), (1, False), (75, True)])
+def test_a_slurm_job_starts_every_node_and_is_requeued_after_a_stop(
+    slurm: dict[str, str], code: int, is_requeued: bool
 ) -> None:
-    words = ["bash", BATCH, "--config", "c.yaml", "run.dir=runs/a b"]
-    result = subprocess.run(words, env={**slurm, "CODE": str(code)}, check=False, timeout=20)
-    told = Path(slurm["TOLD"]).read_text().splitlines()
-    given = "mcl pretrain --config c.yaml run.dir=runs/a b --nodes 2 --master-addr n1 --master-port 22345 --node-rank"
-    assert sorted(line for line in told if line.startswith("mcl")) == [f"{given} 0", f"{given} 1"]
-    assert ("scontrol requeue 12345" in told) == is_queued_again
+    command = ["bash", BATCH, "--config", "c.yaml", "run.dir=runs/a b"]
+    result = subprocess.run(command, env={**slurm, "CODE": str(code)}, check=False, timeout=20)
+    calls = Path(slurm["CALLS"]).read_text().splitlines()
+    start = "mcl pretrain --config c.yaml run.dir=runs/a b --nodes 2 --master-addr n1 --master-port 22345 --node-rank"
+    assert sorted(line for line in calls if line.startswith("mcl")) == [f"{start} 0", f"{start} 1"]
+    assert ("scontrol requeue 12345" in calls) == is_requeued
     assert result.returncode == code
 
 
-def test_a_preempted_slurm_job_stops_its_nodes_and_is_queued_again(slurm: dict[str, str]) -> None:
+def test_a_preempted_slurm_job_stops_its_nodes_and_is_requeued(slurm: dict[str, str]) -> None:
     job = subprocess.Popen(["bash", BATCH, "--config", "c.yaml"], env={**slurm, "CODE": ""})
-    while not all(Path(f"{slurm['TOLD']}.{node}").exists() for node in (0, 1)):
+    while not all(Path(f"{slurm['CALLS']}.{node}").exists() for node in (0, 1)):
         os.sched_yield()
     job.send_signal(signal.SIGUSR1)
     assert job.wait(20) == 75
-    assert "scontrol requeue 12345" in Path(slurm["TOLD"]).read_text().splitlines()
+    assert "scontrol requeue 12345" in Path(slurm["CALLS"]).read_text().splitlines()
 
 
 def pods(manifest: Any) -> list[dict[str, Any]]:
-    """Every pod's specification in a manifest, by structure."""
+    """The specifications of all pods in a manifest."""
     if not isinstance(manifest, dict):
         return []
     own = [manifest["template"]["spec"]] if "template" in manifest else []
@@ -69,7 +69,7 @@ def pods(manifest: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", ["job.yaml", "pytorchjob.yaml"])
-def test_a_manifest_gives_time_to_save_and_secrets_as_files_only(name: str) -> None:
+def test_a_manifest_gives_time_to_save_and_mounts_secrets_as_files(name: str) -> None:
     text = (LAUNCH / "kubernetes" / name).read_text()
     found = [pod for manifest in yaml.safe_load_all(text) for pod in pods(manifest)]
     assert found
@@ -85,15 +85,15 @@ def test_a_manifest_gives_time_to_save_and_secrets_as_files_only(name: str) -> N
 
 
 @pytest.mark.parametrize("name", ["job.yaml", "pytorchjob.yaml"])
-def test_a_pod_waits_a_day_for_the_others_before_it_leaves_with_what_fails_the_job(name: str) -> None:
+def test_a_pod_waits_a_day_for_the_others_before_it_fails_the_job(name: str) -> None:
     text = (LAUNCH / "kubernetes" / name).read_text()
     for pod in (pod for manifest in yaml.safe_load_all(text) for pod in pods(manifest)):
-        settings = [word for word in pod["containers"][0]["args"] if "=" in word and not word.startswith("--")]
+        settings = [text for text in pod["containers"][0]["args"] if "=" in text and not text.startswith("--")]
         config = load_config(PretrainConfig, str(LAUNCH.parent / "configs/pretrain/kinetics400.yaml"), settings)
         assert config.supervise.join_seconds == 24 * 3600
 
 
-def test_the_plain_job_tells_stopped_from_failed() -> None:
+def test_the_plain_job_distinguishes_stopped_from_failed() -> None:
     _, job = yaml.safe_load_all((LAUNCH / "kubernetes" / "job.yaml").read_text())
     rules = {
         tuple(rule["onExitCodes"]["values"]): rule["action"]

@@ -25,7 +25,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "train"
 
 
-def test_every_estimator_is_held_against_the_reference(videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_estimator_is_compared_with_the_reference(videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "flow", "--videos", str(videos), "--groups", "1", "--short-side", "0", "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert [each["name"] for each in results] == ["tvl1", "opencv-tvl1", "dis"]
@@ -39,7 +39,7 @@ def test_every_estimator_is_held_against_the_reference(videos: Path, capsys: pyt
         assert 0 <= each["box_iou"] <= 1
 
 
-def test_a_device_that_is_not_there_fails_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_device_fails_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "flow", "--device", "cuda:99"]) == 2
     assert "--device: found 'cuda:99'" in capsys.readouterr().err
 
@@ -52,7 +52,7 @@ def test_a_folder_without_usable_videos_fails_in_one_line(tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize("flow", ["tvl1", "dis"])
-def test_a_builds_stages_add_up(videos: Path, capsys: pytest.CaptureFixture[str], flow: str) -> None:
+def test_the_stages_of_a_build_add_up(videos: Path, capsys: pytest.CaptureFixture[str], flow: str) -> None:
     video = next(videos.glob("*/*"))
     assert main(["bench", "build", "--video", str(video), "--flow", flow, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -64,8 +64,8 @@ def test_a_builds_stages_add_up(videos: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_length_of_a_video_beyond_its_stills(tmp_path: Path) -> None:
-    # Eighty frames of 1920 by 1080 more, were they held, would be 500 MB, or 250 MB as they are decoded.
+def test_memory_grows_with_a_videos_length_only_by_its_stills(tmp_path: Path) -> None:
+    # Keeping the 80 additional frames of 1920 by 1080 would take 500 MB, or 250 MB in the decoder's format.
     for name, num_frames in (("short", 40), ("long", 120)):
         write_video(tmp_path / f"{name}.mp4", np.broadcast_to(np.uint8(90), (num_frames, 1080, 1920)))
     code = f"""
@@ -74,8 +74,8 @@ from launch.benchmarks.build import measure_build
 for name in ("short", "long"):
     print(measure_build(Path({str(tmp_path)!r}) / f"{{name}}.mp4", "dis")["peak_rss_bytes"])
 """
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    short, long = map(int, told.split())
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    short, long = map(int, output.split())
     assert long - short < 50e6
 
 
@@ -90,37 +90,37 @@ def test_a_broken_video_or_an_unknown_estimator_fails_in_one_line(
     assert "flow" in capsys.readouterr().err
 
 
-def test_boxes_overlap_by_what_they_share() -> None:
+def test_box_overlap_is_intersection_over_union() -> None:
     maps = np.zeros((2, 7, 7))
     maps[0, 0:2, 0:2] = maps[1, 0:2, 1:3] = 1
     assert box_overlap(maps[0], maps[0]) == 1.0
     assert box_overlap(*maps) == pytest.approx(2 / 6)
 
 
-def test_still_maps_agree_with_still_ones_alone() -> None:
+def test_a_flat_map_correlates_only_with_a_flat_map() -> None:
     moving = np.random.default_rng(0).random((1, 7, 7))
-    still = np.zeros((1, 7, 7))
-    assert map_correlation(still, still) == 1.0
-    assert map_correlation(still, moving) == 0.0
+    flat = np.zeros((1, 7, 7))
+    assert map_correlation(flat, flat) == 1.0
+    assert map_correlation(flat, moving) == 0.0
     assert map_correlation(2 * moving + 1, moving) == pytest.approx(1.0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_every_form_of_the_negatives_gives_one_loss(capsys: pytest.CaptureFixture[str], world_size: int) -> None:
+def test_every_variant_of_the_negatives_gives_one_loss(capsys: pytest.CaptureFixture[str], world_size: int) -> None:
     size, batch = 60001, 64
-    words = ["--queue", size, "--batch", batch, "--dim", 8, "--world-size", world_size, "--json"]
-    assert main(["bench", "negatives", *map(str, words)]) == 0
+    options = ["--queue", size, "--batch", batch, "--dim", 8, "--world-size", world_size, "--json"]
+    assert main(["bench", "negatives", *map(str, options)]) == 0
     naive, *others = json.loads(capsys.readouterr().out)
     assert [naive["name"], *(each["name"] for each in others)] == ["naive", "chunked", "sharded", "fused"]
-    assert naive["peak_bytes"] > 2 * 4 * size * batch  # logits, and their gradient
+    assert naive["peak_bytes"] > 2 * 4 * size * batch  # logits and their gradient
     for each in others:
         assert each["ms"] > 0
         assert each["loss"] == pytest.approx(naive["loss"], abs=1e-6)
         assert each["peak_bytes"] < naive["peak_bytes"]
 
 
-def test_a_queue_that_cannot_be_shared_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_queue_smaller_than_the_number_of_ranks_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "negatives", "--queue", "3", "--world-size", "4"]) == 2
     assert "--queue: found 3, must be at least 4" in capsys.readouterr().err
 
@@ -129,9 +129,9 @@ def test_a_queue_that_cannot_be_shared_is_refused(capsys: pytest.CaptureFixture[
 def test_exporting_costs_a_step_of_the_demo_less_than_half_a_percent(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "exporter", "--steps", "3", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    in_a_scrape = report["scrape_ms"] * report["step_ms"] / 15_000
-    share = (report["listener_us"] / 1e3 + in_a_scrape) / report["step_cpu_ms"]
-    assert report["overhead"] == pytest.approx(share)
+    scrape_share_ms = report["scrape_ms"] * report["step_ms"] / 15_000
+    overhead = (report["listener_us"] / 1e3 + scrape_share_ms) / report["step_cpu_ms"]
+    assert report["overhead"] == pytest.approx(overhead)
     assert 0 < report["listener_us"] / 1e3 < report["scrape_ms"]
     assert report["wall_ratio"] > 0
     assert report["overhead"] < 0.005

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from launch.benchmarks import reference_step as plain_step
+from launch.benchmarks import reference_step
 from launch.benchmarks.step import PHASES
-from launch.benchmarks.step_forms import LogSumExpForm, forms
+from launch.benchmarks.step_variants import StepVariant, step_variants
 from launch.cli.main import main
 from mcl_dist.config import build_config
 from mcl_dist.model.encoder import normalise
-from mcl_dist.objective.losses import inter_loss, own_similarities
+from mcl_dist.objective.losses import inter_loss, key_similarities
 from mcl_dist.objective.negative_queue import NegativeQueue
 
 SMALL = ("train.global_batch=2", "data.crop=32", "encoder.width=4", "encoder.blocks=[1]", "objective.queue=64")
@@ -23,7 +23,7 @@ def unit(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_every_form_takes_the_same_step_and_the_last_is_the_trainers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_variant_computes_the_same_loss(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "step", *SMALL, "--steps", "2", "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
     names = [each["name"] for each in results]
@@ -39,39 +39,39 @@ def test_every_form_takes_the_same_step_and_the_last_is_the_trainers(capsys: pyt
 
 
 @pytest.mark.slow
-def test_forms_can_be_chosen_and_what_is_none_is_told_first(capsys: pytest.CaptureFixture[str]) -> None:
+def test_variants_can_be_selected_and_an_unknown_one_is_rejected_first(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "step", *SMALL, "--steps", "1", "--json", "--forms", "fused,one_pass"]) == 0
     assert [each["name"] for each in json.loads(capsys.readouterr().out)] == ["one_pass", "fused"]
     assert main(["bench", "step", *SMALL, "--forms", "fused,slow"]) == 2
-    said = capsys.readouterr().err
-    assert "--forms: found slow, must be of plain, closed_form" in said
-    assert "measuring" not in said
+    errors = capsys.readouterr().err
+    assert "--forms: found slow, must be of plain, closed_form" in errors
+    assert "measuring" not in errors
 
 
-def test_a_gpu_gains_by_two_more_changes() -> None:
+def test_a_gpu_has_two_more_variants() -> None:
     from launch.run.config import PretrainConfig
 
     config = build_config(PretrainConfig, {"run": {"dir": "none"}, "data": {"train": "none"}})
-    on_gpu = forms(config, torch.device("cuda"))
-    assert on_gpu[0] == LogSumExpForm("plain")
-    assert [form.name for form in on_gpu[-3:]] == ["bfloat16", "compiled", "trainer"]
-    assert on_gpu[-1] == LogSumExpForm("trainer", *[True] * 7)
+    on_gpu = step_variants(config, torch.device("cuda"))
+    assert on_gpu[0] == StepVariant("plain")
+    assert [variant.name for variant in on_gpu[-3:]] == ["bfloat16", "compiled", "trainer"]
+    assert on_gpu[-1] == StepVariant("trainer", *[True] * 7)
 
 
-def test_the_plain_parts_are_the_products() -> None:
+def test_the_reference_parts_equal_the_optimised_ones() -> None:
     query, keys, queue = unit(2, 8), unit(3, 2, 8), unit(16, 8)
-    plain = plain_step.inter_loss(query, keys, queue, 0.1)
-    ours = inter_loss(own_similarities(query, keys), NegativeQueue(queue).against(query, 0.1), 0.1)
-    torch.testing.assert_close(plain, ours)
+    reference = reference_step.inter_loss(query, keys, queue, 0.1)
+    optimised = inter_loss(key_similarities(query, keys), NegativeQueue(queue).log_sum_exp(query, 0.1), 0.1)
+    torch.testing.assert_close(reference, optimised)
     ring = NegativeQueue(queue.clone(), position=13)
     ring.enqueue(keys)
     written = queue.clone()
-    assert plain_step.enqueue(written, 13, keys) == ring.position
+    assert reference_step.enqueue(written, 13, keys) == ring.position
     assert torch.equal(written, ring.vectors)
     clips = torch.randint(0, 256, (2, 4, 8, 8, 3), dtype=torch.uint8)
-    torch.testing.assert_close(plain_step.normalised(clips), normalise(clips))
+    torch.testing.assert_close(reference_step.normalised(clips), normalise(clips))
 
 
-def test_a_wrong_number_of_steps_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_zero_steps_are_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "step", "--steps", "0"]) == 2
     assert "--steps: found 0" in capsys.readouterr().err

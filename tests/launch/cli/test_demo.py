@@ -5,37 +5,37 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli.demo import CONFIG, MARKER
+from launch.cli.demo_stages import CONFIG, MARKER
 from launch.cli.main import main
-from launch.report.tubelet_picture import draw_picture
+from launch.report.tubelet_picture import save_tubelet_picture
 from launch.run.config import PretrainConfig, check
 from mcl_dist.config import load_config
 
 
 @pytest.fixture(autouse=True)
 def kept_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demo hides GPUs from its process; other tests are not to feel it."""
+    """The demo hides the GPUs from its process; restore them for other tests."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.mark.slow
-def test_the_demo_goes_all_the_way_and_can_be_repeated(
+def test_the_demo_runs_all_stages_and_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    _shrink(monkeypatch)
+    _write_fewer_videos(monkeypatch)
     folder = tmp_path / "demo"
     for attempt in range(2):
         assert main(["demo", "--dir", str(folder), "--steps", "2"]) == 0
         output = capfd.readouterr().out
-        assert ("starting afresh" in output) == (attempt == 1)
-        for word in (
+        assert (f"emptying {folder}" in output) == (attempt == 1)
+        for text in (
             "chance",
             "untrained",
             "pretrained",
             str(folder / "tubelets.png"),
             str(folder / "pretrain" / "report.html"),
         ):
-            assert word in output
+            assert text in output
     summary = json.loads((folder / "summary.json").read_text())
     assert "Not here" not in (folder / "pretrain" / "report.html").read_text()
     assert summary["chance"] == 1 / 16
@@ -44,18 +44,18 @@ def test_the_demo_goes_all_the_way_and_can_be_repeated(
     assert summary["seconds"] == pytest.approx(sum(summary["stages"].values()))
 
 
-def _shrink(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same way with three videos a class in place of sixty."""
+def _write_fewer_videos(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write three videos per class instead of sixty."""
     from dataloading.synthetic import videos as synthetic
 
-    def few(folder: Path, *, seed: int, processes: int) -> int:
+    def write_few(folder: Path, *, seed: int, processes: int) -> int:
         return original(folder, seed=seed, train_per_class=2, test_per_class=1, processes=processes)
 
     original = synthetic.write_synthetic
-    monkeypatch.setattr(synthetic, "write_synthetic", few)
+    monkeypatch.setattr(synthetic, "write_synthetic", write_few)
 
 
-def test_a_folder_of_other_files_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_with_other_files_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     precious = tmp_path / "videos" / "holiday.mp4"
     precious.parent.mkdir()
     precious.write_bytes(b"irreplaceable")
@@ -68,7 +68,7 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("option", [("--seed", "-1"), ("--steps", "0")])
-def test_a_wrong_option_is_told_before_an_earlier_demonstration_is_emptied(
+def test_a_wrong_option_is_reported_before_the_folder_of_an_earlier_demo_is_emptied(
     option: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in (MARKER, "summary.json"):
@@ -78,7 +78,7 @@ def test_a_wrong_option_is_told_before_an_earlier_demonstration_is_emptied(
     assert (tmp_path / "summary.json").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_told_in_one_line(
+def test_a_folder_that_cannot_be_written_is_reported_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -86,7 +86,7 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_the_demos_configuration_suits_its_ranks() -> None:
+def test_the_configuration_of_the_demo_suits_its_ranks() -> None:
     check(load_config(PretrainConfig, CONFIG), 2)
 
 
@@ -95,5 +95,5 @@ def test_the_picture_is_a_png(synthetic_shards: Path, tmp_path: Path) -> None:
 
     config = load_config(PretrainConfig, CONFIG)
     path = tmp_path / "tubelets.png"
-    draw_picture(path, ShardSet(str(synthetic_shards)), 3, config.data, seed=0)
+    save_tubelet_picture(path, ShardSet(str(synthetic_shards)), 3, config.data, seed=0)
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""`mcl evaluate finetune` and `linear` as their user runs them: supervised ranks, a run folder, signals."""
+"""`mcl evaluate finetune` and `linear` as a user runs them: supervised ranks, a run folder, signals."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import pytest
 from launch.cli.main import main
 from launch.evaluation.config import LinearEvaluation
 from launch.evaluation.job import Job
-from launch.evaluation.score_report import tell_once
+from launch.evaluation.score_report import print_scores_once
 from mcl_dist.config import build_config
 from mcl_dist.errors import UserError
-from mcl_dist.evaluation.metrics import Answers, BootstrapConfig, score
+from mcl_dist.evaluation.metrics import BootstrapConfig, Predictions, score
 
 PRETRAINED = """
 run: {dir: unused, seed: 5}
@@ -28,13 +28,13 @@ heads: {dim: 8}
 """
 SMALL = ("clips.frames=8", "clips.count=2", "train.global_batch=4")
 SECONDS = 300
-RIGHT = Answers({"top1": np.array([True])}, np.array([0]), np.array([0]))
+RIGHT = Predictions({"top1": np.array([True])}, np.array([0]), np.array([0]))
 SCORES = score(RIGHT, ["walk"], BootstrapConfig())
 
 
 @pytest.fixture
-def words(synthetic_shards: Path, tmp_path: Path) -> list[str]:
-    """Of a command that trains from scratch in the folder `run`."""
+def arguments(synthetic_shards: Path, tmp_path: Path) -> list[str]:
+    """Arguments of a command that trains from scratch in the folder `run`."""
     (tmp_path / "pretrain.yaml").write_text(PRETRAINED)
     sets = ["--train", str(synthetic_shards), "--test", str(synthetic_shards), "--run-dir", str(tmp_path / "run")]
     return ["--checkpoint", "random", "--pretrain", str(tmp_path / "pretrain.yaml"), *sets, *SMALL]
@@ -52,20 +52,20 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_the_same_command_goes_on_to_scores_in_json(words: list[str], tmp_path: Path) -> None:
-    hurt = start("finetune", *words, "train.steps=100000")
-    assert hurt.stderr is not None
-    told = next(line for line in hurt.stderr if line.startswith("step "))
-    hurt.send_signal(signal.SIGTERM)
-    output, errors = hurt.communicate(timeout=SECONDS)
-    assert hurt.returncode == 75, told + errors
+def test_a_stopped_evaluation_resumes_and_prints_its_scores_as_json(arguments: list[str], tmp_path: Path) -> None:
+    stopped = start("finetune", *arguments, "train.steps=100000")
+    assert stopped.stderr is not None
+    first_step = next(line for line in stopped.stderr if line.startswith("step "))
+    stopped.send_signal(signal.SIGTERM)
+    output, errors = stopped.communicate(timeout=SECONDS)
+    assert stopped.returncode == 75, first_step + errors
     assert "which is saved: SIGTERM" in errors
     assert not output
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
 
-    again = start("finetune", *words, f"train.steps={int(saved.name.removeprefix('step-')) + 2}", "--json")
-    output, errors = again.communicate(timeout=SECONDS)
-    assert again.returncode == 0, errors
+    resumed = start("finetune", *arguments, f"train.steps={int(saved.name.removeprefix('step-')) + 2}", "--json")
+    output, errors = resumed.communicate(timeout=SECONDS)
+    assert resumed.returncode == 0, errors
     assert f"resumed from {saved}" in errors
     found = json.loads(output)
     assert (found["protocol"], found["videos"]) == ("finetune", 16)
@@ -87,22 +87,22 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_scores_in_json(words: li
     ],
 )
 def test_a_configuration_that_cannot_run_is_refused_before_ranks_start(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], protocol: str, change: str, message: str
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], protocol: str, change: str, message: str
 ) -> None:
-    assert main(["evaluate", protocol, *words, change, "--ranks", "2"]) == 2
+    assert main(["evaluate", protocol, *arguments, change, "--ranks", "2"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_needs_a_folder(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    place = words.index("--run-dir")
-    assert main(["evaluate", "linear", *words[:place], *words[place + 2 :]]) == 2
+def test_a_run_needs_a_folder(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    index = arguments.index("--run-dir")
+    assert main(["evaluate", "linear", *arguments[:index], *arguments[index + 2 :]]) == 2
     assert "run.dir: missing; set it in the file or as run.dir=VALUE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("protocol", ["linear", "finetune"])
-def test_the_file_of_a_protocol_has_the_numbers_that_it_has_without(protocol: str) -> None:
+def test_the_configuration_file_of_a_protocol_equals_its_defaults(protocol: str) -> None:
     from launch.evaluation.config import FinetuneEvaluation, LinearEvaluation
     from mcl_dist.config import load_config
 
@@ -111,25 +111,25 @@ def test_the_file_of_a_protocol_has_the_numbers_that_it_has_without(protocol: st
     assert of_file == load_config(schema, None, [f"run.dir=runs/{protocol}"])
 
 
-def test_splits_share_no_folder() -> None:
+def test_each_split_has_its_own_folders() -> None:
     from launch.evaluation.config import LinearEvaluation
     from mcl_dist.config import load_config
 
     config = load_config(LinearEvaluation, None, ["run.dir=runs/a", "checkpoint.folder=s3://bucket/a"])
-    split = config.below("split-2")
+    split = config.in_subfolder("split-2")
     assert (split.run.dir, split.checkpoint.folder) == ("runs/a/split-2", "s3://bucket/a/split-2")
-    assert load_config(LinearEvaluation, None, ["run.dir=runs/a"]).below("split-2").checkpoint.folder is None
+    assert load_config(LinearEvaluation, None, ["run.dir=runs/a"]).in_subfolder("split-2").checkpoint.folder is None
 
 
-class Gone(io.StringIO):
-    """A terminal whose reader went away."""
+class ClosedPipe(io.StringIO):
+    """A standard output whose reader is gone."""
 
     def flush(self) -> None:
         raise BrokenPipeError
 
 
-def test_scores_that_nobody_reads_are_no_reason_to_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdout", Gone())
+def test_a_closed_pipe_is_an_error_that_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", ClosedPipe())
     config = build_config(LinearEvaluation, {"run": {"dir": "unused"}})
-    with pytest.raises(UserError, match="prints them again"):
-        tell_once(Job("linear", "random", ["a"], ["b"]), [SCORES], config)
+    with pytest.raises(UserError, match="standard output: closed before the scores were read"):
+        print_scores_once(Job("linear", "random", ["a"], ["b"]), [SCORES], config)

@@ -15,20 +15,13 @@ import pytest
 
 from launch.cli.main import main
 from launch.terminal.sparkline import sparkline
-from launch.terminal.units import counted, duration, number, printable, ratio, size
+from launch.terminal.units import format_bytes, format_counts, format_duration, format_number, format_percent, printable
 from mcl_dist.errors import EXIT_FAILURE, EXIT_USAGE
-from mcl_dist.events import CheckpointWritten, Evaluated, Event, Notice, Started, StepDone
-from mcl_dist.run_log.listeners import EventLog, MetricsFile
+from mcl_dist.events import CheckpointWritten, Evaluated, Notice, Started, StepDone
 from monitoring.history.run_view import VERSION
+from tests.support.run_files import write_events
 
 SECONDS = 10
-
-
-def write(folder: Path, *events: Event) -> None:
-    listeners = (MetricsFile(folder / "metrics.jsonl"), EventLog(folder / "log.jsonl"))
-    for event in events:
-        for listener in listeners:
-            listener(event)
 
 
 def done(step: int) -> StepDone:
@@ -39,7 +32,7 @@ def done(step: int) -> StepDone:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "first"
-    write(
+    write_events(
         folder,
         Started(0, 100, None),
         *[done(step) for step in range(1, 41)],
@@ -49,7 +42,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_run_is_printed_as_plain_text_where_nobody_watches(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_printed_as_plain_text_without_a_terminal(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["monitor", str(run)]) == 0
     text = capsys.readouterr().out
     assert "\033" not in text
@@ -58,54 +51,54 @@ def test_a_run_is_printed_as_plain_text_where_nobody_watches(run: Path, capsys: 
     assert lines[0].startswith("first")
     assert "step 40 of 100" in lines[1]
     for label, value in (
-        ("kNN", "top-1 50%"),
+        ("online kNN", "top-1 50%"),
         ("total loss", "0.225"),
         ("inter", "0.200"),
         ("videos/s", "16.0"),
-        ("waiting", "12%"),
+        ("data wait", "12%"),
     ):
         assert any(line.split("  ")[0] == label and value in line for line in lines), label
     assert "step 40" in next(line for line in lines if line.startswith("checkpoint"))
 
 
-def test_json_is_what_is_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output_is_the_run_view(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["monitor", str(run), "--json"]) == 0
     view = json.loads(capsys.readouterr().out)
     assert (view["version"], view["run"], view["state"], view["step"]) == (VERSION, "first", "running", 40)
 
 
-def test_a_text_of_others_is_nothing_but_text(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(run, Notice("\033]0;taken\a[red]bad[/red]\nname"))
+def test_control_characters_and_markup_in_messages_are_inert(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_events(run, Notice("\033]0;taken\a[red]bad[/red]\nname"))
     assert main(["monitor", str(run)]) == 0
     assert "�]0;taken�[red]bad[/red] name" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda _: None, "no such run folder"),
         (lambda folder: folder.mkdir(), "no run has written there yet"),
         (lambda folder: folder.write_text(""), "no such run folder"),
     ],
 )
-def test_a_run_that_is_not_there_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], None], says: str
+def test_a_missing_run_is_reported_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], None], message: str
 ) -> None:
     make(tmp_path / "run")
     assert main(["monitor", str(tmp_path / "run")]) == EXIT_FAILURE
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert says in error
+    assert message in error
 
 
-def test_a_run_without_a_step_yet_is_shown_as_starting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(tmp_path, Started(0, 100, None))
+def test_a_run_without_a_step_is_starting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_events(tmp_path, Started(0, 100, None))
     assert main(["monitor", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[0].endswith("starting")
 
 
 @pytest.mark.parametrize("interval", ["0", "-1", "nan"])
-def test_an_interval_that_is_none_is_wrong_usage(run: Path, capsys: pytest.CaptureFixture[str], interval: str) -> None:
+def test_a_non_positive_interval_is_a_usage_error(run: Path, capsys: pytest.CaptureFixture[str], interval: str) -> None:
     assert main(["monitor", str(run), f"--interval={interval}"]) == EXIT_USAGE
     assert "--interval: found" in capsys.readouterr().err
 
@@ -121,99 +114,101 @@ def test_a_sparkline_keeps_gaps_extremes_and_its_width() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (number(None), "-"),
-        (number(0.0), "0"),
-        (number(0.0267), "0.0267"),
-        (number(12345.6), "12,346"),
-        (number(1.0e-6), "1.00e-06"),
-        (ratio(0.0234), "2.3%"),
-        (ratio(0.94), "94%"),
-        (size(412e6), "412 MB"),
-        (size(1.5e15), "1,500 TB"),
-        (duration(0.25), "0.25 s"),
-        (duration(59.7), "1 min"),
-        (duration(3725), "1 h 2 min"),
-        (duration(90000), "1 d 1 h"),
-        (counted({"stall": 3, "reset": 0}), "3 (stall 3)"),
-        (counted({}), "0"),
+        (format_number(None), "-"),
+        (format_number(0.0), "0"),
+        (format_number(0.0267), "0.0267"),
+        (format_number(12345.6), "12,346"),
+        (format_number(1.0e-6), "1.00e-06"),
+        (format_percent(0.0234), "2.3%"),
+        (format_percent(0.94), "94%"),
+        (format_bytes(412e6), "412 MB"),
+        (format_bytes(1.5e15), "1,500 TB"),
+        (format_duration(0.25), "0.25 s"),
+        (format_duration(59.7), "1 min"),
+        (format_duration(3725), "1 h 2 min"),
+        (format_duration(90000), "1 d 1 h"),
+        (format_counts({"stall": 3, "reset": 0}), "3 (stall 3)"),
+        (format_counts({}), "0"),
         (printable("a\tb\n\033c"), "a b �c"),
     ],
 )
-def test_numbers_are_told_with_what_matters_of_them(text: str, expected: str) -> None:
+def test_numbers_are_formatted_with_units(text: str, expected: str) -> None:
     assert text == expected
 
 
 class Terminal:
-    """A shell in a tmux of its own."""
+    """A shell in a separate tmux server."""
 
     def __init__(self, folder: Path) -> None:
         self._tmux = ("tmux", "-f", "/dev/null", "-S", str(folder / f"tmux-{uuid4().hex[:8]}"))
-        self._do("new-session", "-d", "-x", "80", "-y", "24", "-s", "a", "COLUMNS=80 LINES=24 sh")
+        self._run("new-session", "-d", "-x", "80", "-y", "24", "-s", "a", "COLUMNS=80 LINES=24 sh")
 
-    def _do(self, *words: str) -> str:
-        return subprocess.run([*self._tmux, *words], check=True, capture_output=True, text=True, timeout=SECONDS).stdout
+    def _run(self, *arguments: str) -> str:
+        return subprocess.run(
+            [*self._tmux, *arguments], check=True, capture_output=True, text=True, timeout=SECONDS
+        ).stdout
 
     def type(self, *keys: str) -> None:
-        self._do("send-keys", "-t", "a", *keys)
+        self._run("send-keys", "-t", "a", *keys)
 
     def resize(self, columns: int, lines: int) -> None:
-        self._do("resize-window", "-t", "a", "-x", str(columns), "-y", str(lines))
+        self._run("resize-window", "-t", "a", "-x", str(columns), "-y", str(lines))
 
     def screen(self) -> list[str]:
-        return self._do("capture-pane", "-t", "a", "-p").splitlines()
+        return self._run("capture-pane", "-t", "a", "-p").splitlines()
 
     def is_alternate(self) -> bool:
-        return self._do("display-message", "-t", "a", "-p", "#{alternate_on}#{cursor_flag}").strip() == "10"
+        return self._run("display-message", "-t", "a", "-p", "#{alternate_on}#{cursor_flag}").strip() == "10"
 
-    def until(self, is_so: Callable[[list[str]], bool]) -> list[str]:
+    def wait_for(self, condition: Callable[[list[str]], bool]) -> list[str]:
         deadline = time.monotonic() + SECONDS
-        while not is_so(lines := self.screen()):
+        while not condition(lines := self.screen()):
             if time.monotonic() > deadline:
-                pytest.fail("never seen:\n" + "\n".join(lines))
+                pytest.fail("not seen in time:\n" + "\n".join(lines))
             time.sleep(0.05)
         return lines
 
     def close(self) -> None:
-        self._do("kill-server")
+        self._run("kill-server")
 
 
 @pytest.fixture
 def terminal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
     if shutil.which("tmux") is None:
-        pytest.skip("no tmux on this machine (Debian: apt install tmux)")
+        pytest.skip("tmux is not installed (Debian: apt install tmux)")
     opened = Terminal(tmp_path_factory.mktemp("t"))
     yield opened
     opened.close()
 
 
 def watch(terminal: Terminal, run: Path, *options: str) -> None:
-    words = [sys.executable, "-m", "launch.cli.main", "monitor", str(run), "--interval", "0.2", *options]
-    terminal.type(f"cd {shlex.quote(str(Path.cwd()))}; {shlex.join(words)}; echo left $?", "Enter")
+    command = [sys.executable, "-m", "launch.cli.main", "monitor", str(run), "--interval", "0.2", *options]
+    terminal.type(f"cd {shlex.quote(str(Path.cwd()))}; {shlex.join(command)}; echo exit code $?", "Enter")
 
 
-def test_a_terminal_is_filled_follows_the_run_and_its_size_and_is_given_back(terminal: Terminal, run: Path) -> None:
+def test_the_screen_follows_the_run_and_the_terminal_size_and_is_removed(terminal: Terminal, run: Path) -> None:
     watch(terminal, run)
-    lines = terminal.until(lambda lines: "step 40 of 100" in lines[1])
+    lines = terminal.wait_for(lambda lines: "step 40 of 100" in lines[1])
     assert terminal.is_alternate()
     assert all(len(line) <= 80 for line in lines)
     assert "running" in lines[0]
-    write(run, done(41))
-    terminal.until(lambda lines: "step 41 of 100" in lines[1])
+    write_events(run, done(41))
+    terminal.wait_for(lambda lines: "step 41 of 100" in lines[1])
     terminal.resize(200, 50)
-    lines = terminal.until(lambda lines: len(lines) == 50 and "step 41 of 100" in lines[1][150:])
-    assert "checkpoint" in "".join(line[100:] for line in lines)  # beside the curves now
+    lines = terminal.wait_for(lambda lines: len(lines) == 50 and "step 41 of 100" in lines[1][150:])
+    assert "checkpoint" in "".join(line[100:] for line in lines)  # now beside the sparklines
     terminal.resize(40, 6)
-    terminal.until(lambda lines: len(lines) == 6 and lines[0].startswith("first"))
+    terminal.wait_for(lambda lines: len(lines) == 6 and lines[0].startswith("first"))
     terminal.resize(80, 24)
     terminal.type("C-c")
-    lines = terminal.until(lambda lines: "left 0" in lines)
+    lines = terminal.wait_for(lambda lines: "exit code 0" in lines)
     assert not terminal.is_alternate()
-    assert any("step 41 of 100" in line for line in lines)  # the last view stays
+    assert any("step 41 of 100" in line for line in lines)  # the last view remains
 
 
-def test_a_folder_that_vanishes_leaves_the_last_view_and_says_so(terminal: Terminal, run: Path) -> None:
+def test_a_deleted_run_folder_keeps_the_last_view_and_shows_the_error(terminal: Terminal, run: Path) -> None:
     watch(terminal, run)
-    terminal.until(lambda lines: "step 40 of 100" in lines[1])
+    terminal.wait_for(lambda lines: "step 40 of 100" in lines[1])
     shutil.rmtree(run)
-    lines = terminal.until(lambda lines: "no such run folder" in " ".join(" ".join(lines).split()))
+    lines = terminal.wait_for(lambda lines: "no such run folder" in " ".join(" ".join(lines).split()))
     assert "step 40 of 100" in lines[1]

@@ -1,4 +1,4 @@
-"""`mcl pretrain` as its user runs it: a real shard set, the DeepSpeed launcher, two ranks."""
+"""`mcl pretrain` end to end: a real shard set, the DeepSpeed launcher, two ranks."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from safetensors.torch import load_file
 
 from launch.cli.main import main
 from tests.support.paths import REPOSITORY
-from tests.support.processes import of_run
+from tests.support.processes import pids_of_run
 
 CONFIG = str(REPOSITORY / "configs" / "pretrain" / "tiny.yaml")
 SMALL = ("data.crop=48", "encoder.width=4", "heads.dim=8", "objective.queue=64", "train.global_batch=4")
-NO_REPORT = "run.report=false"  # what it costs is another test's matter
+NO_REPORT = "run.report=false"  # another test measures its cost
 LOSSES = ("loss", "loss_inter", "loss_intra", "loss_alignment", "loss_order")
 KEYS = ("step", "epoch", *LOSSES, "learning_rate", "videos_per_second", "data_wait_ratio")
 LENGTH = ("train.steps=24", "checkpoint.every=8")
 SECONDS = 300
 
 
-def words(shards: Path, run: Path, *more: str) -> list[str]:
+def arguments_for(shards: Path, run: Path, *more: str) -> list[str]:
     return ["--config", CONFIG, f"data.train={shards}", f"run.dir={run}", NO_REPORT, *SMALL, *more]
 
 
@@ -44,7 +44,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def finished(process: subprocess.Popen[str]) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     output, _ = process.communicate(timeout=SECONDS)
     return process.returncode, output
 
@@ -54,14 +54,14 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 
 def kill_everything(process: subprocess.Popen[str], run: Path) -> None:
-    """As a machine that loses power: the launchers and every rank at once."""
-    for pid in of_run(run):
+    """Kill the launchers and every rank at once, like a power failure."""
+    for pid in pids_of_run(run):
         os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=SECONDS)
 
 
-def kill_the_command(process: subprocess.Popen[str], run: Path) -> None:  # noqa: ARG001
-    """What a person's `kill -9` hits: the ranks that it leaves behind save before they go."""
+def kill_command(process: subprocess.Popen[str], run: Path) -> None:  # noqa: ARG001
+    """Kill only the command, like a user's `kill -9`; its ranks save before they exit."""
     process.kill()
     process.communicate(timeout=SECONDS)
 
@@ -69,13 +69,13 @@ def kill_the_command(process: subprocess.Popen[str], run: Path) -> None:  # noqa
 @pytest.fixture(scope="module")
 def finished_run(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     run = tmp_path_factory.mktemp("run")
-    code, output = finished(start(*words(synthetic_shards, run, *LENGTH, "run.report=true"), "--ranks", "2"))
+    code, output = finish(start(*arguments_for(synthetic_shards, run, *LENGTH, "run.report=true"), "--ranks", "2"))
     assert code == 0, output
     return run, output
 
 
 @pytest.mark.slow
-def test_two_ranks_train_and_leave_a_line_a_step(finished_run: tuple[Path, str]) -> None:
+def test_two_ranks_train_and_log_every_step(finished_run: tuple[Path, str]) -> None:
     run, output = finished_run
     lines = metrics(run)
     assert [line["step"] for line in lines] == list(range(1, 25))
@@ -87,15 +87,15 @@ def test_two_ranks_train_and_leave_a_line_a_step(finished_run: tuple[Path, str])
         "step-000000024",
     ]
     assert (run / "config.yaml").exists()
-    assert "Where the alignment map looks" in (run / "report.html").read_text()
+    assert "<h2>Alignment</h2>" in (run / "report.html").read_text()
 
 
 @pytest.mark.slow
-def test_the_deepspeed_launcher_alone_does_the_same(
+def test_the_deepspeed_launcher_alone_trains_the_same_run(
     synthetic_shards: Path, finished_run: tuple[Path, str], tmp_path: Path
 ) -> None:
     launcher = Path(sys.executable).with_name("deepspeed")
-    arguments = [*LENGTH, *words(synthetic_shards, tmp_path)]  # on both sides of an option
+    arguments = [*LENGTH, *arguments_for(synthetic_shards, tmp_path)]  # overrides before and after an option
     result = subprocess.run(
         [launcher, "--num_gpus", "2", REPOSITORY / "launch" / "pretrain.py", *arguments],
         env={**os.environ, "MASTER_PORT": "0", "PATH": f"{launcher.parent}:{os.environ['PATH']}"},
@@ -110,20 +110,20 @@ def test_the_deepspeed_launcher_alone_does_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kill", "every"), [(kill_everything, 8), (kill_the_command, 1)])
-def test_a_killed_run_goes_on_from_its_checkpoint_and_says_so(
+@pytest.mark.parametrize(("kill", "every"), [(kill_everything, 8), (kill_command, 1)])
+def test_a_killed_run_resumes_from_its_checkpoint_and_reports_it(
     synthetic_shards: Path,
     finished_run: tuple[Path, str],
     tmp_path: Path,
     kill: Callable[[subprocess.Popen[str], Path], None],
     every: int,
 ) -> None:
-    arguments = [*words(synthetic_shards, tmp_path, *LENGTH), "--ranks", "2"]
-    hurt = start(*arguments)
-    assert hurt.stdout is not None
-    assert any("checkpoint of step 8" in line for line in hurt.stdout)
-    kill(hurt, tmp_path)
-    code, output = finished(start(*arguments))
+    arguments = [*arguments_for(synthetic_shards, tmp_path, *LENGTH), "--ranks", "2"]
+    killed = start(*arguments)
+    assert killed.stdout is not None
+    assert any("checkpoint of step 8" in line for line in killed.stdout)
+    kill(killed, tmp_path)
+    code, output = finish(start(*arguments))
     assert code == 0, output
     resumed = re.search(r"resumed from \S+/step-0*(\d+), \1 of 24 steps done", output)
     assert resumed, output
@@ -139,58 +139,55 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_says_so(
         ("run.seed=7", "made with run.seed=0, now 7"),
     ],
 )
-def test_a_run_folder_of_another_run_is_refused(
+def test_the_folder_of_another_run_is_refused(
     synthetic_shards: Path, finished_run: tuple[Path, str], change: str, message: str
 ) -> None:
     run, _ = finished_run
-    code, output = finished(start(*words(synthetic_shards, run, *LENGTH, change)))
+    code, output = finish(start(*arguments_for(synthetic_shards, run, *LENGTH, change)))
     assert code == 1
     assert [line for line in output.splitlines() if line.startswith("mcl: ") and message in line]
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_what_another_exported(
+def test_a_run_starts_from_the_exported_encoder_of_another(
     synthetic_shards: Path, finished_run: tuple[Path, str], tmp_path: Path
 ) -> None:
-    first, second, unmoved = (
-        tmp_path / "first.safetensors",
-        tmp_path / "second.safetensors",
-        "optimizer.learning_rate=0",
-    )
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    frozen = "optimizer.learning_rate=0"
     assert main(["export", str(finished_run[0]), "--format", "safetensors", "--out", str(first)]) == 0
-    settings = words(synthetic_shards, tmp_path / "run", "train.steps=1", unmoved, f"initial.weights={first}")
-    code, output = finished(start(*settings))
+    settings = arguments_for(synthetic_shards, tmp_path / "run", "train.steps=1", frozen, f"initial.weights={first}")
+    code, output = finish(start(*settings))
     assert code == 0, output
     assert f"initial weights from {first}; random: none" in output
     assert main(["export", str(tmp_path / "run"), "--format", "safetensors", "--out", str(second)]) == 0
-    given, taken = load_file(first), load_file(second)
-    assert given.keys() == taken.keys()
-    for name in given:
-        if "running_" not in name and "num_batches" not in name:  # BatchNorm saw a step
-            assert torch.equal(given[name], taken[name]), name
+    exported, initial = load_file(first), load_file(second)
+    assert exported.keys() == initial.keys()
+    for name in exported:
+        if "running_" not in name and "num_batches" not in name:  # BatchNorm updates these in a step
+            assert torch.equal(exported[name], initial[name]), name
 
 
 @pytest.mark.slow
-def test_a_damaged_video_is_replaced_and_listed_or_one_too_many_and_named(
+def test_a_damaged_video_is_replaced_and_listed_or_named_as_one_too_many(
     synthetic_shards: Path, tmp_path: Path
 ) -> None:
     damaged = Path(shutil.copytree(synthetic_shards, tmp_path / "shards"))
     tar = damaged / "shard-000000.tar"
     data = bytearray(tar.read_bytes())
-    still = data.rfind(b"\xff\xd8\xff")  # the last still of the last video, which the last rank reads
-    data[still : still + 4096] = bytes(len(data[still : still + 4096]))
+    jpeg = data.rfind(b"\xff\xd8\xff")  # the last frame of the last video, which the last rank reads
+    data[jpeg : jpeg + 4096] = bytes(len(data[jpeg : jpeg + 4096]))
     tar.chmod(0o644)
     tar.write_bytes(data)
     run = tmp_path / "run"
 
-    code, output = finished(start(*words(damaged, run, "train.steps=24"), "--ranks", "2"))
+    code, output = finish(start(*arguments_for(damaged, run, "train.steps=24"), "--ranks", "2"))
     assert code == 0, output
     (listed,) = map(json.loads, (run / "bad_samples-00001.jsonl").read_text().splitlines())
     assert listed["reason"] == "checksum"
     assert not (run / "bad_samples.jsonl").exists()
 
-    settings = words(damaged, run, "train.steps=99", "data.max_bad_fraction=0")
-    code, output = finished(start(*settings, "--ranks", "2"))
+    settings = arguments_for(damaged, run, "train.steps=99", "data.max_bad_fraction=0")
+    code, output = finish(start(*settings, "--ranks", "2"))
     assert code == 1
     (line,) = (line for line in output.splitlines() if line.startswith("mcl: rank 1: "))
     assert listed["key"] in line
@@ -204,7 +201,7 @@ def test_a_full_disk_ends_the_run_in_one_line(synthetic_shards: Path, tmp_path: 
     mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs -o size=200k none "$0" && exec "$@"']
     if subprocess.run([*mount, tmp_path, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this user may not mount a small disk in a namespace")
-    command = [sys.executable, "-m", "launch.cli.main", "pretrain", *words(synthetic_shards, tmp_path, *LENGTH)]
+    command = [sys.executable, "-m", "launch.cli.main", "pretrain", *arguments_for(synthetic_shards, tmp_path, *LENGTH)]
     result = subprocess.run([*mount, tmp_path, *command], capture_output=True, text=True, check=False, timeout=SECONDS)
     assert result.returncode == 1, result.stdout + result.stderr
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("mcl: "))
@@ -212,8 +209,8 @@ def test_a_full_disk_ends_the_run_in_one_line(synthetic_shards: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_missing_shard_set_is_named(tmp_path: Path) -> None:
-    code, output = finished(start(*words(tmp_path / "nothing", tmp_path / "run")))
+def test_a_missing_shard_set_is_named_in_one_line(tmp_path: Path) -> None:
+    code, output = finish(start(*arguments_for(tmp_path / "nothing", tmp_path / "run")))
     assert code == 1
     (line,) = (line for line in output.splitlines() if line.startswith("mcl: "))
     assert "nothing" in line
@@ -229,10 +226,10 @@ def test_a_missing_shard_set_is_named(tmp_path: Path) -> None:
         ("data.frames=18", "data.frames"),
     ],
 )
-def test_a_configuration_that_cannot_run_is_refused_before_anything_starts(
+def test_a_wrong_configuration_is_refused_before_anything_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
 ) -> None:
-    assert main(["pretrain", *words(tmp_path, tmp_path / "run", override), "--ranks", "2"]) == 2
+    assert main(["pretrain", *arguments_for(tmp_path, tmp_path / "run", override), "--ranks", "2"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("mcl: ")
     assert message in line
@@ -242,9 +239,12 @@ def test_a_configuration_that_cannot_run_is_refused_before_anything_starts(
 @pytest.mark.parametrize(
     "option", [("--ranks", "2"), ("--nodes", "2"), ("--node-rank", "0"), ("--master-addr", "node1")]
 )
-def test_an_option_that_a_hostfile_answers_is_refused_beside_it(
+def test_an_option_that_a_hostfile_replaces_is_refused_beside_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, str]
 ) -> None:
-    assert main(["pretrain", *words(tmp_path, tmp_path / "run"), "--hostfile", str(tmp_path / "hosts"), *option]) == 2
+    assert (
+        main(["pretrain", *arguments_for(tmp_path, tmp_path / "run"), "--hostfile", str(tmp_path / "hosts"), *option])
+        == 2
+    )
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"mcl: {option[0]}: found {option[1]} beside --hostfile")

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from dataloading.shards.format import MANIFEST, manifest_from
+from dataloading.shards.format import MANIFEST, parse_manifest
 from launch.cli.main import main
-from launch.evaluation.encoder_under_test import EncoderUnderTest, load_pretrain_config, load_subject
-from launch.evaluation.frozen_protocols import check_classes, evaluate_frozen
-from launch.evaluation.results_log import kept
+from launch.evaluation.encoder_under_test import EncoderUnderTest, load_encoder_under_test, load_pretrain_config
+from launch.evaluation.frozen_protocols import evaluate_frozen
+from launch.evaluation.inputs import check_classes, check_split
+from launch.evaluation.results_log import read_results
 from launch.run.config import PretrainConfig
 from mcl_dist.config import build_config, dump_config
 from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import UserError
-from mcl_dist.evaluation.feature_cache import digest_of
+from mcl_dist.evaluation.feature_cache import module_digest
 from mcl_dist.evaluation.metrics import Scores
 from mcl_dist.model.network import Network
 from mcl_dist.objective.momentum_encoder import MomentumEncoder
@@ -44,27 +45,27 @@ def config_file(tmp_path: Path) -> str:
     return str(path)
 
 
-def _save(run: str, step: int) -> None:
-    """A checkpoint of an encoder that was never trained, of a seed that the step tells."""
+def _save_checkpoint(run: str, step: int) -> None:
+    """Write a checkpoint of an untrained network with a seed that depends on the step."""
     from mcl_dist.checkpoint import CheckpointManager
 
     torch.manual_seed(8 + step)
     network = Network(CONFIG.encoder, CONFIG.heads)
     momentum = MomentumEncoder(network, ProcessGroup(), seed=0, autocast=False)
-    learner = PretrainState(network, momentum, NegativeQueue(torch.rand(4, 8)))
-    CheckpointManager(f"{run}/checkpoints", ProcessGroup()).save(learner.share(step, {}, dataclasses.asdict(CONFIG)))
+    state = PretrainState(network, momentum, NegativeQueue(torch.rand(4, 8)))
+    CheckpointManager(f"{run}/checkpoints", ProcessGroup()).save(state.shard(step, {}, dataclasses.asdict(CONFIG)))
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> str:
-    """A run folder with a checkpoint of step 3, of another seed than `CONFIG`."""
-    _save(str(tmp_path / "run"), step=3)
+    """A run folder with a checkpoint of step 3; its seed differs from `CONFIG`'s."""
+    _save_checkpoint(str(tmp_path / "run"), step=3)
     return str(tmp_path / "run")
 
 
 @pytest.fixture(autouse=True)
 def features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where features are kept, instead of in the home of whoever runs the tests."""
+    """The folder of the feature cache, below a temporary home."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return tmp_path / "home" / ".cache" / "mcl-dist" / "features"
 
@@ -75,15 +76,15 @@ def _evaluate(checkpoint: str, shards: Path, *more: str, protocol: str = "svm", 
 
 
 def _changed(shards: Path, folder: Path, classes: tuple[str, ...]) -> Path:
-    """The set with other names of its classes."""
+    """Copy the set with other class names."""
     shutil.copytree(shards, folder)
-    manifest = manifest_from((folder / MANIFEST).read_bytes(), MANIFEST)
+    manifest = parse_manifest((folder / MANIFEST).read_bytes(), MANIFEST)
     (folder / MANIFEST).write_bytes(dataclasses.replace(manifest, classes=classes).to_json())
     return folder
 
 
 def _classes(shards: Path) -> tuple[str, ...]:
-    return manifest_from((shards / MANIFEST).read_bytes(), MANIFEST).classes
+    return parse_manifest((shards / MANIFEST).read_bytes(), MANIFEST).classes
 
 
 @pytest.mark.parametrize("protocol", ["svm", "knn", "retrieval"])
@@ -103,10 +104,10 @@ def test_json_has_scores_intervals_classes_and_confusion(
     assert [each["name"] for each in split["classes"]] == list(_classes(synthetic_shards))
     assert sum(map(sum, split["confusion"])) == 16
     if protocol != "svm":
-        assert found["top1"] == 1  # a video's nearest is itself
+        assert found["top1"] == 1  # a video's nearest neighbour is itself
 
 
-def test_several_splits_are_told_with_their_mean(
+def test_several_splits_are_reported_with_their_mean(
     checkpoint: str, synthetic_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again = ("--train", str(synthetic_shards), "--test", str(synthetic_shards), "--json")
@@ -116,60 +117,59 @@ def test_several_splits_are_told_with_their_mean(
     assert found["top1"] == found["splits"][0]["top1"]
 
 
-def test_all_splits_are_of_the_checkpoint_that_was_the_newest_at_the_start(
+def test_all_splits_evaluate_the_checkpoint_that_was_the_newest_at_the_start(
     checkpoint: str, synthetic_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    digests = []
 
-    def while_the_run_goes_on(subject: EncoderUnderTest, *arguments: Any) -> Scores | None:
-        _save(checkpoint, step=4 + len(seen))
-        seen.append(digest_of(subject.encoder))
-        return evaluate_frozen(subject, *arguments)
+    def evaluate_during_training(under_test: EncoderUnderTest, *arguments: Any) -> Scores | None:
+        _save_checkpoint(checkpoint, step=4 + len(digests))
+        digests.append(module_digest(under_test.encoder))
+        return evaluate_frozen(under_test, *arguments)
 
     (Path(checkpoint) / "config.yaml").write_text(dump_config(CONFIG))
-    monkeypatch.setattr("launch.evaluation.frozen_protocols.evaluate_frozen", while_the_run_goes_on)
+    monkeypatch.setattr("launch.evaluation.frozen_protocols.evaluate_frozen", evaluate_during_training)
     again = ("--train", str(synthetic_shards), "--test", str(synthetic_shards))
     assert _evaluate(checkpoint, synthetic_shards, *again, protocol="knn") == 0
-    assert len(seen) == 2
-    assert len(set(seen)) == 1
-    assert [line["step"] for line in kept(Path(checkpoint))] == [3]
+    assert len(digests) == 2
+    assert len(set(digests)) == 1
+    assert [line["step"] for line in read_results(Path(checkpoint))] == [3]
 
 
-def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_evaluated(
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_evaluated(
     checkpoint: str, synthetic_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _save(checkpoint, step=5)
+    _save_checkpoint(checkpoint, step=5)
     network = Path(checkpoint) / "checkpoints" / "step-000000005" / "network.safetensors"
     network.write_bytes(network.read_bytes()[:-1])
     assert _evaluate(checkpoint, synthetic_shards, protocol="knn") == 0
-    told = capsys.readouterr().err
-    assert "step-000000005: network.safetensors" in told
-    assert "step-000000003 is taken instead" in told
+    errors = capsys.readouterr().err
+    assert "step-000000005: network.safetensors" in errors
+    assert "step-000000003 instead" in errors
 
 
-def test_an_unequal_number_of_sets_is_wrong_usage(checkpoint: str, synthetic_shards: Path) -> None:
+def test_different_numbers_of_training_and_test_sets_are_a_usage_error(checkpoint: str, synthetic_shards: Path) -> None:
     assert _evaluate(checkpoint, synthetic_shards, "--train", str(synthetic_shards)) == 2
 
 
-def test_a_second_protocol_finds_the_features_of_the_first(
+def test_a_second_protocol_reuses_the_features_of_the_first(
     checkpoint: str, synthetic_shards: Path, capsys: pytest.CaptureFixture[str], features: Path
 ) -> None:
     assert _evaluate(checkpoint, synthetic_shards, protocol="knn") == 0
-    assert "kept in" in capsys.readouterr().err
-    kept = list(features.iterdir())
-    assert len(kept) == 1  # both sets are the same
+    assert "cached in" in capsys.readouterr().err
+    assert len(list(features.iterdir())) == 1  # both sets are the same
     assert _evaluate(checkpoint, synthetic_shards, protocol="retrieval") == 0
-    assert capsys.readouterr().err.count("taken from") == 2
+    assert capsys.readouterr().err.count("read from") == 2
     assert _evaluate(checkpoint, synthetic_shards, "clips.crops=3", protocol="retrieval") == 0
-    assert "taken from" not in capsys.readouterr().err.splitlines()[0]
+    assert "read from" not in capsys.readouterr().err.splitlines()[0]
 
 
 @pytest.mark.slow
-def test_ranks_make_the_features_of_one_process_though_they_do_not_divide_the_videos(
+def test_three_ranks_extract_the_features_of_one_although_they_do_not_divide_the_videos(
     checkpoint: str, synthetic_shards: Path, capfd: pytest.CaptureFixture[str], features: Path
 ) -> None:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as three ranks of a small machine have; sums over more differ in their last bit
+    torch.set_num_threads(1)  # like three ranks of a small machine; more threads change the last bit of sums
     try:
         assert _evaluate(checkpoint, synthetic_shards, "--json") == 0
     finally:
@@ -183,12 +183,12 @@ def test_ranks_make_the_features_of_one_process_though_they_do_not_divide_the_vi
     assert file.read_bytes() == expected
 
 
-def test_ranks_that_are_killed_are_told_in_one_line(
+def test_killed_ranks_are_reported_in_one_line(
     checkpoint: str, synthetic_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("launch.cli.evaluate.launch_ranks", lambda *_: 247)
+    monkeypatch.setattr("launch.evaluation.launch_job.launch_ranks", lambda *_: 247)
     assert _evaluate(checkpoint, synthetic_shards, "--ranks", "2") == 1
-    assert capsys.readouterr().err.endswith("for want of memory; use fewer --ranks\n")
+    assert capsys.readouterr().err.endswith("for lack of memory; use fewer --ranks\n")
 
 
 def test_an_evaluation_repeats_exactly(
@@ -202,38 +202,38 @@ def test_an_evaluation_repeats_exactly(
     assert outputs[0].startswith("top-1 ")
 
 
-def test_random_may_have_a_configuration_of_its_own_beside_the_evaluations(
+def test_random_takes_a_pretraining_configuration_beside_the_evaluation_configuration(
     config_file: str, synthetic_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     both = ("--pretrain", config_file, "--config", "configs/evaluate/svm.yaml", "--json")
     found = []
     for seed in ("5", "5", "6"):
         assert _evaluate("random", synthetic_shards, *both, f"pretrain.run.seed={seed}", "svm.cost=2") == 0
-        found.append(capsys.readouterr().err.count("taken from"))
-    assert found == [1, 2, 1]  # both sets are the same; 5 again finds its features, 6 is another encoder
+        found.append(capsys.readouterr().err.count("read from"))
+    assert found == [1, 2, 1]  # both sets are the same; the second 5 reuses the features, 6 is another encoder
 
 
-def test_a_checkpoint_brings_its_own_clips_and_encoder(checkpoint: str) -> None:
-    subject = load_subject(checkpoint)
-    assert dataclasses.astuple(subject.geometry) == (8, 4, 32)
-    assert subject.encoder.config == CONFIG.encoder
+def test_a_checkpoint_determines_the_clips_and_the_encoder(checkpoint: str) -> None:
+    under_test = load_encoder_under_test(checkpoint)
+    assert dataclasses.astuple(under_test.geometry) == (8, 4, 32)
+    assert under_test.encoder.config == CONFIG.encoder
 
 
-def test_an_evaluation_may_show_other_clips_than_the_pretraining(checkpoint: str) -> None:
+def test_an_evaluation_can_use_other_clips_than_the_pretraining(checkpoint: str) -> None:
     from dataloading.loader.probe_clips import ClipsConfig
 
-    shown = load_subject(checkpoint).shown(ClipsConfig(frames=16))
-    assert dataclasses.astuple(shown) == (16, 4, 32)
+    geometry = load_encoder_under_test(checkpoint).clip_geometry(ClipsConfig(frames=16))
+    assert dataclasses.astuple(geometry) == (16, 4, 32)
 
 
-def test_random_is_the_start_of_a_run_of_that_seed(config_file: str) -> None:
+def test_random_is_the_initial_encoder_of_a_run_with_that_seed(config_file: str) -> None:
     torch.manual_seed(5)
     expected = Network(CONFIG.encoder, CONFIG.heads).encoder.state_dict()
-    found = load_subject("random", load_pretrain_config(config_file)).encoder.state_dict()
+    found = load_encoder_under_test("random", load_pretrain_config(config_file)).encoder.state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_a_missing_checkpoint_is_told_in_one_line(
+def test_a_missing_checkpoint_is_reported_in_one_line(
     tmp_path: Path, synthetic_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _evaluate(str(tmp_path / "nowhere"), synthetic_shards) == 1
@@ -242,7 +242,7 @@ def test_a_missing_checkpoint_is_told_in_one_line(
     assert error.count("\n") == 1
 
 
-def test_a_missing_shard_set_is_told_in_one_line(
+def test_a_missing_shard_set_is_reported_in_one_line(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _evaluate(checkpoint, tmp_path / "no-set") == 1
@@ -252,25 +252,27 @@ def test_a_missing_shard_set_is_told_in_one_line(
 
 
 @pytest.mark.parametrize("more", [(), ("run.seed=1",)])
-def test_random_without_a_configuration_is_wrong_usage(
+def test_random_without_a_configuration_is_a_usage_error(
     more: tuple[str, ...], synthetic_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _evaluate("random", synthetic_shards, *more) == 2
     assert "--pretrain" in capsys.readouterr().err
 
 
-def test_a_pretraining_beside_a_checkpoint_is_wrong_usage(
+def test_a_pretraining_configuration_beside_a_checkpoint_is_a_usage_error(
     checkpoint: str, config_file: str, synthetic_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _evaluate(checkpoint, synthetic_shards, "--pretrain", config_file) == 2
-    assert "--pretrain: says what `random` is" in capsys.readouterr().err
+    assert "--pretrain: configures --checkpoint random" in capsys.readouterr().err
 
 
-def test_an_override_of_a_pretraining_that_is_not_named_is_wrong_usage(checkpoint: str, synthetic_shards: Path) -> None:
+def test_an_override_without_a_pretraining_configuration_is_a_usage_error(
+    checkpoint: str, synthetic_shards: Path
+) -> None:
     assert _evaluate(checkpoint, synthetic_shards, "pretrain.data.crop=16") == 2
 
 
-def test_an_unknown_key_is_wrong_usage_before_anything_is_read(
+def test_an_unknown_key_is_a_usage_error_before_any_set_is_read(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _evaluate(checkpoint, tmp_path / "no-set", "knn.neighbors=3", protocol="knn") == 2
@@ -278,44 +280,43 @@ def test_an_unknown_key_is_wrong_usage_before_anything_is_read(
 
 
 @pytest.mark.parametrize("option", [("--clips", "0"), ("--cost", "-1")])
-def test_impossible_numbers_are_wrong_usage(option: tuple[str, str], synthetic_shards: Path) -> None:
-    with pytest.raises(SystemExit) as left:
+def test_impossible_numbers_are_usage_errors(option: tuple[str, str], synthetic_shards: Path) -> None:
+    with pytest.raises(SystemExit) as exit_info:
         _evaluate("random", synthetic_shards, *option)
-    assert left.value.code == 2
+    assert exit_info.value.code == 2
 
 
-def test_sets_of_other_classes_are_refused() -> None:
+def test_sets_with_different_classes_are_refused() -> None:
     check_classes("a", ("run", "walk"), "b", ("run", "walk"))
-    with pytest.raises(UserError, match="`walk` is in one alone"):
+    with pytest.raises(UserError, match="only one set has `walk`"):
         check_classes("a", ("run", "walk"), "b", ("run",))
 
 
-def test_sets_that_cannot_be_learnt_from_are_refused_in_one_line(
+def test_sets_without_labels_or_without_training_videos_are_refused_in_one_line(
     checkpoint: str, synthetic_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, *others = _classes(synthetic_shards)
     unlabelled = _changed(synthetic_shards, tmp_path / "unlabelled", ("unlabelled", *others))
     empty = _changed(synthetic_shards, tmp_path / "empty", (first, *others, "zz"))
-    for shards, what in ((unlabelled, "videos without a label"), (empty, "class `zz` has no video, so nothing")):
+    for shards, message in ((unlabelled, "videos without a label"), (empty, "class `zz` has no training video")):
         assert _evaluate(checkpoint, shards) == 1
         error = capsys.readouterr().err
-        assert what in error
+        assert message in error
         assert str(shards) in error
         assert error.count("\n") == 1
 
 
-def test_a_class_without_a_test_video_is_told_and_left_out_of_the_mean(
+def test_a_class_without_a_test_video_is_reported_and_left_out_of_the_mean(
     synthetic_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from dataloading.reading.shard_set import ShardSet
-    from launch.evaluation.frozen_protocols import check_split
 
     empty = _changed(synthetic_shards, tmp_path / "empty", (*_classes(synthetic_shards), "zz"))
     train, test = ShardSet(str(empty)), ShardSet(str(empty))
     train.labels, test.labels = np.arange(17), np.arange(16)
-    check_split("train", train, "test", test, told=False)
+    check_split("train", train, "test", test, warn=False)
     assert not capsys.readouterr().err
-    check_split("train", train, "test", test, told=True)
+    check_split("train", train, "test", test, warn=True)
     assert "test: class `zz` has no video; the mean over classes leaves it out" in capsys.readouterr().err
 
 
@@ -324,7 +325,7 @@ def test_a_stride_that_the_set_does_not_store_is_refused_in_one_line(
 ) -> None:
     folder = tmp_path / "every-third"
     shutil.copytree(synthetic_shards, folder)
-    manifest = manifest_from((folder / MANIFEST).read_bytes(), MANIFEST)
+    manifest = parse_manifest((folder / MANIFEST).read_bytes(), MANIFEST)
     changed = dataclasses.replace(manifest, build={**manifest.build, "keep_every": 3})
     (folder / MANIFEST).write_bytes(changed.to_json())
     assert _evaluate(checkpoint, folder) == 2

@@ -11,7 +11,7 @@ import pytest
 
 from launch.pretraining.compose import IMMUTABLE_KEYS
 from launch.run.config import PretrainConfig
-from launch.run.parts import listening, resume
+from launch.run.parts import open_listeners, resume
 from mcl_dist.config import load_config
 from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import UserError
@@ -19,8 +19,8 @@ from mcl_dist.run_log.goodput import StartInfo
 from mcl_dist.run_log.listeners import Console
 
 
-def described(*changes: str) -> dict[str, Any]:
-    """A configuration as checkpoints have it."""
+def stored_config(*changes: str) -> dict[str, Any]:
+    """A configuration as checkpoints store it."""
     config = load_config(PretrainConfig, None, ["data.train=set", "run.dir=run", *changes])
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
@@ -33,20 +33,20 @@ def described(*changes: str) -> dict[str, Any]:
         ("optimizer.name=adamw", "optimizer.name=sgd, now adamw"),
     ],
 )
-def test_a_run_whose_order_or_optimizer_was_changed_is_another_run(change: str, found: str) -> None:
-    snapshot = SimpleNamespace(step=4, config=described())
+def test_a_run_with_another_sample_order_or_optimizer_does_not_resume(change: str, found: str) -> None:
+    snapshot = SimpleNamespace(step=4, config=stored_config())
     checkpoints: Any = SimpleNamespace(
         latest=lambda _: (4, []), load=lambda _: snapshot, step_url=lambda _: "run/checkpoints/step-000000004"
     )
-    learner: Any = SimpleNamespace(restore=lambda *_: None)
+    state: Any = SimpleNamespace(restore=lambda *_: None)
     with pytest.raises(UserError, match=f"step-000000004: made with {found}; set it back"):
-        resume(learner, checkpoints, described(change), [], course=IMMUTABLE_KEYS)
-    assert resume(learner, checkpoints, described(), [], course=IMMUTABLE_KEYS) is snapshot
+        resume(state, checkpoints, stored_config(change), [], immutable_keys=IMMUTABLE_KEYS)
+    assert resume(state, checkpoints, stored_config(), [], immutable_keys=IMMUTABLE_KEYS) is snapshot
 
 
-def test_what_ends_a_run_is_told_though_its_log_cannot_be_written(tmp_path: Path) -> None:
+def test_an_error_is_raised_unchanged_if_the_log_cannot_be_written(tmp_path: Path) -> None:
     def run() -> NoReturn:
-        with listening(tmp_path, ProcessGroup(), StartInfo(0.0), Console(), nullcontext()):
+        with open_listeners(tmp_path, ProcessGroup(), StartInfo(0.0), Console(), nullcontext()):
             (tmp_path / "log.jsonl").mkdir()
             raise UserError("the store has failed")
 

@@ -1,4 +1,4 @@
-"""The report of a run that left all that a report shows: metrics, events, two checkpoints, evaluations."""
+"""Report of a run that has everything a report shows: metrics, events, two checkpoints, evaluations."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from launch.cli.main import main
-from launch.evaluation.results_log import ON_THE_WAY, add, kept
-from launch.report.report_alignment import look
-from launch.report.report_evaluations import evaluations
+from launch.evaluation.results_log import ONLINE, append_result, read_results
+from launch.report.report_alignment import measure_alignment
+from launch.report.report_evaluations import evaluations_section
 from launch.report.svg_chart import Curve, chart, ticks
 from launch.run.config import PretrainConfig
-from launch.terminal.units import number
+from launch.terminal.units import format_number
 from mcl_dist.batch import FIRST_KEY, QUERY, TubeletBatch
 from mcl_dist.checkpoint import CheckpointManager, read_snapshot
 from mcl_dist.config import build_config, dump_config
@@ -34,48 +34,45 @@ from mcl_dist.model.network import Network
 from mcl_dist.objective.alignment import align, alignment_map, automatic_gradient
 from mcl_dist.objective.momentum_encoder import MomentumEncoder
 from mcl_dist.objective.negative_queue import NegativeQueue
-from mcl_dist.run_log.listeners import EventLog, MetricsFile
 from mcl_dist.training.pretrain_state import PretrainState
-from tests.launch.report.test_shard_set_page import Elements, chromium
+from tests.support.browser import Elements, chromium
+from tests.support.run_files import write_events
 
 STEPS = 20
-PARTS = ("configuration", "curves", "evaluations", "tubelets", "alignment", "neighbours")
+SECTIONS = ("configuration", "curves", "evaluations", "tubelets", "alignment", "neighbours")
 HOSTILE = "<script>document.title='taken'</script>"
 
 
-def config_of(run: Path, shards: Path) -> PretrainConfig:
+def make_config(run: Path, shards: Path) -> PretrainConfig:
     data = {"train": str(shards), "frames": 16, "stride": 2, "crop": 32}
     tree = {"run": {"dir": str(run)}, "data": data, "encoder": {"width": 4, "blocks": [1, 1]}, "heads": {"dim": 8}}
     return build_config(PretrainConfig, tree)
 
 
-def checkpoint(run: Path, config: PretrainConfig, step: int) -> None:
+def save_checkpoint(run: Path, config: PretrainConfig, step: int) -> None:
     torch.manual_seed(step)
     network = Network(config.encoder, config.heads)
-    learner = PretrainState(
+    state = PretrainState(
         network, MomentumEncoder(network, ProcessGroup(), seed=0, autocast=False), NegativeQueue(torch.rand(4, 8))
     )
-    CheckpointManager(f"{run}/checkpoints", ProcessGroup()).save(learner.share(step, {}, dataclasses.asdict(config)))
+    CheckpointManager(f"{run}/checkpoints", ProcessGroup()).save(state.shard(step, {}, dataclasses.asdict(config)))
 
 
 @pytest.fixture(scope="module")
 def run(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("reported") / HOSTILE.replace("/", "")
     run.mkdir()
-    config = config_of(run, synthetic_shards)
+    config = make_config(run, synthetic_shards)
     (run / "config.yaml").write_text(dump_config(config))
-    listeners = (MetricsFile(run / "metrics.jsonl"), EventLog(run / "log.jsonl"))
     steps = [
         StepDone(step, 0, STEPS, {"loss": math.nan if step == 7 else 7.0 / step, "loss_inter": 5.0 / step}, 1e-3 * step,
                  videos=8, seconds=0.5 + step / 100, data_wait_ratio=0.125, gradient_norm=2.0)
         for step in range(1, STEPS + 1)
     ]  # fmt: skip
-    scored = [Evaluated(step, {"top1": step / 40, "top5": 0.75, "mean_class": 0.25}, 9.0) for step in (10, 20)]
-    for event in (Started(0, STEPS, None), *steps, *scored, Finished(STEPS, 2**30)):
-        for listener in listeners:
-            listener(event)
+    evaluated = [Evaluated(step, {"top1": step / 40, "top5": 0.75, "mean_class": 0.25}, 9.0) for step in (10, 20)]
+    write_events(run, Started(0, STEPS, None), *steps, *evaluated, Finished(STEPS, 2**30))
     for step in (10, STEPS):
-        checkpoint(run, config, step)
+        save_checkpoint(run, config, step)
     sets = ("--train", str(synthetic_shards), "--test", str(synthetic_shards), "--clips", "1")
     assert main(["evaluate", "knn", "--checkpoint", str(run), *sets, "features.keep=false"]) == 0
     return run
@@ -93,7 +90,7 @@ def html(page: Path) -> str:
 
 
 class Tables(HTMLParser):
-    """The rows of every table, as text."""
+    """The cell texts of every table row."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -116,33 +113,33 @@ class Tables(HTMLParser):
             self.rows[-1][-1] += data
 
 
-def test_every_part_is_there_with_its_content(html: str) -> None:
+def test_every_section_has_content(html: str) -> None:
     found = [attributes.get("id") for tag, attributes in Elements(html).found if tag == "section"]
-    assert [name for name in found if name in PARTS] == list(PARTS)
-    assert "Not here" not in html
+    assert [name for name in found if name in SECTIONS] == list(SECTIONS)
+    assert "Not available" not in html
 
 
-def test_the_figures_are_those_of_the_metrics(html: str, run: Path) -> None:
+def test_chart_tables_show_the_values_of_the_metrics_file(html: str, run: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = {row[0]: row[1:] for row in Tables(html).rows if len(row) == 5}
     for name, key, scale in (
         ("total", "loss", 1),
         ("inter", "loss_inter", 1),
-        ("rate", "learning_rate", 1),
+        ("learning rate", "learning_rate", 1),
         ("videos/s", "videos_per_second", 1),
-        ("waiting", "data_wait_ratio", 100),
+        ("data wait", "data_wait_ratio", 100),
     ):
         values = [scale * line[key] for line in lines if line[key] is not None]
-        expected = [number(value) for value in (values[-1], values[0], min(values), max(values))]
+        expected = [format_number(value) for value in (values[-1], values[0], min(values), max(values))]
         assert rows[name] == expected, name
     assert rows["top-1"] == ["50.0", "25.0", "25.0", "50.0"]
     total = next(attributes["d"] for _, attributes in Elements(html).found if attributes.get("data-name") == "total")
     assert len(re.findall("[ML]", total or "")) == STEPS - 1
-    assert (total or "").count("M") == 2  # before and after the step that was skipped
+    assert (total or "").count("M") == 2  # before and after the skipped step
 
 
-def test_the_run_stands_beside_the_paper(html: str, run: Path) -> None:
-    (line,) = kept(run)
+def test_results_of_the_run_and_of_the_paper_are_shown(html: str, run: Path) -> None:
+    (line,) = read_results(run)
     rows = Tables(html).rows
     own = next(row for row in rows if row and row[0].startswith("knn: 1 clips × 1 crops"))
     assert own[2].startswith(f"{line['top1']:.2%}(")
@@ -151,18 +148,18 @@ def test_the_run_stands_beside_the_paper(html: str, run: Path) -> None:
         assert [row for row in rows if row[0:1] == ["MCL, R(2+1)D-50 [1]"] and row[2:] == [where, top1]]
 
 
-def test_neighbours_are_marked_by_their_class(html: str, run: Path) -> None:
-    (line,) = kept(run)
+def test_neighbours_are_marked_as_same_or_other_class(html: str, run: Path) -> None:
+    (line,) = read_results(run)
     (strips,) = line["neighbours"]
     marks = [mark for mark in re.findall('<figure class="(own|right|wrong)">', html) if mark != "own"]
     assert marks == ["right" if label == strip["label"] else "wrong" for strip in strips for label in strip["labels"]]
-    assert [strip["labels"][0] == strip["label"] for strip in strips] == [True] * len(strips)  # a video's own twin
+    assert [strip["labels"][0] == strip["label"] for strip in strips] == [True] * len(strips)  # the set holds itself
 
 
-def test_a_look_is_the_training_gradients_own_and_alone_whatever_the_batch_norm(
+def test_alignment_maps_equal_those_of_the_training_gradient_for_every_batch_norm(
     run: Path, synthetic_shards: Path
 ) -> None:
-    config = config_of(run, synthetic_shards)
+    config = make_config(run, synthetic_shards)
     snapshot = read_snapshot(f"{run}/checkpoints/step-{STEPS:09d}")
     draw = torch.Generator().manual_seed(1)
     views = torch.randint(0, 256, (3, 4, 16, 32, 32, 3), generator=draw, dtype=torch.uint8)
@@ -177,19 +174,19 @@ def test_a_look_is_the_training_gradients_own_and_alone_whatever_the_batch_norm(
     expected = alignment_map(automatic_gradient(output, key, output.features.projected)).detach()
     for batch_norm in ("shuffled", "synchronized"):
         snapshot.config["encoder"]["batch_norm"] = batch_norm
-        found = look(snapshot, batch)
+        found = measure_alignment(snapshot, batch)
         torch.testing.assert_close(torch.from_numpy(found.maps), expected, rtol=1e-4, atol=1e-7)
-        assert float(found.agreed.loss) == pytest.approx(float(align(expected, motion).loss), abs=1e-4)
+        assert float(found.agreement.loss) == pytest.approx(float(align(expected, motion).loss), abs=1e-4)
 
 
-def test_what_has_no_source_says_why(run: Path, tmp_path: Path) -> None:
+def test_a_section_without_data_states_the_reason(run: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(run, bare, ignore=shutil.ignore_patterns("checkpoints", "evaluations.jsonl", "report.html"))
-    config = config_of(bare, tmp_path / "gone")
+    config = make_config(bare, tmp_path / "gone")
     (bare / "config.yaml").write_text(dump_config(config))
     (bare / "checkpoints").mkdir()
     for rename, reasons in (
-        (False, ("gone/manifest.json: missing", "no complete checkpoint yet", "no evaluation has compared")),
+        (False, ("gone/manifest.json: missing", "no complete checkpoint yet", "no evaluation with neighbours yet")),
         (True, ("config.yaml: missing",)),
     ):
         if rename:
@@ -200,47 +197,47 @@ def test_what_has_no_source_says_why(run: Path, tmp_path: Path) -> None:
             assert reason in html, reason
 
 
-def test_evaluations_on_the_way_have_one_row_and_may_be_the_source_of_neighbours(run: Path, tmp_path: Path) -> None:
-    (line,) = kept(run)
+def test_online_evaluations_share_one_row_and_can_provide_neighbours(run: Path, tmp_path: Path) -> None:
+    (line,) = read_results(run)
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     for step in (10, 20):
-        add(folder, {**line, "protocol": ON_THE_WAY, "step": step, "top1": step / 100})
+        append_result(folder, {**line, "protocol": ONLINE, "step": step, "top1": step / 100})
     assert main(["report", str(folder), "--videos", "1"]) == 0
     html = (folder / "report.html").read_text()
-    (row,) = [row for row in Tables(html).rows if row and row[0].startswith("kNN, on the way")]
+    (row,) = [row for row in Tables(html).rows if row and row[0].startswith("online kNN")]
     assert row[2].startswith("20.00%")
-    assert "From the evaluation on the way, after 20 steps" in html
+    assert "Source: online kNN, step 20" in html
 
 
-def test_evaluations_of_one_protocol_are_told_apart_by_the_settings_they_differ_in(run: Path) -> None:
-    (line,) = kept(run)
+def test_rows_of_one_protocol_show_the_settings_that_differ(run: Path) -> None:
+    (line,) = read_results(run)
     other = {**line, "settings": {**line["settings"], "knn": {**line["settings"]["knn"], "neighbours": 1}}}
     split = line["splits"][0]
-    rows = [row[0] for row in Tables(evaluations([line, other])).rows if row and row[0].startswith("knn")]
+    rows = [row[0] for row in Tables(evaluations_section([line, other])).rows if row and row[0].startswith("knn")]
     assert rows == ["knn: 1 clips × 1 crops, knn.neighbours 1", "knn: 1 clips × 1 crops, knn.neighbours 20"]
-    assert "classes, worst first" in evaluations([line])
-    assert "classes, worst first" not in evaluations([{**line, "splits": [split, split]}])
+    assert "classes, worst first" in evaluations_section([line])
+    assert "classes, worst first" not in evaluations_section([{**line, "splits": [split, split]}])
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "says"),
+    ("arguments", "code", "message"),
     [
         (["{tmp}/nothing"], EXIT_FAILURE, "no such run folder"),
         (["{tmp}"], EXIT_FAILURE, "no run has written there yet"),
         (["{tmp}", "--videos", "0"], EXIT_USAGE, "--videos: found 0"),
     ],
 )
-def test_bad_input_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, says: str
+def test_bad_input_is_reported_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
 ) -> None:
-    assert main(["report", *(word.format(tmp=tmp_path) for word in words)]) == code
+    assert main(["report", *(argument.format(tmp=tmp_path) for argument in arguments)]) == code
     error = capsys.readouterr().err
-    assert says in error
+    assert message in error
     assert error.count("\n") == 1
 
 
-def test_names_are_escaped_and_nothing_is_asked_from_outside(html: str) -> None:
+def test_names_are_escaped_and_nothing_is_loaded_from_outside(html: str) -> None:
     elements = Elements(html).found
     assert "script" not in {tag for tag, _ in elements}
     assert escape("default-src 'none'") in html
@@ -251,7 +248,7 @@ def test_names_are_escaped_and_nothing_is_asked_from_outside(html: str) -> None:
     assert len(names) == len(set(names))
 
 
-def test_ticks_are_round_and_hold_the_values() -> None:
+def test_ticks_are_round_and_cover_the_values() -> None:
     assert ticks(0.3, 7.9) == [0, 2, 4, 6, 8]
     assert ticks(1, 240, 6)[-1] >= 240
     assert ticks(5.0, 5.0)[0] < 5 < ticks(5.0, 5.0)[-1]
@@ -260,29 +257,27 @@ def test_ticks_are_round_and_hold_the_values() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_draws_the_page_without_a_complaint_a_request_or_an_overflow(
-    page: Path, tmp_path: Path, width: int
-) -> None:
+def test_a_browser_draws_the_page_without_errors_requests_or_overflow(page: Path, tmp_path: Path, width: int) -> None:
     frame = tmp_path / "frame.html"
     measure = "document.title=document.querySelector('iframe').contentDocument.documentElement.scrollWidth"
     style = f"border:0;width:{width}px;height:3000px"
     frame.write_text(f'<iframe src="{page.as_uri()}" style="{style}" onload="{measure}"></iframe>')
-    # A name that resolves to nothing is a complaint on the console, so there is none that is asked for.
+    # Every request would fail to resolve its host and log an error on the console.
     options = ("--allow-file-access-from-files", "--host-resolver-rules=MAP * ~NOTFOUND", "--hide-scrollbars")
-    result = chromium(tmp_path / "profile", frame, *options, "--dump-dom")
+    result = chromium(tmp_path / "profile", frame.as_uri(), *options, "--dump-dom")
     assert "CONSOLE" not in result.stderr
     assert f"<title>{width}</title>" in result.stdout
 
 
-def test_a_set_that_is_elsewhere_is_read_in_pieces_and_nothing_of_it_kept(
+def test_a_remote_set_is_read_by_byte_ranges_and_nothing_is_kept(
     run: Path, synthetic_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fsspec.filesystem("memory").put(str(synthetic_shards), "/reported", recursive=True)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder = tmp_path / "run"
     shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints", "report.html"))
-    told = dump_config(config_of(folder, Path("elsewhere"))).replace("elsewhere", "memory://reported")
-    (folder / "config.yaml").write_text(told)
+    text = dump_config(make_config(folder, Path("elsewhere"))).replace("elsewhere", "memory://reported")
+    (folder / "config.yaml").write_text(text)
     assert main(["report", str(folder), "--videos", "1"]) == 0
     assert "Motion-focused draws of 1 videos of memory://reported" in (folder / "report.html").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 import tempfile
 from html import escape
-from html.parser import HTMLParser
 from pathlib import Path
 
 import cv2
@@ -17,10 +14,11 @@ from dataloading.reading.shard_set import ShardSet
 from dataloading.synthetic.videos import write_video
 from dataloading.visualize import inspect_video, sample_positions
 from launch.cli.main import main
-from launch.report.shard_set_page import page
+from launch.report.shard_set_page import shard_set_page
 from mcl_dist.errors import EXIT_FAILURE, EXIT_USAGE
+from tests.support.browser import Elements, chromium
 
-CLASS = "<script>document.title='taken'<"  # a folder's name cannot hold a slash
+CLASS = "<script>document.title='taken'<"  # a folder name cannot contain a slash
 VIDEO = '"><img src=x onerror=alert(1)>.mp4'
 BROKEN = "<b>&amp; 'broken'.mp4"
 BUILD_OPTIONS = ("--flow", "dis", "--short-side", "0", "--window", "8", "--workers", "1")
@@ -29,7 +27,7 @@ CROP_COLOUR = (0x00, 0xD8, 0xFF)
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A set whose names would take over a page that did not escape them: two videos kept, one refused."""
+    """A set with hostile names: two stored videos and a refused one."""
     folder = tmp_path_factory.mktemp("inspect")
     rng = np.random.default_rng(2)
     for name in (CLASS, "plain"):
@@ -52,18 +50,6 @@ def html(written: Path) -> str:
     return written.read_text()
 
 
-class Elements(HTMLParser):
-    """Every element of a page with its attributes."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-
-
 def test_the_path_is_printed(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "page.html"
     assert main(["shards", "inspect", str(shards), "--out", str(out)]) == 0
@@ -71,7 +57,7 @@ def test_the_path_is_printed(shards: Path, tmp_path: Path, capsys: pytest.Captur
     assert out.stat().st_size < 1_000_000
 
 
-def test_the_page_tells_what_the_set_is(html: str) -> None:
+def test_the_page_shows_the_facts_of_the_set(html: str) -> None:
     for name, value in (("videos", "2"), ("frames", "60"), ("flow", "dis"), ("window", "8"), ("refused", "1")):
         assert f"<dt>{name}</dt><dd>{value}</dd>" in html
     assert "<dt>playing time</dt><dd>0:00:02</dd>" in html
@@ -79,10 +65,10 @@ def test_the_page_tells_what_the_set_is(html: str) -> None:
     assert "2 of 2 videos, drawn with seed 4" in html
 
 
-def test_a_video_has_its_facts_and_pictures(html: str) -> None:
-    assert "30 frames at 25 a second, 1.2 s" in html
+def test_a_video_has_its_facts_and_images(html: str) -> None:
+    assert "30 frames at 25 frames/s, 1.2 s" in html
     assert "<dt>flow</dt><dd>dis, 64×48</dd>" in html
-    for part in ("frame 0", "flow of frame 29", "frame map of frame 29", "clip scores", "query, frame", "cut out"):
+    for part in ("frame 0", "flow of frame 29", "frame map of frame 29", "clip scores", "query, frame", "crop"):
         assert part in html
 
 
@@ -95,7 +81,7 @@ def test_names_and_reasons_are_escaped(html: str) -> None:
         assert name not in html
 
 
-def test_nothing_is_fetched_from_outside_the_page(html: str) -> None:
+def test_nothing_is_loaded_from_outside_the_page(html: str) -> None:
     assert "http://" not in html
     assert "https://" not in html
     links = [
@@ -109,14 +95,14 @@ def test_nothing_is_fetched_from_outside_the_page(html: str) -> None:
     assert all(link.startswith("data:image/") for link in re.findall(r"url\(([^)]*)\)", html))
 
 
-def test_every_reference_inside_the_page_is_met_once(html: str) -> None:
+def test_every_internal_reference_resolves_to_one_element(html: str) -> None:
     elements = Elements(html).found
     names = [attributes["id"] for _, attributes in elements if "id" in attributes]
     assert len(names) == len(set(names))
     assert {(attributes["href"] or "")[1:] for tag, attributes in elements if tag == "use"} <= set(names)
 
 
-def test_equal_seeds_give_equal_pages_and_others_do_not(written: Path, shards: Path, tmp_path: Path) -> None:
+def test_equal_seeds_give_equal_pages_and_different_seeds_do_not(written: Path, shards: Path, tmp_path: Path) -> None:
     pages = []
     for seed in ("4", "5"):
         assert main(["shards", "inspect", str(shards), "--out", str(tmp_path / seed), "--seed", seed]) == 0
@@ -124,7 +110,7 @@ def test_equal_seeds_give_equal_pages_and_others_do_not(written: Path, shards: P
     assert pages[0] == written.read_bytes() != pages[1]
 
 
-def test_the_starts_marked_are_those_of_the_tubelets(html: str, shards: Path) -> None:
+def test_marked_starts_are_those_of_the_tubelets(html: str, shards: Path) -> None:
     shard_set = ShardSet(str(shards))
     starts = []
     for position in sample_positions(2, 6, seed=4):
@@ -134,13 +120,13 @@ def test_the_starts_marked_are_those_of_the_tubelets(html: str, shards: Path) ->
     assert marked == [str(start) for start in starts]
 
 
-def test_the_boxes_drawn_are_the_crops(html: str, shards: Path) -> None:
+def test_drawn_boxes_are_the_crops(html: str, shards: Path) -> None:
     shard_set = ShardSet(str(shards))
     boxes = [
         view.tubelet.box
         for position in sample_positions(2, 6, seed=4)
         for view in inspect_video(shard_set, position, seed=4).views
-        for _ in view.moments
+        for _ in view.frame_images
     ]
     drawn = [attributes for _, attributes in Elements(html).found if attributes.get("class") == "box"]
     sides = [tuple(int(box[side] or 0) for side in ("y", "x", "height", "width")) for box in drawn]
@@ -148,10 +134,10 @@ def test_the_boxes_drawn_are_the_crops(html: str, shards: Path) -> None:
 
 
 def test_credentials_of_a_url_stay_out_of_the_page(shards: Path) -> None:
-    assert "canary" not in page("s3://user:canary@store/set", ShardSet(str(shards)), [], seed=0)
+    assert "canary" not in shard_set_page("s3://user:canary@store/set", ShardSet(str(shards)), [], seed=0)
 
 
-def test_a_set_that_is_elsewhere_is_fetched_and_not_kept(
+def test_a_remote_set_is_fetched_and_not_kept(
     shards: Path, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fsspec.filesystem("memory").put(str(shards), "/inspected", recursive=True)
@@ -162,14 +148,14 @@ def test_a_set_that_is_elsewhere_is_fetched_and_not_kept(
     assert out.read_text().replace("memory://inspected", str(shards)) == written.read_text()
 
 
-def test_a_missing_set_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_set_is_reported_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["shards", "inspect", str(tmp_path), "--out", str(tmp_path / "page.html")]) == EXIT_FAILURE
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "page.html").exists()
 
 
 @pytest.mark.parametrize("out", ["file/page.html", "folder", "."])
-def test_a_page_that_cannot_be_written_is_one_line(
+def test_an_unwritable_page_is_reported_in_one_line(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: str
 ) -> None:
     (tmp_path / "file").touch()
@@ -181,7 +167,7 @@ def test_a_page_that_cannot_be_written_is_one_line(
 
 
 @pytest.mark.parametrize(("option", "value"), [("--videos", "0"), ("--seed", "-1")])
-def test_a_number_out_of_range_is_wrong_usage(
+def test_a_number_out_of_range_is_a_usage_error(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str
 ) -> None:
     arguments = ["shards", "inspect", str(shards), "--out", str(tmp_path / "page.html"), option, value]
@@ -189,41 +175,22 @@ def test_a_number_out_of_range_is_wrong_usage(
     assert f"{option}: found {value}, must be at least" in capsys.readouterr().err
 
 
-def chromium(profile: Path, page: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Open a page in a browser without a screen; what its console says is on standard error."""
-    program = shutil.which("chromium")
-    if program is None:
-        pytest.skip("no chromium on this machine (Debian: apt install chromium)")
-    quiet = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic")
-    command = [
-        program,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        *quiet,
-        "--enable-logging=stderr",
-    ]
-    command += [f"--user-data-dir={profile}", "--window-size=1200,3000", *options, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", [0, 1])
-def test_a_browser_draws_the_page_without_a_complaint(written: Path, tmp_path: Path, scheme: int) -> None:
-    picture = tmp_path / "page.png"
+def test_a_browser_draws_the_page_without_errors(written: Path, tmp_path: Path, scheme: int) -> None:
+    screenshot = tmp_path / "page.png"
     scheme_option = f"--blink-settings=preferredColorScheme={scheme}"  # 0 is dark, 1 light
-    result = chromium(tmp_path, written, f"--screenshot={picture}", scheme_option)
+    result = chromium(tmp_path, written.as_uri(), f"--screenshot={screenshot}", scheme_option)
     assert "CONSOLE" not in result.stderr
-    drawn = cv2.cvtColor(cv2.imread(str(picture)), cv2.COLOR_BGR2RGB)
+    drawn = cv2.cvtColor(cv2.imread(str(screenshot)), cv2.COLOR_BGR2RGB)
     assert (drawn.mean(axis=2) < 60).mean() > 0.5 if scheme == 0 else (drawn.mean(axis=2) > 200).mean() > 0.5
-    # Crops are drawn, and pictures: many more colours than the page's own.
+    # Crop boxes and images are drawn: many more colours than those of the page.
     assert (drawn == CROP_COLOUR).all(axis=2).sum() > 500
     assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 5000
 
 
 @pytest.mark.slow
-def test_a_browser_runs_none_of_the_names(written: Path, tmp_path: Path) -> None:
-    dom = chromium(tmp_path, written, "--dump-dom").stdout
+def test_a_browser_executes_no_script_from_names(written: Path, tmp_path: Path) -> None:
+    dom = chromium(tmp_path, written.as_uri(), "--dump-dom").stdout
     assert "<title>Shard set" in dom
     assert "taken</title>" not in dom

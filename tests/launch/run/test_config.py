@@ -7,7 +7,7 @@ from mcl_dist.config import build_config
 from mcl_dist.errors import ConfigError
 
 
-def test_compiling_what_is_differentiated_twice_is_refused() -> None:
+def test_compile_is_refused_with_an_alignment_layer_that_needs_second_derivatives() -> None:
     tree = {
         "run": {"dir": "none"},
         "data": {"train": "none"},
@@ -19,16 +19,16 @@ def test_compiling_what_is_differentiated_twice_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "evaluate", "says"),
+    ("data", "evaluate", "message"),
     [
         ({"train": "none"}, {"every": 10}, r"evaluate\.test: missing"),
         ({"train": "none"}, {"test": "none"}, r"evaluate\.every: missing"),
         ({"sets": [{"url": "a"}, {"url": "b"}]}, {"every": 10, "test": "none"}, r"evaluate\.train: missing"),
     ],
 )
-def test_an_evaluation_on_the_way_that_lacks_a_set_or_a_time_is_refused(
-    data: dict[str, object], evaluate: dict[str, object], says: str
+def test_an_online_evaluation_without_a_set_or_an_interval_is_refused(
+    data: dict[str, object], evaluate: dict[str, object], message: str
 ) -> None:
     config = build_config(PretrainConfig, {"run": {"dir": "none"}, "data": data, "evaluate": evaluate})
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=message):
         check(config, num_ranks=1)

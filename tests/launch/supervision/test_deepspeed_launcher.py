@@ -1,36 +1,61 @@
+"""Ranks under the DeepSpeed launcher: their GPUs and how they exit."""
+
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from launch.supervision.deepspeed_launcher import launch_ranks
+from launch.supervision.deepspeed_launcher import RUNTIME, launch_ranks
+from launch.supervision.outcome import CRASHED, DONE, STOPPED, USER, read_outcomes
 
 
-def visible(folder: Path, num_ranks: int) -> set[str]:
-    """What so many ranks see in CUDA_VISIBLE_DEVICES."""
+def visible_gpus(folder: Path, num_ranks: int) -> set[str]:
+    """CUDA_VISIBLE_DEVICES of the ranks."""
     script = folder / "rank.py"
     script.write_text(
         "import os, pathlib\n"
-        "seen = pathlib.Path(__file__).with_name('seen-' + os.environ['RANK'])\n"
-        "seen.write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+        "file = pathlib.Path(__file__).with_name('gpus-' + os.environ['RANK'])\n"
+        "file.write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
     )
     assert launch_ranks(str(script), [], num_ranks) == 0
-    seen = [file.read_text() for file in folder.glob("seen-*")]
-    assert len(seen) == num_ranks
-    return set(seen)
+    gpus = [file.read_text() for file in folder.glob("gpus-*")]
+    assert len(gpus) == num_ranks
+    return set(gpus)
 
 
 @pytest.mark.slow
-def test_gpus_that_are_hidden_stay_hidden_from_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hidden_gpus_stay_hidden_from_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert visible(tmp_path, 2) == {"-1,-1"}
+    assert visible_gpus(tmp_path, 2) == {"-1,-1"}
 
 
 @pytest.mark.slow
-def test_ranks_get_the_gpus_that_were_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_get_the_gpus_that_the_user_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # for the launcher, which has no GPU here
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3,1")
-    assert visible(tmp_path, 2) == {"5,3"}
+    assert visible_gpus(tmp_path, 2) == {"5,3"}
+
+
+@pytest.mark.parametrize(
+    ("work", "code", "cause"),
+    [
+        ("(_ for _ in ()).throw(UserError('no space left'))", 1, USER),
+        ("(_ for _ in ()).throw(ConfigError('data.crop: too large'))", 2, USER),
+        ("False", 75, STOPPED),
+        ("True", 0, DONE),
+        ("1 / 0", 1, CRASHED),
+    ],
+)
+def test_a_rank_exits_with_the_code_and_outcome_of_its_work(tmp_path: Path, work: str, code: int, cause: str) -> None:
+    imports = "from launch.supervision.deepspeed_launcher import run_as_rank; from mcl_dist.errors import *"
+    environment = {**os.environ, RUNTIME: str(tmp_path), "RANK": "1"}
+    command = [sys.executable, "-c", f"{imports}; run_as_rank(lambda: {work})"]
+    result = subprocess.run(command, env=environment, capture_output=True, check=False)
+    outcome = read_outcomes(tmp_path)[1]
+    assert (result.returncode, outcome.exit_code, outcome.cause) == (code, code, cause)

@@ -1,62 +1,59 @@
-"""How supervisors of two nodes begin and end attempts together."""
+"""Supervisors of two nodes start and end attempts together."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Iterator
+
+import pytest
 
 from launch.supervision.deepspeed_launcher import free_port
-from launch.supervision.outcome import Outcome
+from launch.supervision.outcome import DONE, KILLED, LOST, Outcome
+from launch.supervision.polling import wait_until
 from launch.supervision.rendezvous import RendezvousClient, RendezvousServer
 
-Answer = TypeVar("Answer")
-PATIENCE = 10.0
+TIMEOUT_SECONDS = 10.0
+Nodes = tuple[RendezvousClient, RendezvousClient]
 
 
-def awaited(ask: Callable[[], Answer]) -> Answer:
-    deadline = time.monotonic() + PATIENCE
-    while not (answer := ask()) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return answer
-
-
-def test_a_node_that_only_missed_others_learns_what_ended_the_attempt() -> None:
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
     port = free_port()
-    host = RendezvousServer(port, 2, PATIENCE)
-    first, second = (RendezvousClient("127.0.0.1", port, node, 2, PATIENCE) for node in range(2))
-    killed, missed = Outcome(1, "killed", "rank 1 was ended by SIGKILL"), Outcome(1, "lost", "rank 0: a rank has gone")
-    for before in (None, killed):
-        first.ready()
-        second.ready()
-        assert awaited(first.begun) == awaited(second.begun) > 0
-        assert first.before == second.before == before
-        first.ended(missed)
-        assert awaited(lambda: second.news(pauses=False)) == missed
-        second.ended(killed)
+    server = RendezvousServer(port, 2, TIMEOUT_SECONDS)
+    first, second = (RendezvousClient("127.0.0.1", port, node, 2, TIMEOUT_SECONDS) for node in range(2))
+    yield first, second
     first.close()
     second.close()
-    host.close()
+    server.close()
 
 
-def test_nodes_begin_at_one_port_hear_of_a_failure_begin_again_and_finish() -> None:
-    port = free_port()
-    host = RendezvousServer(port, 2, PATIENCE)
-    first, second = (RendezvousClient("127.0.0.1", port, node, 2, PATIENCE) for node in range(2))
-    killed, done = Outcome(1, "killed", "rank 3 was ended by SIGKILL"), Outcome(0, "done", "all is done")
+def start_attempt(nodes: Nodes) -> None:
+    first, second = nodes
+    first.set_ready()
+    second.set_ready()
+    port = wait_until(first.join_attempt, TIMEOUT_SECONDS)
+    assert port == wait_until(second.join_attempt, TIMEOUT_SECONDS) > 0
+
+
+def test_a_node_that_only_lost_the_others_learns_the_root_cause(nodes: Nodes) -> None:
+    first, second = nodes
+    killed, lost = Outcome(1, KILLED, "rank 1 was killed by SIGKILL"), Outcome(1, LOST, "rank 0: another rank is gone")
+    for root_cause in (None, killed):
+        start_attempt(nodes)
+        assert first.root_cause == second.root_cause == root_cause
+        first.report_outcome(lost)
+        assert wait_until(second.failure_elsewhere, TIMEOUT_SECONDS) == lost
+        second.report_outcome(killed)
+
+
+def test_nodes_start_at_one_port_share_a_failure_restart_and_finish(nodes: Nodes) -> None:
+    first, second = nodes
+    killed, done = Outcome(1, KILLED, "rank 3 was killed by SIGKILL"), Outcome(0, DONE, "all is done")
     for _ in range(2):
-        first.ready()
-        second.ready()
-        assert awaited(first.begun) == awaited(second.begun) > 0
-        second.ended(killed)
-        assert awaited(lambda: first.news(pauses=False)) == killed
-        first.ended(killed)
-    first.ready()
-    second.ready()
-    assert awaited(first.begun) == awaited(second.begun) > 0
-    second.ended(done)
-    assert first.news(pauses=False) is None
-    first.ended(done)
-    first.close()
-    second.close()
-    host.close()
+        start_attempt(nodes)
+        second.report_outcome(killed)
+        assert wait_until(first.failure_elsewhere, TIMEOUT_SECONDS) == killed
+        first.report_outcome(killed)
+    start_attempt(nodes)
+    second.report_outcome(done)
+    assert first.failure_elsewhere() is None
+    first.report_outcome(done)

@@ -1,4 +1,4 @@
-"""Alerts that a real Prometheus raises when something really breaks, and takes back when it is mended."""
+"""Alerts of a real Prometheus: raised by injected faults, resolved when the faults end."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ import pytest
 
 from launch.supervision.deepspeed_launcher import RUNTIME, NodeSpec, launcher_command, launcher_environment
 from mcl_dist.distributed.heartbeat import read_beats
-from tests.launch.cli.test_pretrain import words
+from tests.launch.cli.test_pretrain import arguments_for
 from tests.support.faultproxy import FaultProxy
 from tests.support.paths import REPOSITORY
 from tests.support.ports import free_ports
-from tests.support.processes import of_run
+from tests.support.processes import pids_of_run
 from tests.support.real_prometheus import Prometheus, until
 from tests.support.stores import behind_http
 
 STARTS_WITHIN = 240.0
 FIRES_WITHIN = 120.0
-GOES_WITHIN = 120.0
+RESOLVES_WITHIN = 120.0
 SMALL_DISK = 'mount -t tmpfs -o size=16m none "$0" && exec "$@"'
 
 pytestmark = [
@@ -38,14 +38,14 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Site:
-    """A training of two ranks on a set at http, and all that can break around it.
+    """A training of two ranks on a set behind HTTP, and the places where faults are injected.
 
     Attributes:
-        shards: the set where the store keeps it.
-        store: in front of it.
-        poison: while this file is there, batches of the second rank hold a pixel that is no number.
-        disk: a small one for checkpoints.
-        ranks: process ids.
+        shards: folder of the set behind the store.
+        store: fault proxy in front of the store.
+        poison: while this file exists, batches of the second rank contain a NaN pixel.
+        disk: a small disk for checkpoints.
+        ranks: process ids of the ranks.
     """
 
     prometheus: Prometheus
@@ -67,14 +67,14 @@ def site(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         pytest.skip("this user may not mount a small disk in a namespace")
     shards = Path(shutil.copytree(synthetic_shards, folder / "served" / "shards"))
     prometheus = Prometheus(folder / "prometheus")
-    with behind_http(shards, folder / "nginx") as (url, store), ExitStack() as ends:
-        ends.callback(prometheus.close)
-        settings = [f"monitoring.port={free_ports(2)}", f"monitoring.http.file_sd={prometheus.targets}/run.json"]
+    with behind_http(shards, folder / "nginx") as (url, store), ExitStack() as stack:
+        stack.callback(prometheus.close)
+        settings = [f"monitoring.port={free_ports(2)}", f"monitoring.targets={prometheus.targets}/run.json"]
         settings += ["train.steps=99999", "train.max_nonfinite_steps=99999", "data.max_bad_fraction=1"]
         settings += [f"data.cache={folder}/cache", "data.fetch=ranges"]
         settings += [f"checkpoint.folder={disk}", "checkpoint.every=4", "checkpoint.max_failures=99999"]
         script = str(REPOSITORY / "tests" / "support" / "poisoned_rank.py")
-        command = launcher_command(script, words(url, run, *settings), NodeSpec(2))
+        command = launcher_command(script, arguments_for(url, run, *settings), NodeSpec(2))
         with (folder / "log").open("w") as log:
             training = subprocess.Popen(
                 [*mount, *command],
@@ -83,14 +83,14 @@ def site(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> It
                 stdout=log,
                 stderr=log,
             )
-        ends.callback(training.wait, 30)
-        ends.callback(lambda: [os.kill(pid, signal.SIGKILL) for pid in of_run(run)])
+        stack.callback(training.wait, 30)
+        stack.callback(lambda: [os.kill(pid, signal.SIGKILL) for pid in pids_of_run(run)])
 
-        def is_seen() -> bool:
+        def has_checkpoint() -> bool:
             assert training.poll() is None, (folder / "log").read_text()
             return bool(prometheus.series("mcl_checkpoints_written_total > 0"))
 
-        assert until(is_seen, STARTS_WITHIN), (folder / "log").read_text()
+        assert until(has_checkpoint, STARTS_WITHIN), (folder / "log").read_text()
         ranks = tuple(beat.pid for beat in sorted(read_beats(runtime), key=lambda beat: beat.rank))
         yield Site(prometheus, shards, store, poison, Path(f"/proc/{training.pid}/root{disk}"), ranks)
 
@@ -106,7 +106,7 @@ def store_that_answers_503(site: Site) -> Iterator[None]:
 
 @contextmanager
 def corrupted_shard(site: Site) -> Iterator[None]:
-    """All stills of one video are zeros, where the store has them."""
+    """Overwrite all stills of one video in the store with zeros."""
     path = site.shards / "shard-000000.tar"
     with tarfile.open(path) as tar:
         stills = [member for member in tar if member.name.endswith(".frames.mjpg")][-1]
@@ -122,7 +122,7 @@ def corrupted_shard(site: Site) -> Iterator[None]:
 
 
 @contextmanager
-def pixel_that_is_no_number(site: Site) -> Iterator[None]:
+def nan_pixel(site: Site) -> Iterator[None]:
     site.poison.touch()
     yield
     site.poison.unlink()
@@ -130,47 +130,48 @@ def pixel_that_is_no_number(site: Site) -> Iterator[None]:
 
 @contextmanager
 def full_disk(site: Site) -> Iterator[None]:
-    """By somebody else's file, which takes whatever is free, and becomes free."""
-    filler, mended = site.disk / "filler", threading.Event()
+    """A foreign file takes all free space until the fault ends."""
+    filler, ended = site.disk / "filler", threading.Event()
 
     def fill() -> None:
         with filler.open("ab", buffering=0) as file:
-            while not mended.wait(0.05):
+            while not ended.wait(0.05):
                 with suppress(OSError):
                     file.write(bytes(2**20))
 
     filling = threading.Thread(target=fill)
     filling.start()
     yield
-    mended.set()
+    ended.set()
     filling.join()
     filler.unlink()
 
 
 @contextmanager
 def slow_rank(site: Site) -> Iterator[None]:
-    """The second rank stands still for most of the time."""
-    mended = threading.Event()
+    """Suspend the second rank for most of the time."""
+    ended = threading.Event()
 
     def hold_up() -> None:
-        while not mended.wait(0.02):
+        while not ended.wait(0.02):
             os.kill(site.ranks[1], signal.SIGSTOP)
-            mended.wait(0.06)
+            ended.wait(0.06)
             os.kill(site.ranks[1], signal.SIGCONT)
 
     holding = threading.Thread(target=hold_up)
     holding.start()
     yield
-    mended.set()
+    ended.set()
     holding.join()
 
 
 Fault = Callable[[Site], AbstractContextManager[None]]
-FAULTS: list[dict[Fault, set[tuple[str, str]]]] = [  # at the same time, with the alerts and the ranks that these name
+# Faults of one element are injected together. Each has its alerts, with the rank that an alert names.
+FAULTS: list[dict[Fault, set[tuple[str, str]]]] = [
     {
         store_that_answers_503: {("MclRetryStorm", "")},
         corrupted_shard: {("MclBadSamples", "")},
-        pixel_that_is_no_number: {("MclNonFinite", "")},
+        nan_pixel: {("MclNonFinite", "")},
         full_disk: {("MclCheckpointFailing", ""), ("MclDiskFilling", "0")},
     },
     {slow_rank: {("MclStraggler", "1")}},
@@ -178,21 +179,21 @@ FAULTS: list[dict[Fault, set[tuple[str, str]]]] = [  # at the same time, with th
 
 
 @pytest.mark.parametrize("faults", FAULTS, ids=lambda faults: "-".join(fault.__name__ for fault in faults))
-def test_what_breaks_is_an_alert_until_it_is_mended(site: Site, faults: dict[Fault, set[tuple[str, str]]]) -> None:
+def test_a_fault_raises_its_alert_until_it_ends(site: Site, faults: dict[Fault, set[tuple[str, str]]]) -> None:
     expected = set().union(*faults.values())
 
     def firing() -> set[tuple[str, str]]:
         return expected & site.prometheus.firing()
 
     assert not firing()
-    with ExitStack() as broken:
+    with ExitStack() as active:
         for fault in faults:
-            broken.enter_context(fault(site))
+            active.enter_context(fault(site))
         assert until(lambda: firing() == expected, FIRES_WITHIN), expected - firing()
-    assert until(lambda: not firing(), GOES_WITHIN), firing()
+    assert until(lambda: not firing(), RESOLVES_WITHIN), firing()
 
 
-def test_a_stopped_rank_is_an_alert_until_it_goes_on(site: Site) -> None:
+def test_a_suspended_rank_raises_an_alert_until_it_continues(site: Site) -> None:
     alert = ("MclRankGone", "1")
     assert alert not in site.prometheus.firing()
     os.kill(site.ranks[1], signal.SIGSTOP)
@@ -200,4 +201,4 @@ def test_a_stopped_rank_is_an_alert_until_it_goes_on(site: Site) -> None:
         assert until(lambda: alert in site.prometheus.firing(), FIRES_WITHIN)
     finally:
         os.kill(site.ranks[1], signal.SIGCONT)
-    assert until(lambda: alert not in site.prometheus.firing(), GOES_WITHIN)
+    assert until(lambda: alert not in site.prometheus.firing(), RESOLVES_WITHIN)

@@ -1,4 +1,4 @@
-"""Forms of the training step, from the plain one to the one that `mcl pretrain` takes, for `mcl bench step`."""
+"""Variants of the training step for `mcl bench step`, from the reference to the step of `mcl pretrain`."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from launch.benchmarks import reference_step as plain_step
-from launch.run.config import PretrainConfig
+from launch.benchmarks import reference_step
+from launch.run.config import PretrainConfig, check
 from launch.supervision.deepspeed_launcher import free_port
 from mcl_dist.batch import FIRST_KEY, NUM_VIEWS, QUERY, TubeletBatch
 from mcl_dist.checkpoint import CheckpointManager
+from mcl_dist.config import load_config
 from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.events import Listener
 from mcl_dist.model.encoder import normalise
 from mcl_dist.model.network import Network
 from mcl_dist.objective.alignment import align, alignment_map, similarity_gradient
-from mcl_dist.objective.losses import inter_loss, intra_loss, order_loss, own_similarities
+from mcl_dist.objective.losses import inter_loss, intra_loss, key_similarities, order_loss
 from mcl_dist.objective.momentum_encoder import NUM_KEYS, MomentumEncoder
 from mcl_dist.objective.negative_queue import NegativeQueue
 from mcl_dist.objective.objective import Objective
@@ -31,12 +33,12 @@ from mcl_dist.training.phase_timer import PhaseTimer
 from mcl_dist.training.pretrain_state import PretrainState
 from mcl_dist.training.pretrain_step import PretrainTrainer
 
-Mark = Callable[[str], None]  # called with a phase's name when it ends
+Mark = Callable[[str], None]  # called with the name of a phase at its end
 
 
 @dataclass(frozen=True)
-class LogSumExpForm:
-    """Which changes a form of the step has over the plain one."""
+class StepVariant:
+    """The optimisations of a variant over the reference."""
 
     name: str
     closed_form: bool = False
@@ -48,30 +50,30 @@ class LogSumExpForm:
     trainer: bool = False
 
 
-def forms(config: PretrainConfig, device: torch.device) -> list[LogSumExpForm]:
-    """The plain form, then one change more each; what only GPUs gain by is left out on a CPU, unless configured."""
+def step_variants(config: PretrainConfig, device: torch.device) -> list[StepVariant]:
+    """The reference, then variants that each add one optimisation; a CPU gets those for GPUs only if configured."""
     is_gpu = device.type == "cuda"
     changes = ["closed_form", "one_pass", "fused", "channels_last"]
     changes += ["bfloat16"] if is_gpu or config.train.precision == "bfloat16" else []
     changes += ["compiled"] if is_gpu or config.train.compile else []
-    made = [LogSumExpForm("plain")]
+    variants = [StepVariant("plain")]
     for change in [*changes, "trainer"]:
-        made.append(LogSumExpForm(**{**asdict(made[-1]), "name": change, change: True}))
-    return made
+        variants.append(StepVariant(**{**asdict(variants[-1]), "name": change, change: True}))
+    return variants
 
 
-class GrowingStep:
-    """A step without DeepSpeed, each of its parts in plain form or in the product's.
+class StandaloneStep:
+    """A step without DeepSpeed and trainer; each part is the reference or the optimised implementation.
 
     Attributes:
         loss: of the last step.
     """
 
-    def __init__(self, config: PretrainConfig, form: LogSumExpForm, device: torch.device) -> None:
-        self._form, self._device, self._losses = form, device, config.objective
-        learner = _learner(config, form, device)
-        self._network, self._momentum, self._queue = learner.network, learner.momentum, learner.queue
-        self._optimizer = make_optimizer(self._network, config.optimizer, fused=form.fused)
+    def __init__(self, config: PretrainConfig, variant: StepVariant, device: torch.device) -> None:
+        self._variant, self._device, self._losses = variant, device, config.objective
+        state = _state(config, variant, device)
+        self._network, self._momentum, self._queue = state.network, state.momentum, state.queue
+        self._optimizer = make_optimizer(self._network, config.optimizer, fused=variant.fused)
         self.loss = torch.zeros((), device=device)
 
     def __call__(self, batch: TubeletBatch, mark: Mark) -> None:
@@ -88,20 +90,20 @@ class GrowingStep:
         self._optimizer.zero_grad()
         self.loss = loss.detach()
         mark("optimizer")
-        if self._form.fused:
+        if self._variant.fused:
             self._momentum.update(self._network.parameters(), self._losses.momentum)
         else:
-            plain_step.move(self._momentum.network, self._network, self._losses.momentum)
+            reference_step.update_average(self._momentum.network, self._network, self._losses.momentum)
         mark("momentum")
-        if self._form.fused:
+        if self._variant.fused:
             self._queue.enqueue(keys[0])
         else:
-            self._queue.position = plain_step.enqueue(self._queue.vectors, self._queue.position, keys[0])
+            self._queue.position = reference_step.enqueue(self._queue.vectors, self._queue.position, keys[0])
         mark("queue")
 
     @torch.no_grad()
     def _encode(self, views: torch.Tensor) -> torch.Tensor:
-        """Inter, intra and order vectors of the three keys: (3, 3, B, d), the head first."""
+        """Inter, intra and order vectors of the three keys: (heads, keys, B, d)."""
         keys = []
         for key in range(FIRST_KEY, FIRST_KEY + NUM_KEYS):
             with self._autocast():
@@ -114,16 +116,16 @@ class GrowingStep:
             output = self._network(self._clips(batch.views[:, QUERY]))
         inter_keys, intra_keys, order_keys = keys
         query, temperature = output.inter.vector, self._losses.temperature
-        if self._form.one_pass:
-            against = self._queue.against(query, temperature)
-            inter = inter_loss(own_similarities(query, inter_keys), against, temperature)
+        if self._variant.one_pass:
+            negatives = self._queue.log_sum_exp(query, temperature)
+            inter = inter_loss(key_similarities(query, inter_keys), negatives, temperature)
         else:
-            inter = plain_step.inter_loss(query, inter_keys, self._queue.vectors, temperature)
-        intra = intra_loss(own_similarities(output.intra.vector, intra_keys), temperature)
+            inter = reference_step.inter_loss(query, inter_keys, self._queue.vectors, temperature)
+        intra = intra_loss(key_similarities(output.intra.vector, intra_keys), temperature)
         gradient = (
             similarity_gradient(self._network, output, inter_keys[0])
-            if self._form.closed_form
-            else plain_step.similarity_gradient(output, inter_keys[0])
+            if self._variant.closed_form
+            else reference_step.similarity_gradient(output, inter_keys[0])
         )
         aligned = align(alignment_map(gradient.float()), batch.motion)
         order = order_loss(
@@ -132,32 +134,32 @@ class GrowingStep:
         return inter + self._losses.intra * intra + self._losses.alignment * aligned.loss + 0.0 * order
 
     def _clips(self, clips: torch.Tensor) -> torch.Tensor:
-        """Normalised; the product's stay in the order of their bytes, channels innermost."""
-        return normalise(clips) if self._form.channels_last else plain_step.normalised(clips)
+        """Normalised clips; the optimised variant keeps the bytes' memory order, channels last."""
+        return normalise(clips) if self._variant.channels_last else reference_step.normalised(clips)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._form.bfloat16)
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._variant.bfloat16)
 
 
 class TrainerStep:
-    """The step of `mcl pretrain` itself, alone on its rank, with marks where its parts end; listeners hear of each."""
+    """The step of `mcl pretrain` on a single rank, with a mark at the end of each phase; listeners get its events."""
 
     def __init__(
-        self, config: PretrainConfig, form: LogSumExpForm, device: torch.device, listeners: Sequence[Listener] = ()
+        self, config: PretrainConfig, variant: StepVariant, device: torch.device, listeners: Sequence[Listener] = ()
     ) -> None:
         self._device = device
-        checkpoints = CheckpointManager(tempfile.gettempdir(), ProcessGroup(device))  # none is written
-        trainer = self._trainer = lone_trainer(config, form, device, checkpoints, listeners)
+        checkpoints = CheckpointManager(tempfile.gettempdir(), ProcessGroup(device))  # it writes none
+        trainer = self._trainer = single_rank_trainer(config, variant, device, checkpoints, listeners)
         self._mark: Mark = lambda _: None
         for owner, method, phase in (
-            (trainer.learner.momentum, "encode", "keys"),
+            (trainer.state.momentum, "encode", "keys"),
             (trainer.engine, "forward", "forward"),
             (trainer.engine, "backward", "backward"),
             (trainer.engine, "step", "optimizer"),
-            (trainer.learner.momentum, "update", "momentum"),
-            (trainer.learner.queue, "enqueue", "queue"),
+            (trainer.state.momentum, "update", "momentum"),
+            (trainer.state.queue, "enqueue", "queue"),
         ):
-            self._time(owner, method, phase)
+            self._mark_phase(owner, method, phase)
         self._step = 0
 
     @property
@@ -170,59 +172,70 @@ class TrainerStep:
         self._mark = mark
         batch = batch.to(self._device)
         mark("copy")
-        self._trainer.take(self._step, batch, PhaseTimer(self._device), waited=0.0).seconds = 1.0
+        self._trainer.train_step(self._step, batch, PhaseTimer(self._device), waited=0.0).seconds = 1.0
         self._step += 1
 
-    def _time(self, owner: object, method: str, phase: str) -> None:
-        """Mark the time between parts as `other`, and that of the part itself."""
-        called = getattr(owner, method)
+    def _mark_phase(self, owner: object, method: str, phase: str) -> None:
+        """Make the method mark its own time as `phase`, and the time before it as `other`."""
+        original = getattr(owner, method)
 
-        @wraps(called)
-        def marking(*arguments: Any, **more: Any) -> Any:
+        @wraps(original)
+        def marking(*arguments: Any, **options: Any) -> Any:
             self._mark("other")
-            result = called(*arguments, **more)
+            result = original(*arguments, **options)
             self._mark(phase)
             return result
 
         setattr(owner, method, marking)
 
 
-def lone_trainer(
+def single_rank_trainer(
     config: PretrainConfig,
-    form: LogSumExpForm,
+    variant: StepVariant,
     device: torch.device,
     checkpoints: CheckpointManager,
     listeners: Sequence[Listener] = (),
 ) -> PretrainTrainer:
-    """A trainer alone in its process group, whose `take` is given batches by hand."""
+    """A trainer in a process group of one rank; the caller passes batches to `train_step`."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ[name] = value
     os.environ["MASTER_PORT"] = str(free_port())
     join_process_group(device)
-    learner = _learner(config, form, device)
+    state = _state(config, variant, device)
     engine = Engine(
-        Objective(learner.network, temperature=config.objective.temperature, autocast=form.bfloat16),
+        Objective(state.network, temperature=config.objective.temperature, autocast=variant.bfloat16),
         config.optimizer,
         batch_per_rank=config.train.global_batch,
         accumulate=config.train.accumulate,
     )
     return PretrainTrainer(
         engine=engine,
-        learner=learner,
+        state=state,
         group=ProcessGroup(device),
         schedule=Schedule(config.optimizer.learning_rate, 1000, 1000, warmup_epochs=0.0),
         losses=replace(config.objective, order="none"),
         checkpoints=checkpoints,
         checkpoint_every=1000,
-        config=asdict(config),
+        run_config=asdict(config),
         batches=iter(()),
-        settings=config.train,
+        config=config.train,
         listeners=listeners,
     )
 
 
+def noise_config(path: str | Path, overrides: Sequence[str]) -> PretrainConfig:
+    """A run's configuration for steps on noise; no video is read and no folder is written, whatever it names.
+
+    Raises:
+        ConfigError: the configuration is invalid.
+    """
+    config = load_config(PretrainConfig, path, ["data.train=none", "run.dir=none", *overrides])
+    check(config, num_ranks=1)
+    return config
+
+
 def noise(config: PretrainConfig, device: torch.device) -> TubeletBatch:
-    """A global batch in host memory, pinned where a GPU copies from it."""
+    """A global batch of noise in host memory, pinned for a GPU."""
     draws = torch.Generator().manual_seed(config.run.seed)
     size, data = config.train.global_batch, config.data
     shape = (size, NUM_VIEWS, data.frames, data.crop, data.crop, 3)
@@ -236,15 +249,15 @@ def noise(config: PretrainConfig, device: torch.device) -> TubeletBatch:
     return batch.pinned() if device.type == "cuda" else batch
 
 
-def _learner(config: PretrainConfig, form: LogSumExpForm, device: torch.device) -> PretrainState:
+def _state(config: PretrainConfig, variant: StepVariant, device: torch.device) -> PretrainState:
     torch.manual_seed(config.run.seed)
     network = Network(config.encoder, config.heads)
     network.to(device).train()
-    momentum = MomentumEncoder(network, ProcessGroup(device), seed=config.run.seed, autocast=form.bfloat16)
+    momentum = MomentumEncoder(network, ProcessGroup(device), seed=config.run.seed, autocast=variant.bfloat16)
     draws = torch.Generator().manual_seed(config.run.seed)
-    learner = PretrainState(
+    state = PretrainState(
         network, momentum, NegativeQueue.random(config.objective.queue, config.heads.dim, draws, device)
     )
-    if form.compiled:
-        learner.compile()
-    return learner
+    if variant.compiled:
+        state.compile()
+    return state
