@@ -1,21 +1,20 @@
-# Each target works alone on a fresh clone and makes its own .venv. Settings: PYTHON (3.10 to 3.13),
+# Each target works alone on a fresh clone and creates .venv first. Settings: PYTHON (3.10 to 3.13),
 # CUDA (13, or 12 for older drivers), TORCH_INDEX (a wheel index for torch alone, README.md "Install"), JOBS.
 PYTHON ?= python3
 VENV := .venv
 CUDA ?= $(or $(patsubst $(VENV)/.installed-cuda%,%,$(firstword $(wildcard $(VENV)/.installed-cuda*))),13)
 TORCH_INDEX ?=
-# Test files at the same time: many wait for what they killed or cut off to come back.
+# Test files that run at the same time: many of them wait for restarts.
 JOBS ?= 2
-# The stamp is written last and names the choice of CUDA: a half-made .venv has none.
+# The stamp is written last and holds the choice of CUDA; an incomplete .venv has none.
 STAMP := $(VENV)/.installed-cuda$(CUDA)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# Demo and tests run many small tensor operations: more threads only get in each other's way, and threads that
-# wait by spinning keep the cores from whoever could use them.
+# Demo and tests run many small tensor operations: more threads compete, and spinning threads waste cores.
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test check clean
+.PHONY: install demo test test-fast check clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -25,6 +24,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# What a developer runs all day: no ranks, no servers, no browsers.
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder -m "not slow and not gpu"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

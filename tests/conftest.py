@@ -1,4 +1,4 @@
-"""Fixtures that more than one package's tests use."""
+"""Fixtures that tests of several packages use."""
 
 from __future__ import annotations
 
@@ -17,38 +17,34 @@ from tests.support.s3 import S3Store, running_store
 
 
 def pytest_configure() -> None:
-    """Let Ctrl-C work here and in programs under test: what a shell starts in the background ignores it."""
+    """Restore Ctrl-C, here and in programs under test: a shell's background processes ignore SIGINT."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests marked `gpu` run where there is one."""
+    """Skip tests marked `gpu` without a CUDA device."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="session")
 def real_videos() -> Path:
-    """A folder of class folders of real clips, which a user's clone does not have."""
-    return _folder_beside("MCL_VIDEOS", "videos", "real clips")
-
-
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    """The folder of vectors that the reference implementation computed, which a user's clone does not have."""
-    return _folder_beside("MCL_GOLDEN", "golden", "golden vectors")
-
-
-def _folder_beside(variable: str, name: str, what: str) -> Path:
-    folder = Path(os.environ.get(variable, REPOSITORY.parent / "shared" / name))
+    """A folder of class folders of real clips, named by MCL_VIDEOS; the repository contains none."""
+    folder = Path(os.environ.get("MCL_VIDEOS", REPOSITORY.parent / "shared" / "videos"))
     if not folder.is_dir():
-        pytest.skip(f"no {what}: {folder} is missing; name their folder in {variable}")
+        pytest.skip(f"no real clips: {folder} is missing; set MCL_VIDEOS to their folder")
     return folder
 
 
 @pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of vectors that the reference implementation computed; MCL_GOLDEN names another one."""
+    return Path(os.environ.get("MCL_GOLDEN", REPOSITORY / "tests" / "golden" / "vectors"))
+
+
+@pytest.fixture(scope="session")
 def synthetic_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A shard set of 16 synthetic videos, one a class."""
+    """A shard set of 16 synthetic videos, one for each class."""
     from dataloading.synthetic.videos import write_synthetic
     from launch.cli.main import main
 
