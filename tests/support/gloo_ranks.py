@@ -43,6 +43,7 @@ def run_gloo_ranks(file: str, function: str, count: int, *arguments: object) -> 
         outputs = [rank.communicate(timeout=RANK_SECONDS)[0] for rank in ranks]
     finally:
         for rank in ranks:
-            rank.kill()
+            with rank:  # reaps the process and closes its output, also after a timeout
+                rank.kill()
     failed = [output for rank, output in zip(ranks, outputs, strict=True) if rank.returncode]
     assert not failed, failed[0]
