@@ -3,8 +3,6 @@
 A motion boundary is the gradient of the flow. The flow of a steadily moving camera is constant, so it cancels.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterable
 

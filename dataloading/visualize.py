@@ -1,7 +1,5 @@
 """Images of a video in a shard set: sampled frames, their flow and motion, and the tubelets of one draw."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The script of one evaluation rank; `mcl evaluate` starts it through the DeepSpeed launcher."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence

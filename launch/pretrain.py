@@ -1,7 +1,5 @@
 """The script of one pre-training rank; `mcl pretrain` and plain `deepspeed` start it through the DeepSpeed launcher."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from typing import NoReturn

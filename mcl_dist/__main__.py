@@ -4,8 +4,6 @@
 enough to shadow ours. So the check is in this package, and the command line is imported by name.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import sys

@@ -1,7 +1,5 @@
 """Batches: the data that a loader passes to the training loop."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar

@@ -4,8 +4,6 @@ A section is a frozen dataclass. Its fields have a type, a default and optional 
 `byte_size`). A YAML file may inherit from another with `base:`, a path relative to itself.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import re

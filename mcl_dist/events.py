@@ -1,7 +1,5 @@
 """Events of a run. Code that emits an event does not depend on the listeners that receive it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any

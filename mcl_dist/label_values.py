@@ -1,7 +1,5 @@
 """Label values of the data path's metrics: the loader and the builder report them, `monitoring` exports them."""
 
-from __future__ import annotations
-
 from typing import Literal, get_args
 
 LoaderStage = Literal["draw and read", "decode", "decode flow", "augment", "target"]

@@ -1,7 +1,5 @@
 """One builder per destination: a file lock on a local disk, a lease in an object store."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

@@ -1,7 +1,5 @@
 """Builds a shard set from the videos of a source: shuffle, process, write shards, write the manifest."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

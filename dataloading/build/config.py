@@ -1,7 +1,5 @@
 """Settings that decide the bytes of a shard set. `mcl shards build` derives its flags from them."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Find videos of a source that are the same file, byte for byte."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace

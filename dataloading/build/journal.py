@@ -1,7 +1,5 @@
 """Journal of an unfinished build: one small file per finished shard, removed once the manifest is written."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Worker processes that return results in the order of their tasks and end with their parent."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -1,7 +1,5 @@
 """Find stored videos that look alike: a perceptual hash of a few frames, and a search for nearly equal hashes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Run tasks on a Ray cluster, in the order of their items; a task whose node dies runs again on another node."""
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 import os
@@ -82,12 +80,7 @@ class RayExecutor:
                 driver.join()
 
     def _task_options(self) -> dict[str, Any]:
-        return {
-            "num_cpus": 1,
-            "num_gpus": self.gpus,
-            "max_retries": self.max_retries,
-            "scheduling_strategy": "SPREAD",
-        }
+        return {"num_cpus": 1, "num_gpus": self.gpus, "max_retries": self.max_retries, "scheduling_strategy": "SPREAD"}
 
     def _results(self, receiver: Connection, log: Path) -> Iterator[Any]:
         while True:

@@ -1,7 +1,5 @@
 """Checks every byte of a shard set against its manifest, its indices and its digests."""
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile

@@ -1,7 +1,5 @@
 """Turns one video file into one stored sample: decode, flow, motion, stills."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -2,8 +2,6 @@
 for Optical Flow, IJCV 2011). Hue is the direction, saturation the speed.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 # Steps from red to yellow, to green, to cyan, to blue, to magenta and back: fewer where the eye separates fewer hues.

@@ -1,7 +1,5 @@
 """Names of the flow estimators, the size of their flow and the range of its bytes; imports nothing heavy."""
 
-from __future__ import annotations
-
 TVL1 = "tvl1"
 OPENCV_TVL1 = "opencv-tvl1"
 DIS = "dis"

@@ -1,7 +1,5 @@
 """Optical flow between consecutive frames, and its bytes (METHOD.md, section 1.2)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Median filter of 5×5 pixels, for one image on one core; memory layout as in `padded_images`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

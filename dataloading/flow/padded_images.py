@@ -6,8 +6,6 @@ of sixteen pixels (`dataloading.flow.simd`) needs no special case at borders: a 
 are multiplied by zero.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from dataloading.flow.simd import SIMD_WIDTH, kernel

@@ -4,8 +4,6 @@ Explicit vectors make a kernel independent of the compiler's loop vectoriser: ev
 specifies on any instruction set, and the speed is predictable.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable
 from functools import partial

@@ -9,8 +9,6 @@ On a CPU compiled kernels solve a pair on one core (`dataloading.flow.tvl1_kerne
 solved together (`dataloading.flow.tvl1_gpu`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import cv2

@@ -1,7 +1,5 @@
 """Configuration of TV-L1, for the CPU's kernels and for the batched form on a GPU."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

@@ -4,8 +4,6 @@ The same steps as `dataloading.flow.tvl1_kernels`, on images (B, H, W). A pair t
 others continue, so a pair's flow does not depend on its batch.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from functools import lru_cache
@@ -66,10 +64,7 @@ def _step(
     flow = flow + change
     rate = time_step / tightness
     derivatives = torch.stack(
-        (
-            F.pad(flow[..., 1:] - flow[..., :-1], (0, 1)),
-            F.pad(flow[..., 1:, :] - flow[..., :-1, :], (0, 0, 0, 1)),
-        )
+        (F.pad(flow[..., 1:] - flow[..., :-1], (0, 1)), F.pad(flow[..., 1:, :] - flow[..., :-1, :], (0, 0, 0, 1)))
     )
     length = derivatives.square().sum(dim=0).sqrt()
     updated = (dual + rate * derivatives) / (1 + rate * length)

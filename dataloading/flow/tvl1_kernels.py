@@ -1,7 +1,5 @@
 """The inner loops of TV-L1, for one pair of frames on one core; memory layout as in `padded_images`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """TV-L1's data term: the later frame and its gradients, warped by the flow with OpenCV's cubic interpolation."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

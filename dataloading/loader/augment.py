@@ -4,8 +4,6 @@ Colour jitter in random order, grey, Gaussian blur, mirror (METHOD.md, section 2
 before decoding; applying runs on the batch's device, in OpenCV on a CPU and in torch on a GPU.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -42,11 +40,7 @@ class AugmentConfig:
     mirror_probability: float = number(0.5, minimum=0, maximum=1)
 
     def __post_init__(self) -> None:
-        for name, (low, high) in (
-            ("area", self.area),
-            ("aspect", self.aspect),
-            ("blur_sigma", self.blur_sigma),
-        ):
+        for name, (low, high) in (("area", self.area), ("aspect", self.aspect), ("blur_sigma", self.blur_sigma)):
             if not 0 < low <= high or (name == "area" and high > 1):
                 allowed = "a share of the frame, at most 1" if name == "area" else "above 0"
                 raise ConfigError(

@@ -1,7 +1,5 @@
 """The bad samples of a run: counted by reason and logged in a file."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From encoded videos to a batch: decode, augment, compute motion targets."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 

@@ -1,7 +1,5 @@
 """Configuration of the loader: the sets, how clips are cut, and the processes and threads that make batches."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

@@ -1,7 +1,5 @@
 """GPU work on coming batches in a stream of its own, concurrent with training."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Decoding of JPEG stills; the only module that uses DALI."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -188,10 +186,7 @@ def _resize(span_hwc: np.ndarray, window: np.ndarray, span: np.ndarray, out_hwc:
         return
     down, across = window[2] / height, window[3] / width
     to_source = np.array(
-        [
-            [across, 0, window[1] - left + across / 2 - 0.5],
-            [0, down, window[0] - top + down / 2 - 0.5],
-        ]
+        [[across, 0, window[1] - left + across / 2 - 0.5], [0, down, window[0] - top + down / 2 - 0.5]]
     )
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     cv2.warpAffine(pixels, to_source, (width, height), dst=out_hwc, flags=flags, borderMode=cv2.BORDER_REPLICATE)
@@ -224,11 +219,4 @@ def _window(span: Any, number: int, size: tuple[int, int]) -> Any:
     start, shape = (fn.external_source(name=f"{n}{number}", dtype=types.INT32, ndim=1) for n in ("start", "shape"))
     low, high = (fn.external_source(name=f"{n}{number}", dtype=types.FLOAT, ndim=1) for n in ("low", "high"))
     window = fn.slice(span, start=start, shape=shape, axis_names="HW")
-    return fn.resize(
-        window,
-        size=size,
-        interp_type=types.INTERP_LINEAR,
-        antialias=False,
-        roi_start=low,
-        roi_end=high,
-    )
+    return fn.resize(window, size=size, interp_type=types.INTERP_LINEAR, antialias=False, roi_start=low, roi_end=high)

@@ -1,7 +1,5 @@
 """From shard sets to batches: order, read, draw, decode, augment, target; in this process or in workers."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """Prefetching in one thread."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from queue import Empty, SimpleQueue

@@ -1,7 +1,5 @@
 """Encoded videos as plain arrays and JSON, to pass from a worker to the process that decodes."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Any
 

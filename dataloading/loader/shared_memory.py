@@ -1,7 +1,5 @@
 """Anonymous shared memory: the kernel frees it with the last process that maps it."""
 
-from __future__ import annotations
-
 import mmap
 import os
 import weakref

@@ -1,7 +1,5 @@
 """CPU time of the loader's stages."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Iterator

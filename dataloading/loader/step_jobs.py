@@ -1,7 +1,5 @@
 """One step of a rank: read and drawn, then decoded, in this process or in a worker."""
 
-from __future__ import annotations
-
 import resource
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The videos of a step, read and drawn but not decoded: no pixel is touched here."""
 
-from __future__ import annotations
-
 import functools
 import math
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Merging of byte ranges: many small pieces of a file become few requests."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

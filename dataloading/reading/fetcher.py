@@ -1,7 +1,5 @@
 """Fetching a set's files from an unreliable store: every response is checked, and retried until it is right."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import zlib

@@ -1,7 +1,5 @@
 """File locks that end with their holder, `kill -9` included."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import weakref

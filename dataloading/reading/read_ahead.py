@@ -1,7 +1,5 @@
 """Prefetching in background threads."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Sequence
 

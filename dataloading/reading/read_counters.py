@@ -1,7 +1,5 @@
 """Counters of what reading a shard set costs."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import Counter

@@ -7,8 +7,6 @@ read next in a `reader-….next`, which it keeps locked. All locks end with thei
 kinds were left by killed processes, and are removed when the cache is next opened.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import uuid

@@ -1,7 +1,5 @@
 """The indices of a set's shards: the small columns of all shards, the tables of a few."""
 
-from __future__ import annotations
-
 import os
 import threading
 from collections import OrderedDict

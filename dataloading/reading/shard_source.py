@@ -1,7 +1,5 @@
 """Pieces of one shard: from a file on this machine, from its copy in the cache, or fetched piece by piece."""
 
-from __future__ import annotations
-
 import os
 import zlib
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A parallel `map` for calls that wait for a network."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait

@@ -1,7 +1,5 @@
 """The order of one set's samples: a pure function of seed, epoch, lane and position in the lane."""
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Which sample of which set every slot of a global batch holds, for one set or a weighted mixture of several."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Starts are 1-based, as in METHOD.md; frame indices are 0-based.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

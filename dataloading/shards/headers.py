@@ -1,7 +1,5 @@
 """Headers of the files in a shard: sizes of JPEG and NumPy data are known before either is decoded."""
 
-from __future__ import annotations
-
 import io
 import math
 import re

@@ -5,8 +5,6 @@ videos look the same, so an encoder can learn only motion from them. In `distrac
 from video to video and hardly moves, so instance discrimination can ignore the motion.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Writes labelled sets of short MP4 files of synthetic scenes."""
 
-from __future__ import annotations
-
 import multiprocessing
 from fractions import Fraction
 from functools import partial

@@ -1,7 +1,5 @@
 """Reads lists of the videos of a data set: Kinetics' CSV, UCF101's and HMDB51's split files, and plain lists."""
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Ablation of the method: the gain of each use of motion, on synthetic sets whose classes differ in motion alone."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

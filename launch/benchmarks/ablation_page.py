@@ -1,7 +1,5 @@
 """The page of `mcl bench method`: curves of its runs, by variant."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """CPU time of a `mcl shards build` worker for one video, by stage."""
 
-from __future__ import annotations
-
 import cProfile
 import resource
 import time

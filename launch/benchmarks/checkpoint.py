@@ -1,7 +1,5 @@
 """Time for which a checkpoint blocks training, written synchronously and in the background."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Callable

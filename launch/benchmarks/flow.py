@@ -1,7 +1,5 @@
 """Cost of the flow estimators, and the agreement of their motion with the reference."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence

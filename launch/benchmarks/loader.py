@@ -1,7 +1,5 @@
 """Throughput of the loader, its CPU time by stage, and a digest of its batches."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import resource

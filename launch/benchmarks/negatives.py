@@ -1,7 +1,5 @@
 """Time and peak memory of the inter loss over a large queue, forward and backward, for each implementation."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 import time

@@ -3,8 +3,6 @@
 Training uses optimised implementations with the same results.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy

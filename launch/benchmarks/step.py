@@ -1,7 +1,5 @@
 """Cost of a training step, from the reference to the step of `mcl pretrain`, one optimisation after another."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor

@@ -1,7 +1,5 @@
 """Variants of the training step for `mcl bench step`, from the reference to the step of `mcl pretrain`."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Callable, Sequence

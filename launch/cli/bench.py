@@ -1,7 +1,5 @@
 """`mcl bench`: measure flow, build, loader, negatives, step, checkpoint, method and exporter."""
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import json
@@ -12,13 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch.benchmarks import ablation
+from launch.cli.command import Commands
 from launch.cli.demo_stages import CONFIG as DEMO_CONFIG
 from mcl_dist.errors import ConfigError
 
 Run = Callable[[argparse.Namespace], int]
 
 
-def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def register(commands: Commands) -> None:
     """Add `mcl bench` and its commands."""
     bench = commands.add_parser("bench", help="measure the cost of the parts")
     actions = bench.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataloading.build.config import BuildConfig
 from dataloading.build.local_executor import num_cores
+from launch.cli.command import Commands, add_command
 from launch.cli.config_flags import add_config_flags, config_from_flags, flag
 from mcl_dist.errors import ConfigError
 
@@ -37,14 +38,15 @@ example:
 GPUS_PER_TASK = 0.25  # decoding and encoding a video take a processor longer than its flow takes a GPU
 
 
-def register(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def register(actions: Commands) -> None:
     """Add `build` to the commands of `mcl shards`."""
-    parser = actions.add_parser(
+    parser = add_command(
+        actions,
         "build",
+        run,
         help="turn a folder of class folders of videos into a shard set",
         description="Decode videos, estimate their flow and motion, and write a shard set.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example=EXAMPLE,
     )
     parser.add_argument("source", metavar="SRC", help="folder of the class folders or listed videos, at any fsspec URL")
     parser.add_argument("destination", metavar="DEST", help="folder to write, at any fsspec URL")
@@ -58,7 +60,6 @@ def register(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     _add_monitoring_arguments(
         parser.add_argument_group("monitoring", "For Prometheus; a short build may end between two scrapes.")
     )
-    parser.set_defaults(run=run)
 
 
 def _add_list_arguments(group: argparse._ArgumentGroup) -> None:

@@ -1,7 +1,5 @@
 """Command-line flags of a configuration dataclass: `short_side` becomes `--short-side`."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import types

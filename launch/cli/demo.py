@@ -1,11 +1,10 @@
 """`mcl demo`: from raw videos to a probe score, in a few minutes on two CPU cores."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from pathlib import Path
 
+from launch.cli.command import Commands, add_command
 from launch.cli.demo_stages import Demo
 from mcl_dist.errors import UserError
 
@@ -18,13 +17,14 @@ and pretrained accuracy as fractions; seconds in total and of each stage).
 """
 
 
-def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def register(commands: Commands) -> None:
     """Add `mcl demo`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "demo",
+        run,
         help="run every step from raw videos to a probe score, on synthetic videos",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example=EXAMPLE,
     )
     parser.add_argument("--dir", type=Path, default=Path("runs/demo"), help="folder to work in (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the videos and the training (default: %(default)s)")
@@ -32,7 +32,6 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="the encoder is so small that a GPU is hardly faster"
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from launch.cli.command import Commands, add_command
 from launch.cluster import ssh
 from launch.cluster.doctor_checks import FAIL, CheckResult
 from launch.cluster.hostfile import read_hostfile
@@ -21,14 +22,9 @@ EXAMPLE = """example:
 """
 
 
-def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def register(commands: Commands) -> None:
     """Add `mcl doctor`."""
-    parser = commands.add_parser(
-        "doctor",
-        help="find what keeps nodes from training together",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(commands, "doctor", run, help="find what keeps nodes from training together", example=EXAMPLE)
     parser.add_argument("--hostfile", metavar="FILE", help="one `HOST slots=N` a line (default: this machine alone)")
     parser.add_argument("--config", help="also check the stores, folders and ports of this configuration")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override the file, e.g. run.dir=runs/a")
@@ -36,7 +32,6 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--timeout", type=float, default=20.0, help="seconds for the nodes to connect (default: 20)")
     parser.add_argument("--json", action="store_true", help="print the rows as a JSON list")
     ssh.add_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

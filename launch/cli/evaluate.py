@@ -1,10 +1,9 @@
 """`mcl evaluate PROTOCOL`: score an encoder."""
 
-from __future__ import annotations
-
 import argparse
 import json
 
+from launch.cli.command import Commands, add_command
 from launch.evaluation.encoder_under_test import RANDOM
 from launch.evaluation.job import TRAINING_PROTOCOLS, Job
 from launch.evaluation.launch_job import run_job
@@ -36,18 +35,16 @@ EXAMPLE = """example:
 """
 
 
-def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def register(commands: Commands) -> None:
     """Add `mcl evaluate`."""
     parser = commands.add_parser("evaluate", help="score an encoder by a protocol")
     protocols = parser.add_subparsers(title="protocols", metavar="PROTOCOL", required=True)
     for name, text in PROTOCOLS.items():
-        protocol = protocols.add_parser(
-            name, help=text, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        protocol = add_command(protocols, name, run, help=text, example=EXAMPLE)
         _add_input_arguments(protocol)
         _add_option_arguments(protocol)
         _add_protocol_arguments(protocol, name)
-        protocol.set_defaults(run=run, protocol=name)
+        protocol.set_defaults(protocol=name)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,8 +1,8 @@
 """`mcl export`: write an encoder as a file for other programs."""
 
-from __future__ import annotations
-
 import argparse
+
+from launch.cli.command import Commands, add_command
 
 FORMATS = ("safetensors", "torchscript", "onnx", "reference")
 EXAMPLE = """example:
@@ -14,18 +14,12 @@ mean and deviation; they return features (B, C). `reference` is safetensors with
 """
 
 
-def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def register(commands: Commands) -> None:
     """Add `mcl export`."""
-    parser = commands.add_parser(
-        "export",
-        help="write an encoder for other programs",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(commands, "export", run, help="write an encoder for other programs", example=EXAMPLE)
     parser.add_argument("checkpoint", metavar="C", help="run folder, step-… folder, or a weights file")
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--out", required=True, metavar="FILE", help="path or URL to write to")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,12 +1,11 @@
 """`mcl shards inspect`."""
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
+from launch.cli.command import Commands, add_command
 from mcl_dist.errors import ConfigError
 
 EXAMPLE = """\
@@ -14,15 +13,16 @@ example:
   mcl shards inspect shards/train --out page.html --videos 10 --seed 3"""
 
 
-def register(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def register(actions: Commands) -> None:
     """Add `inspect` to the commands of `mcl shards`."""
-    parser = actions.add_parser(
+    parser = add_command(
+        actions,
         "inspect",
+        run,
         help="write an HTML page about a shard set",
         description="Write one self-contained HTML file: totals of the set, and frames, flow, frame maps, clip scores "
         "and tubelets of a sample of its videos.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example=EXAMPLE,
     )
     parser.add_argument("url", metavar="URL", help="folder of the shard set, at any fsspec URL")
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="page to write")
@@ -31,7 +31,6 @@ def register(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument(
         "--cache", metavar="DIR", help="folder that caches the shards of a remote set (default: a temporary one)"
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

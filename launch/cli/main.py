@@ -1,7 +1,5 @@
 """The `mcl` command."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import sys

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.cli.command import Commands, add_command
 from mcl_dist.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -27,15 +28,16 @@ INTERVAL = 2.0
 REDRAW_SECONDS = 0.25  # between redraws, which update the ages and follow the terminal's size
 
 
-def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def register(commands: Commands) -> None:
     """Add `mcl monitor`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "monitor",
+        run,
         help="watch a run",
         description="Show a run live on the terminal, during the run and after it; as plain text, once, if the output "
         "is not a terminal. Ctrl-C exits; the run continues.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example=EXAMPLE,
     )
     parser.add_argument("source", metavar="RUN", help="run folder (run.dir), or URL of the run's rank 0")
     parser.add_argument("--credentials", metavar="FILE", type=Path, help="file with user:password, for a URL")
@@ -44,7 +46,6 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--json", action="store_true", help="print the current state as JSON and exit")
     parser.add_argument("--interval", metavar="S", type=float, default=INTERVAL, help="seconds between updates (2)")
     parser.add_argument("--serve", metavar="PORT", type=int, help="serve the run as a web page on the loopback")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,10 +1,9 @@
 """`mcl pretrain`: check the configuration, then supervise the ranks of this node or of all nodes."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
+from launch.cli.command import Commands, add_command
 from launch.cluster import hostfile_run
 from launch.pretraining.rank import add_config_arguments
 from launch.supervision.node_discovery import add_node_arguments, node_spec_of
@@ -16,18 +15,12 @@ EXAMPLE = """example:
 """
 
 
-def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def register(commands: Commands) -> None:
     """Add `mcl pretrain`."""
-    parser = commands.add_parser(
-        "pretrain",
-        help="pre-train an encoder on a shard set",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(commands, "pretrain", run, help="pre-train an encoder on a shard set", example=EXAMPLE)
     add_config_arguments(parser)
     add_node_arguments(parser)
     hostfile_run.add_arguments(parser)
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

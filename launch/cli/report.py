@@ -1,10 +1,9 @@
 """`mcl report`: write the report of a run as one HTML page."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
+from launch.cli.command import Commands, add_command
 from launch.report.run_report import REPORT_FILE
 
 EXAMPLE = """\
@@ -13,16 +12,17 @@ example:
   mcl report runs/first --out report.html --videos 5 --cache /scratch/mcl"""
 
 
-def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def register(commands: Commands) -> None:
     """Add `mcl report`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "report",
+        run,
         help="write a run's report as one page",
         description="Write one self-contained HTML file: configuration, learning curves, evaluations beside published "
         "results, tubelets, alignment maps of each checkpoint, nearest neighbours. Works during the run and after "
         "it; a section without data states the reason.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example=EXAMPLE,
     )
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="run folder (run.dir)")
     parser.add_argument("--out", metavar="FILE", help=f"path or URL of the page (default: {REPORT_FILE} in RUN)")
@@ -30,7 +30,6 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument(
         "--cache", metavar="DIR", help="local cache for indices of remote shard sets (default: the run's)"
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

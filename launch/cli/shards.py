@@ -1,13 +1,12 @@
 """`mcl shards`: its commands, and `mcl shards verify`."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
 
 from dataloading.build.local_executor import num_cores
 from launch.cli import build_shards, inspect_shards
+from launch.cli.command import Commands, add_command
 from mcl_dist.errors import EXIT_FAILURE, ConfigError, UserError
 
 VERIFY_EXAMPLE = """\
@@ -15,17 +14,18 @@ example:
   mcl shards verify s3://bucket/train --json"""
 
 
-def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def register(commands: Commands) -> None:
     """Add `mcl shards` and its commands."""
     shards = commands.add_parser("shards", help="build, check and look into shard sets")
     actions = shards.add_subparsers(title="commands", metavar="COMMAND", required=True)
     build_shards.register(actions)
-    verify = actions.add_parser(
+    verify = add_command(
+        actions,
         "verify",
+        run_verify,
         help="check every byte of a shard set",
         description="Check the manifest, digests, index and stills of a shard set; prints one line per problem.",
-        epilog=VERIFY_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example=VERIFY_EXAMPLE,
     )
     verify.add_argument("url", metavar="URL", help="folder of the shard set, at any fsspec URL")
     verify.add_argument(
@@ -35,7 +35,6 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="processes, each holding one shard in memory (default: one per core)",
     )
     verify.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-    verify.set_defaults(run=run_verify)
     inspect_shards.register(actions)
 
 

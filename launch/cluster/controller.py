@@ -4,8 +4,6 @@ It runs `mcl pretrain --attached` on every host, over pdsh or ssh; each of them 
 fails or cannot be reached, the controller kills the rest of the attempt and restarts the run on the hosts that answer.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import time

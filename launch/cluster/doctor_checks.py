@@ -1,7 +1,5 @@
 """The checks of `mcl doctor`: from the facts that nodes report to the rows of its table."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial

@@ -3,8 +3,6 @@
 The doctor runs this file by its path.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

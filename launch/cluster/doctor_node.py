@@ -3,8 +3,6 @@
 The doctor runs this file by its path, not as a module, so that it works even if another package hides ours.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json

@@ -1,7 +1,5 @@
 """Environment variables that are forwarded to other hosts: settings and paths, never secrets."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """The hosts of a run, from DeepSpeed's hostfile: one `HOST slots=N` a line."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

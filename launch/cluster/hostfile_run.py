@@ -1,7 +1,5 @@
 """`mcl pretrain --hostfile`: its options, and the controller that they describe."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil

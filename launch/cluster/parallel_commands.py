@@ -1,7 +1,5 @@
 """Short commands that run at the same time, one for each host."""
 
-from __future__ import annotations
-
 import subprocess
 import time
 from collections.abc import Mapping, Sequence

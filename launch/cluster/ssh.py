@@ -1,7 +1,5 @@
 """Commands on other hosts over ssh: without prompts, with timeouts."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys

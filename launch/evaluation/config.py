@@ -1,7 +1,5 @@
 """Configurations of the evaluations, composed of the sections that their parts own."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 

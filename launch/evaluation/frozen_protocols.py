@@ -1,7 +1,5 @@
 """Protocols on frozen features: all ranks extract the features of both sets, the first rank fits a probe."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import asdict, dataclass, replace
 

@@ -1,7 +1,5 @@
 """Inputs of the protocols: a checked pair of shard sets, and their clips."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

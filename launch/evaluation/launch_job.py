@@ -1,7 +1,5 @@
 """Run an evaluation: in this process, over several ranks, or supervised."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, replace
 from pathlib import Path

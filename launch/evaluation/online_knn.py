@@ -1,7 +1,5 @@
 """kNN accuracy on held-out videos during training."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack

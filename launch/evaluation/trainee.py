@@ -1,7 +1,5 @@
 """The network that a training protocol trains, and its task."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Protocols that train a classifier: composed like pre-training, then scored on the mean over a video's clips."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """The composition root of pre-training: build the model, the loader and the trainer."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext

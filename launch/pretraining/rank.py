@@ -1,7 +1,5 @@
 """One rank of a pre-training run."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Sequence

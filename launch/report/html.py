@@ -1,7 +1,5 @@
 """Pages, elements and images in HTML and SVG: text is escaped unless it is SafeHtml."""
 
-from __future__ import annotations
-
 import base64
 from html import escape
 

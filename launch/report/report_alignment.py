@@ -1,7 +1,5 @@
 """Section "Alignment" of a run's report: alignment maps and motion targets by checkpoint (METHOD.md, section 4)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace

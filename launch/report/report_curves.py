@@ -1,7 +1,5 @@
 """Section "Learning curves" of a run's report."""
 
-from __future__ import annotations
-
 from launch.report.html import SafeHtml, tag
 from launch.report.svg_chart import Curve, chart
 from mcl_dist.errors import UserError

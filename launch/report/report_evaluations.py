@@ -1,7 +1,5 @@
 """Section "Evaluations" of a run's report: its own results beside published ones."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 

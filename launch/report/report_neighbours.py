@@ -1,7 +1,5 @@
 """Section "Nearest neighbours" of a run's report: test videos and their nearest training videos."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from typing import Any

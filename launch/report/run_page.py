@@ -1,7 +1,5 @@
 """The page of `mcl report`: its sections in order, each with its content or the reason why it is missing."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from contextlib import closing

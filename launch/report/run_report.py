@@ -1,7 +1,5 @@
 """Write the report of a run: by `mcl report` at any time, and by rank 0 at the end of the run."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

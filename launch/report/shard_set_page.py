@@ -1,7 +1,5 @@
 """The page of `mcl shards inspect`: a shard set and a sample of its videos."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import groupby

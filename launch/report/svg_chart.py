@@ -1,7 +1,5 @@
 """Line charts over training steps as SVG, with gaps for missing values and a table of key values."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Image of the four tubelets of one video, with their crops and motion maps."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """One video on the page of `mcl shards inspect`: facts, sampled frames, clip scores and tubelets."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import cv2

@@ -1,7 +1,5 @@
 """The configuration of a pre-training run, composed of the sections that its parts own."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from dataloading.loader.config import DataConfig, check_clips

@@ -1,7 +1,5 @@
 """Configuration of the evaluations during a pre-training run."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from mcl_dist.config import number

@@ -1,7 +1,5 @@
 """The network that a pre-training run starts from."""
 
-from __future__ import annotations
-
 import torch
 
 from mcl_dist.model.encoder import EncoderConfig

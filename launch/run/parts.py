@@ -1,7 +1,5 @@
 """Parts of every run on ranks: listeners, checkpoints, resuming, engine, schedule, batches."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress

@@ -1,7 +1,5 @@
 """Errors that only one rank can meet."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

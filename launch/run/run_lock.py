@@ -1,7 +1,5 @@
 """A lock that admits one run at a time to a run folder."""
 
-from __future__ import annotations
-
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager

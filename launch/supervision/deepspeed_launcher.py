@@ -1,7 +1,5 @@
 """Ranks of this machine, started by the DeepSpeed launcher; each exits without tearing DeepSpeed down."""
 
-from __future__ import annotations
-
 import base64
 import json
 import os

@@ -1,7 +1,5 @@
 """Detection of ranks that hang."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Messages of a command to its user."""
 
-from __future__ import annotations
-
 import sys
 from contextlib import suppress
 from typing import TextIO

@@ -1,7 +1,5 @@
 """This node's place in the run, from the command line or from the environment of Slurm or a PyTorchJob."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """A run on this node: its runtime folder, the rendezvous with the other nodes, the supervisor and its outcome."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """The outcome of a rank or of an attempt, and whether a retry can succeed."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal

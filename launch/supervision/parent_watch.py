@@ -1,7 +1,5 @@
 """A rank's watch on its launcher and supervisor: once killed, they can neither end nor restart it."""
 
-from __future__ import annotations
-
 import os
 import select
 import threading

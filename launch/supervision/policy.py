@@ -1,7 +1,5 @@
 """Restart policy of a run, and the loop that applies it; the supervisor of a node and the cluster controller use it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Wait for a condition by polling it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import TypeVar

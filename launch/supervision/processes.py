@@ -1,7 +1,5 @@
 """Processes of this machine, as listed in /proc, and their sessions."""
 
-from __future__ import annotations
-
 import os
 import select
 import signal

@@ -6,8 +6,6 @@ attempt starts when all nodes are ready, at a port that is free on node 0. It en
 when one sends nothing for too long.
 """
 
-from __future__ import annotations
-
 import json
 import secrets
 import socket

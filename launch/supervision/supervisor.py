@@ -1,7 +1,5 @@
 """The supervisor of a node: starts its ranks, watches them, and restarts them from the newest checkpoint."""
 
-from __future__ import annotations
-
 import os
 import select
 import signal

@@ -1,7 +1,5 @@
 """Metrics of a command that ends by itself: served while it runs, and pushed to a Pushgateway."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 

@@ -1,7 +1,5 @@
 """Metrics of a shard set build."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

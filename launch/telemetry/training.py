@@ -1,7 +1,5 @@
 """The metrics server of a training rank, and the scrape targets of all ranks."""
 
-from __future__ import annotations
-
 import os
 import socket
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Progress of a shard set build on standard error."""
 
-from __future__ import annotations
-
 from dataloading.build.builder import ResumedBuild
 from dataloading.build.video_processor import VideoResult
 from dataloading.shards.format import RefusedVideo

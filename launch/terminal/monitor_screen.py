@@ -1,7 +1,5 @@
 """Terminal screen of a run view: as much as fits, most important first."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, zip_longest

@@ -1,7 +1,5 @@
 """One progress line: rewritten in place on a terminal, printed as plain lines elsewhere."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """Sparklines of block characters."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

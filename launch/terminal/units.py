@@ -1,7 +1,5 @@
 """Format numbers with units, and untrusted text, for people."""
 
-from __future__ import annotations
-
 import math
 
 UNKNOWN = "-"

@@ -1,7 +1,5 @@
 """Agreement among the writing threads of all ranks, in a process group separate from training's."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable

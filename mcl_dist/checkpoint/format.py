@@ -1,7 +1,5 @@
 """File names in a checkpoint folder, and upper limits for their contents."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

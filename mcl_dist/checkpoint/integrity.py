@@ -4,8 +4,6 @@ Whoever can write the folder can write `COMMITTED` too. So this module never exe
 file name that it reads, and never allocates memory by a number that it reads.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

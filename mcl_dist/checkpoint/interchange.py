@@ -3,8 +3,6 @@
 With the same version of PyTorch, equal weights give equal bytes in every format.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import logging

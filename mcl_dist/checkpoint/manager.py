@@ -1,7 +1,5 @@
 """The checkpoints of one run, staged and written while training continues."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time

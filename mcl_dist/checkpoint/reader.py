@@ -1,7 +1,5 @@
 """Reads and verifies complete checkpoints, for any number of ranks."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any

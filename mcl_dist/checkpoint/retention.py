@@ -1,7 +1,5 @@
 """Which checkpoints are kept."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 

@@ -1,7 +1,5 @@
 """Staging of tensors in host memory, as the bytes of safetensors files, while training continues."""
 
-from __future__ import annotations
-
 import json
 import mmap
 import threading

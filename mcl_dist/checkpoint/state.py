@@ -1,21 +1,12 @@
 """Contents of a checkpoint: the shard that one rank saves, and the snapshot that is loaded."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from mcl_dist.checkpoint.format import (
-    FORMAT,
-    MOMENTUM,
-    NETWORK,
-    optimizer_file,
-    queue_file,
-    statistics_file,
-)
+from mcl_dist.checkpoint.format import FORMAT, MOMENTUM, NETWORK, optimizer_file, queue_file, statistics_file
 from mcl_dist.config import number
 
 Tensors = dict[str, torch.Tensor]

@@ -1,7 +1,5 @@
 """Writes checkpoints in two phases: every rank writes and syncs its files; then the first rank writes `COMMITTED`."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -36,13 +34,7 @@ class Writer:
     """
 
     def __init__(
-        self,
-        folder: Folder,
-        consensus: Consensus,
-        *,
-        keep: int,
-        keep_every: int | None,
-        notify: Callable[[str], None],
+        self, folder: Folder, consensus: Consensus, *, keep: int, keep_every: int | None, notify: Callable[[str], None]
     ) -> None:
         self._folder = folder
         self._consensus = consensus

@@ -4,8 +4,6 @@ The training loop sets an attribute; a thread writes the file twice a second. Th
 heartbeat stops when the process is suspended or a library never releases the interpreter.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import threading

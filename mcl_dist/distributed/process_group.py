@@ -1,7 +1,5 @@
 """The ranks of a run and their collectives."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 
 import torch

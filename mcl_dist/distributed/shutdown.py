@@ -3,8 +3,6 @@
 Signal handlers print nothing: without a terminal, printing would kill the process.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Callable

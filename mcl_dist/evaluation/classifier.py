@@ -1,7 +1,5 @@
 """Classifiers: a linear layer on frozen features or on a fine-tuned encoder (METHOD.md, section 6)."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import nn

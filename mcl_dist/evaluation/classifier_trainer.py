@@ -1,7 +1,5 @@
 """Training of a classifier."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any

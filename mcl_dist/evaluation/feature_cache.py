@@ -1,7 +1,5 @@
 """Cache of features on a local disk, with what they are computed from as the key."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Features of a frozen encoder: one vector per video, the mean over its clips (METHOD.md, section 6)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 

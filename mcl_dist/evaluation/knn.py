@@ -1,7 +1,5 @@
 """Nearest neighbours by cosine similarity: retrieval and k-NN classification."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

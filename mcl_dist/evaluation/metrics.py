@@ -1,7 +1,5 @@
 """Accuracies of a protocol, with bootstrap confidence intervals over the test videos."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple

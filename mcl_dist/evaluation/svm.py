@@ -1,7 +1,5 @@
 """The linear SVM on frozen features (METHOD.md, section 6)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Activation checkpointing that updates BatchNorm's running statistics only once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any

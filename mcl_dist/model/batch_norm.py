@@ -1,7 +1,5 @@
 """Synchronised BatchNorm on any backend; PyTorch's SyncBatchNorm supports only GPUs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Functions that torch.compile does not compile."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar

@@ -3,8 +3,6 @@
 Attribute names are those of the 2-D ResNet that it is inflated from, so that weights of both load by name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -78,10 +76,7 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv3d(channels, channels_out, 1, bias=False)
         self.bn3 = norm(channels_out)
         self.downsample = (
-            nn.Sequential(
-                nn.Conv3d(channels_in, channels_out, 1, space_stride, bias=False),
-                norm(channels_out),
-            )
+            nn.Sequential(nn.Conv3d(channels_in, channels_out, 1, space_stride, bias=False), norm(channels_out))
             if stride != 1 or channels_in != channels_out
             else None
         )

@@ -1,7 +1,5 @@
 """Base of the modules that the engine optimises."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """The network of METHOD.md, section 3: encoder, three projection heads and the order classifier."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

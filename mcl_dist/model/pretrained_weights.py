@@ -4,8 +4,6 @@
 code; `.safetensors` files cannot hold code.
 """
 
-from __future__ import annotations
-
 import pickle
 from dataclasses import dataclass
 from pathlib import Path

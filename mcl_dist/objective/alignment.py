@@ -1,7 +1,5 @@
 """Alignment of the inter similarity's gradient with the motion of the video (METHOD.md, sections 4 and 8)."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

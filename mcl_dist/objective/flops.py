@@ -1,7 +1,5 @@
 """FLOPs of a training step, counted without executing it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -1,7 +1,5 @@
 """Contrastive and order losses of METHOD.md, section 4."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
@@ -33,11 +31,7 @@ def intra_loss(similarities: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def order_loss(
-    classifier: nn.Linear,
-    query: torch.Tensor,
-    second: torch.Tensor,
-    third: torch.Tensor,
-    labels: torch.Tensor,
+    classifier: nn.Linear, query: torch.Tensor, second: torch.Tensor, third: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
     """Cross-entropy of the order classifier on unit vectors (B, d) of three clips: whether the first clip is first."""
     joined = normalize(torch.cat([query, second, third], dim=1), dim=1)

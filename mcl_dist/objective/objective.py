@@ -1,7 +1,5 @@
 """MCL's objective: the loss of a query batch and its keys, as one module (METHOD.md, section 4)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Schedules of learning rate, momentum and loss weights (METHOD.md, sections 3 to 5)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

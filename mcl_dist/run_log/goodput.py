@@ -4,8 +4,6 @@ Wall time counts from the first start. The seconds of counted steps are producti
 A restart costs the time since the run first reached the step it resumes from: repeated steps, downtime and startup.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -63,11 +61,7 @@ class GoodputTracker:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        listeners: Sequence[Listener],
-        start_info: StartInfo,
-        now: Callable[[], float] = time.time,
+        self, folder: Path, listeners: Sequence[Listener], start_info: StartInfo, now: Callable[[], float] = time.time
     ) -> None:
         self._folder = folder
         self._listeners = listeners

@@ -1,7 +1,5 @@
 """Listeners of every run: the console, and the files of the run folder."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

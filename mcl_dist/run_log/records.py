@@ -1,7 +1,5 @@
 """Records of events in a run's files: of a step in `metrics.jsonl`, of any other event in `log.jsonl`."""
 
-from __future__ import annotations
-
 import math
 import time
 from dataclasses import asdict

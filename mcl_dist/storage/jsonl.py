@@ -4,8 +4,6 @@ A killed process or a full disk leaves the last line incomplete. If the file is 
 incomplete line and the next one form a single unreadable line. Readers leave both kinds of lines out.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Retries of transient failures, with exponential backoff and a deadline."""
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

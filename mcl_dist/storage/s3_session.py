@@ -1,7 +1,5 @@
 """An aiobotocore session that makes each request once."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from aiobotocore.httpsession import AIOHTTPSession

@@ -1,7 +1,5 @@
 """Single requests to stores: no hidden retries, a time limit each, and a classification of their errors."""
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Iterator

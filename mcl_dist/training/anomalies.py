@@ -1,7 +1,5 @@
 """Detection of training anomalies: steps that are not finite, and loss spikes."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Asynchronous copies of scalars from the device to the host."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

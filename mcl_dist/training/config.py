@@ -1,7 +1,5 @@
 """Size and length of a run, and its response to anomalies."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from mcl_dist.config import choice, number

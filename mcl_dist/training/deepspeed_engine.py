@@ -3,8 +3,6 @@
 Checkpoints hold the optimizer state in full and by parameter name, so that any number of ranks can load it.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

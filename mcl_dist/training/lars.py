@@ -1,7 +1,5 @@
 """LARS: SGD with a layer-wise learning rate (You et al., arXiv 1708.03888)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A step between its dispatch and its report."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

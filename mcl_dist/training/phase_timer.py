@@ -1,7 +1,5 @@
 """Time of a step by phase, measured on the device."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -1,7 +1,5 @@
 """State that pre-training changes: query network, momentum encoder and negative queue."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The training step of MCL pre-training."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The training loop."""
 
-from __future__ import annotations
-
 import resource
 import time
 from abc import ABC, abstractmethod

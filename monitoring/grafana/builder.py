@@ -1,7 +1,5 @@
 """Dashboard "builder": progress and errors of a shard set build."""
 
-from __future__ import annotations
-
 from monitoring.grafana.panels import Panel, dashboard
 
 

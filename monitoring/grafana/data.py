@@ -1,7 +1,5 @@
 """Dashboard "data": the input pipeline, from the store to the batch."""
 
-from __future__ import annotations
-
 from monitoring.grafana.panels import DISK_FREE, Panel, dashboard
 
 

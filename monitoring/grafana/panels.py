@@ -1,7 +1,5 @@
 """Panels and dashboards in Grafana's classic dashboard model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal

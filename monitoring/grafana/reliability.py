@@ -1,7 +1,5 @@
 """Dashboard "reliability": alerts, lost time, checkpoints and resources."""
 
-from __future__ import annotations
-
 from monitoring.grafana.panels import DISK_FREE, HOST_MEMORY_FREE, Panel, dashboard
 
 NOW = [

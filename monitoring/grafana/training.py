@@ -1,7 +1,5 @@
 """Dashboard "training": progress, speed, learning curves and machines."""
 
-from __future__ import annotations
-
 from monitoring.grafana.panels import HOST_MEMORY_FREE, Panel, dashboard
 
 PROGRESS = [
@@ -22,14 +20,7 @@ PROGRESS = [
         kind="stat",
         width=4,
     ),
-    Panel(
-        "Epoch",
-        "Current epoch, counted from 0.",
-        "none",
-        {"{{run}}": "mcl_epoch{@run}"},
-        kind="stat",
-        width=4,
-    ),
+    Panel("Epoch", "Current epoch, counted from 0.", "none", {"{{run}}": "mcl_epoch{@run}"}, kind="stat", width=4),
     Panel(
         "Loss",
         "Total loss (weighted sum of all terms) of the last applied step.",

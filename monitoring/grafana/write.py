@@ -1,7 +1,5 @@
 """Write the dashboards to the provisioning folder: `python -m monitoring.grafana.write`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Folds the records of a run's `metrics.jsonl` and `log.jsonl` into its view, in bounded memory."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """Messages for people from the records of a run's `log.jsonl`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

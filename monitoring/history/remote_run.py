@@ -1,7 +1,5 @@
 """The view of a run, fetched from the first rank's server."""
 
-from __future__ import annotations
-
 import json
 from http.client import HTTPException
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The history of a run from its folder, during and after the run."""
 
-from __future__ import annotations
-
 import fcntl
 import heapq
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The view of a run as plain data: the only input of the terminal monitor, the web page and `--json`."""
 
-from __future__ import annotations
-
 from typing import Any, TypedDict
 
 from monitoring.history.curves import Columns
@@ -124,9 +122,6 @@ def active_warnings(view: RunView) -> list[str]:
             f"failed checkpoints in a row: {counts['checkpoints_failed_in_a_row']}",
         ),
         (loader.get("unaccounted"), f"samples unaccounted for: {loader.get('unaccounted')}"),
-        (
-            waiting is not None and waiting > STARVED_RATIO,
-            f"{waiting or 0:.0%} of a step is spent waiting for data",
-        ),
+        (waiting is not None and waiting > STARVED_RATIO, f"{waiting or 0:.0%} of a step is spent waiting for data"),
     ]
     return [text for applies, text in checks if applies]

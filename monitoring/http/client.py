@@ -1,7 +1,5 @@
 """HTTP client for one server, with credentials from a file."""
 
-from __future__ import annotations
-
 import ssl
 from base64 import b64encode
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Target file of a run for Prometheus's file-based service discovery (`file_sd_configs`)."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The endpoint `/healthz`: whether a process makes progress, and its step."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Push the metrics of a batch job to a Pushgateway, which Prometheus scrapes; the job may end between two scrapes."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager

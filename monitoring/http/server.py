@@ -1,7 +1,5 @@
 """HTTP server of a process: `/metrics` for Prometheus, `/healthz` and other mounted WSGI applications."""
 
-from __future__ import annotations
-
 import socket
 import ssl
 import threading

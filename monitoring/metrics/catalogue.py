@@ -4,8 +4,6 @@ The label values are listed here; an unlisted value becomes `other`, so the numb
 the labels `run`, `rank` and `node` from `targets.json`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 

@@ -3,8 +3,6 @@
 Usage: `python -m monitoring.metrics.catalogue_page > docs/reference/metrics.md`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from monitoring.metrics.catalogue import SECTIONS, Metric, max_series

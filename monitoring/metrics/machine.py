@@ -1,7 +1,5 @@
 """Machine metrics of a process: host memory, disk space and its GPU."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from contextlib import suppress

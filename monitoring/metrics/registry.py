@@ -1,7 +1,5 @@
 """Registry of a process's exported metrics: the catalogue's metrics and their current values."""
 
-from __future__ import annotations
-
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Mapping

@@ -1,7 +1,5 @@
 """Listener that turns the events of a run into metrics of the catalogue."""
 
-from __future__ import annotations
-
 import time
 
 from mcl_dist.events import (

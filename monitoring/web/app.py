@@ -1,7 +1,5 @@
 """WSGI application that serves the web page of a run and its data."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Callable, Iterable

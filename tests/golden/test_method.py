@@ -151,12 +151,7 @@ def golden_step(golden: Path) -> dict[str, object]:
         network.parameters(), lr=LEARNING_RATE, momentum=SGD_MOMENTUM, weight_decay=WEIGHT_DECAY
     )
     total = objective(
-        clips[0],
-        Keys(inter, intra, order, inter),
-        queue,
-        vectors["motion"],
-        vectors["order_target"],
-        STEP_WEIGHTS,
+        clips[0], Keys(inter, intra, order, inter), queue, vectors["motion"], vectors["order_target"], STEP_WEIGHTS
     )
     total.backward()
     gradients = to_reference({name: value.grad.clone() for name, value in network.named_parameters()})

@@ -36,10 +36,7 @@ def flip_bits(digest: bytes, bits: Sequence[int]) -> str:
 
 def test_a_copy_of_another_size_and_quality_is_found_and_other_videos_are_not() -> None:
     small = [cv2.resize(frame, (80, 60), interpolation=cv2.INTER_AREA) for frame in clip(0)]
-    hashes = [
-        VideoHash("original", dhash(stills(clip(0)))),
-        VideoHash("copy", dhash(stills(small, quality=60))),
-    ]
+    hashes = [VideoHash("original", dhash(stills(clip(0)))), VideoHash("copy", dhash(stills(small, quality=60)))]
     hashes += [VideoHash(f"other {seed}", dhash(stills(clip(seed)))) for seed in range(1, 20)]
     (found,) = near_duplicates(hashes)
     assert (found.source, found.like) == ("copy", "original")

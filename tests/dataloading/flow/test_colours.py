@@ -14,12 +14,7 @@ def colour(across: float, down: float, full: float = 1.0) -> list[int]:
 # Computed by hand from the benchmark's colour code: position on the wheel of 55 colours, then interpolation.
 @pytest.mark.parametrize(
     ("across", "down", "expected"),
-    [
-        (1, 0, [255, 0, 0]),
-        (0, 1, [255, 229, 0]),
-        (-1, 0, [0, 209, 255]),
-        (0, -1, [88, 0, 255]),
-    ],
+    [(1, 0, [255, 0, 0]), (0, 1, [255, 229, 0]), (-1, 0, [0, 209, 255]), (0, -1, [88, 0, 255])],
 )
 def test_a_direction_has_the_benchmarks_colour(across: float, down: float, expected: list[int]) -> None:
     assert colour(across, down) == expected

@@ -99,11 +99,7 @@ def test_a_hundred_killed_parents_leave_no_process_and_no_shared_memory() -> Non
     for _ in range(ROUNDS):
         parents = [
             subprocess.Popen(
-                command,
-                cwd=REPOSITORY,
-                start_new_session=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                command, cwd=REPOSITORY, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
             )
             for _ in range(PER_ROUND)
         ]

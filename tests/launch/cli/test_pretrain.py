@@ -134,10 +134,7 @@ def test_a_killed_run_resumes_from_its_checkpoint_and_reports_it(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
-    [
-        ("encoder.width=8", "holds another architecture"),
-        ("run.seed=7", "made with run.seed=0, now 7"),
-    ],
+    [("encoder.width=8", "holds another architecture"), ("run.seed=7", "made with run.seed=0, now 7")],
 )
 def test_the_folder_of_another_run_is_refused(
     synthetic_shards: Path, finished_run: tuple[Path, str], change: str, message: str

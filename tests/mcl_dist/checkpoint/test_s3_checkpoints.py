@@ -38,12 +38,7 @@ from tests.support.s3 import S3Store, running_store
 EVERY = 3
 OUTAGE_STEPS = 8  # steps before the proxy restarts; two checkpoints become due
 LONG_RETRY, SHORT_RETRY = 200.0, 1.0  # seconds
-MOMENTS = (
-    ("before", STATE),
-    ("during", "optimizer-00000.safetensors"),
-    ("during", COMMITTED),
-    ("after", COMMITTED),
-)
+MOMENTS = (("before", STATE), ("during", "optimizer-00000.safetensors"), ("during", COMMITTED), ("after", COMMITTED))
 
 
 @dataclass

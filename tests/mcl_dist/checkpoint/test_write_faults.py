@@ -263,9 +263,7 @@ def test_a_complete_checkpoint_is_usable_after_a_fault_at_any_operation(
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_previous_checkpoint_and_the_next_succeeds_once_space_is_freed(
-    tmp_path: Path,
-) -> None:
+def test_a_full_disk_leaves_the_previous_checkpoint_and_the_next_succeeds_once_space_is_freed(tmp_path: Path) -> None:
     mount = ["unshare", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs -o size=800k none "$0" && exec "$@"']
     if subprocess.run([*mount, tmp_path, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this user may not mount a small disk in a namespace")

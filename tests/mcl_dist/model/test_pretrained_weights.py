@@ -83,8 +83,7 @@ def test_a_file_that_would_run_code_is_rejected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [(None, "no such file"), (b"not weights", "not a readable weights file")],
+    ("content", "message"), [(None, "no such file"), (b"not weights", "not a readable weights file")]
 )
 def test_a_missing_or_unreadable_file_is_rejected(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "weights.safetensors"
