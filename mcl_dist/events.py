@@ -2,7 +2,19 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
+
+LoaderStage = Literal["draw and read", "decode", "decode flow", "augment", "target"]
+BadSampleReason = Literal["checksum", "header", "size", "missing", "maps", "decode"]
+RefusalReason = Literal[
+    "missing", "outside", "duplicate", "unreadable", "no video stream", "truncated", "turned", "too small", "too large",
+    "too short",
+]  # fmt: skip
+
+# Label values of the data path's metrics: the loader and the builder report them, `monitoring` exports them.
+LOADER_STAGES: tuple[LoaderStage, ...] = get_args(LoaderStage)
+BAD_SAMPLE_REASONS: tuple[BadSampleReason, ...] = get_args(BadSampleReason)
+REFUSAL_REASONS: tuple[RefusalReason, ...] = get_args(RefusalReason)
 
 # Phases of a step. `wait` (for data) and, unless BatchNorm is synchronised, `keys` depend on this rank alone; the other
 # phases include waits for other ranks: `exchange` is the collective of the keys.
@@ -10,7 +22,12 @@ PHASES = ("wait", "keys", "exchange", "forward", "backward", "checkpoint", "upda
 
 
 @dataclass(frozen=True)
-class Started:
+class Event:
+    """Base of all events."""
+
+
+@dataclass(frozen=True)
+class Started(Event):
     """The run starts after `step` steps, from the checkpoint `resumed_from` or from scratch."""
 
     step: int
@@ -19,7 +36,7 @@ class Started:
 
 
 @dataclass(frozen=True)
-class StepDone:
+class StepDone(Event):
     """One step, over all ranks.
 
     Attributes:
@@ -64,7 +81,7 @@ class StepDone:
 
 
 @dataclass(frozen=True)
-class StepSkipped:
+class StepSkipped(Event):
     """A step had no finite loss or gradient and changed nothing.
 
     Attributes:
@@ -81,7 +98,7 @@ class StepSkipped:
 
 
 @dataclass(frozen=True)
-class LossSpike:
+class LossSpike(Event):
     """A step's loss exceeds `limit`, set by earlier losses; `rolled_back_to` is the restored checkpoint's step."""
 
     step: int
@@ -91,7 +108,7 @@ class LossSpike:
 
 
 @dataclass(frozen=True)
-class LoaderReport:
+class LoaderReport(Event):
     """What a rank's loader has done since its start; all numbers are totals.
 
     Attributes:
@@ -118,7 +135,7 @@ class LoaderReport:
 
 
 @dataclass(frozen=True)
-class CheckpointWritten:
+class CheckpointWritten(Event):
     """A checkpoint is complete.
 
     Attributes:
@@ -138,7 +155,7 @@ class CheckpointWritten:
 
 
 @dataclass(frozen=True)
-class CheckpointFailed:
+class CheckpointFailed(Event):
     """Writing a checkpoint failed, `in_a_row` times in a row; the run continues and tries again later."""
 
     step: int
@@ -148,7 +165,7 @@ class CheckpointFailed:
 
 
 @dataclass(frozen=True)
-class CheckpointRefused:
+class CheckpointRefused(Event):
     """A run that looked for a checkpoint to resume from skipped an incomplete, damaged or poisoned one."""
 
     url: str
@@ -156,7 +173,7 @@ class CheckpointRefused:
 
 
 @dataclass(frozen=True)
-class Evaluating:
+class Evaluating(Event):
     """An evaluation on held-out videos after `step` steps has done `done` of this rank's `videos` of a set.
 
     Emitted at the start of each set and then periodically, as a heartbeat; training waits meanwhile.
@@ -168,7 +185,7 @@ class Evaluating:
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class Evaluated(Event):
     """Scores of the query encoder on held-out videos.
 
     Attributes:
@@ -183,14 +200,14 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class Notice:
+class Notice(Event):
     """A message to the user."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Stopping:
+class Stopping(Event):
     """The run stops before its last step because a rank was asked to; the state after `step` steps is saved."""
 
     step: int
@@ -198,7 +215,7 @@ class Stopping:
 
 
 @dataclass(frozen=True)
-class Restarted:
+class Restarted(Event):
     """A run that had started before resumes.
 
     Attributes:
@@ -217,7 +234,7 @@ class Restarted:
 
 
 @dataclass(frozen=True)
-class Accounts:
+class Accounts(Event):
     """How the time since the run's first start was spent, over all restarts.
 
     Attributes:
@@ -236,7 +253,7 @@ class Accounts:
 
 
 @dataclass(frozen=True)
-class Finished:
+class Finished(Event):
     """All steps are done; `peak_bytes` is this rank's peak memory."""
 
     step: int
@@ -244,30 +261,12 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Failed:
+class Failed(Event):
     """The run ends early with an error."""
 
     reason: str
 
 
-Event = (
-    Started
-    | StepDone
-    | StepSkipped
-    | LossSpike
-    | LoaderReport
-    | CheckpointWritten
-    | CheckpointFailed
-    | CheckpointRefused
-    | Evaluating
-    | Evaluated
-    | Notice
-    | Stopping
-    | Restarted
-    | Accounts
-    | Finished
-    | Failed
-)
 Listener = Callable[[Event], None]
 
 

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mcl_dist.label_values import LoaderStage
+from mcl_dist.events import LoaderStage
 
 
 class StageTimer:

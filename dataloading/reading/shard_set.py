@@ -32,7 +32,7 @@ from dataloading.shards.format import (
 from dataloading.shards.headers import from_npy, jpeg_size
 from dataloading.shards.index import MEMBERS, ShardIndex, StillKind
 from mcl_dist.errors import ConfigError, UserError
-from mcl_dist.label_values import BadSampleReason
+from mcl_dist.events import BadSampleReason
 from mcl_dist.storage.folder import Folder, MissingFileError
 
 

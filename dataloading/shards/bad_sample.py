@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mcl_dist.errors import UserError
-from mcl_dist.label_values import BadSampleReason
+from mcl_dist.events import BadSampleReason
 
 
 class BadSampleError(UserError):

@@ -28,24 +28,15 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 PROTOCOLS = ("svm", "knn")
 PER_CLASS = {"train": 50, "test": 20}
-
-Log = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class SceneSettings:
-    """Overrides of `ablation.yaml` for one scene, and the number of clips that probes take from a video."""
-
-    overrides: tuple[str, ...]
-    clips: int
-
-
-SCENES = {
+NUM_CLIPS = 9  # that probes take from a video
+# Overrides of `ablation.yaml` for each scene.
+SCENES: dict[str, tuple[str, ...]] = {
     # The videos are grey and of one contrast: colour augmentation would cost time and change nothing.
-    "alike": SceneSettings(("data.augment.jitter_probability=0", "data.augment.grey_probability=0"), clips=9),
+    "alike": ("data.augment.jitter_probability=0", "data.augment.grey_probability=0"),
     # Two stages leave a 7×7 map like the method's own; three would leave 3×3, almost all of it covered by a disc.
-    "distracting": SceneSettings(("data.crop=56", "encoder.width=16", "encoder.blocks=[1,1]"), clips=9),
+    "distracting": ("data.crop=56", "encoder.width=16", "encoder.blocks=[1,1]"),
 }
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -60,27 +51,16 @@ class VariantScores:
 
 @dataclass(frozen=True)
 class Study:
-    """One ablation: its folder, and the runs to compare.
+    """One ablation: its folder, and the runs to compare."""
 
-    Attributes:
-        folder: for videos, shard sets, runs and results.
-        scene: a key of `SCENES`.
-        seeds: runs per variant.
-        variants: keys of `VARIANTS`.
-        jobs: runs at the same time.
-        device: `cpu` or `cuda`, for training.
-        per_class: videos per class, by split.
-        overrides: of the configuration of all runs.
-    """
-
-    folder: Path
-    scene: str
-    seeds: int
-    variants: tuple[str, ...]
-    jobs: int
-    device: str
-    per_class: dict[str, int]
-    overrides: tuple[str, ...]
+    folder: Path  # for videos, shard sets, runs and results
+    scene: str  # a key of `SCENES`
+    seeds: int  # runs per variant
+    variants: tuple[str, ...]  # keys of `VARIANTS`
+    jobs: int  # runs at the same time
+    device: str  # `cpu` or `cuda`, for training
+    per_class: dict[str, int]  # videos per class, by split
+    overrides: tuple[str, ...]  # of the configuration of all runs
 
     def shards(self, split: str) -> Path:
         """The shard set of `train` or `test`."""
@@ -92,7 +72,7 @@ class Study:
             f"run.dir={self.run_folder(variant, seed)}",
             f"run.seed={seed}",
             f"data.train={self.shards('train')}",
-            *SCENES[self.scene].overrides,
+            *SCENES[self.scene],
             *self.overrides,
             *VARIANTS[variant],
         ]
@@ -109,7 +89,11 @@ def measure_method(study: Study, log: Log) -> list[VariantScores]:
         ConfigError: an override is invalid; nothing is written.
         UserError: a command fails.
     """
-    _check_configs(study)
+    from launch.run.config import PretrainConfig, check
+    from mcl_dist.config import load_config
+
+    for variant in study.variants:
+        check(load_config(PretrainConfig, CONFIG, study.settings(variant, seed=0)), num_ranks=1)
     _make_sets(study, log)
     runs = [(variant, seed) for seed in range(study.seeds) for variant in study.variants]
     with ThreadPoolExecutor(study.jobs) as pool:
@@ -148,14 +132,6 @@ def write_page(study: Study, scores: Sequence[VariantScores]) -> Path:
     return path
 
 
-def _check_configs(study: Study) -> None:
-    from launch.run.config import PretrainConfig, check
-    from mcl_dist.config import load_config
-
-    for variant in study.variants:
-        check(load_config(PretrainConfig, CONFIG, study.settings(variant, seed=0)), num_ranks=1)
-
-
 def _make_sets(study: Study, log: Log) -> None:
     """Write videos and shard sets unless they exist."""
     from dataloading.synthetic.videos import write_synthetic
@@ -164,14 +140,8 @@ def _make_sets(study: Study, log: Log) -> None:
         return
     log("writing videos")
     videos = study.folder / "videos"
-    write_synthetic(
-        videos,
-        seed=0,
-        scene=study.scene,
-        train_per_class=study.per_class["train"],
-        test_per_class=study.per_class["test"],
-        processes=num_cores(),
-    )
+    counts = {f"{split}_per_class": study.per_class[split] for split in PER_CLASS}
+    write_synthetic(videos, seed=0, scene=study.scene, processes=num_cores(), **counts)
     for split in PER_CLASS:
         log(f"building the {split} set")
         # The videos have their final size: nothing is resized.
@@ -197,11 +167,7 @@ def _score(study: Study, log: Log, run: tuple[str, int]) -> VariantScores:
 def _train_and_probe(study: Study, variant: str, seed: int, settings: Sequence[str]) -> dict[str, float]:
     """Top-1 by protocol."""
     run_mcl = partial(_run_mcl, study, f"{variant}-{seed}")
-    overrides = [
-        f"clips.count={SCENES[study.scene].clips}",
-        f"features.folder={study.folder / 'features'}",
-        "data.decode_on=cpu",
-    ]
+    overrides = [f"clips.count={NUM_CLIPS}", f"features.folder={study.folder / 'features'}", "data.decode_on=cpu"]
     if variant == UNTRAINED:
         checkpoint = ["random", "--pretrain", str(CONFIG)]
         overrides += [f"pretrain.{setting}" for setting in settings]
@@ -216,11 +182,7 @@ def _train_and_probe(study: Study, variant: str, seed: int, settings: Sequence[s
 
 
 def _run_mcl(study: Study, log_name: str, *arguments: str) -> str:
-    """Run `mcl` in a process; returns its standard output and appends all output to a log file.
-
-    Raises:
-        UserError: it fails.
-    """
+    """Run `mcl` in a process; returns its standard output, and raises UserError if it fails. A file logs all output."""
     threads = str(max(1, num_cores() // study.jobs))
     # Threads that wait actively would take cores from the other jobs.
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}

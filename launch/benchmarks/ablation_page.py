@@ -21,12 +21,7 @@ ONLINE_KNN = ("kNN of held-out videos", "% right", "top1", 100.0)
 
 
 def ablation_page(scene: str, runs: Mapping[str, Sequence[Path]], results: str) -> str:
-    """The results, and curves of each variant, as means over seeds.
-
-    Args:
-        scene: of the videos.
-        runs: run folders by variant.
-        results: the comparison as text.
+    """The results, which are text, and curves of each variant, as means over its run folders, one for each seed.
 
     Raises:
         UserError: a run folder does not exist or is empty.

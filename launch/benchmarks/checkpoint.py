@@ -52,16 +52,9 @@ class CheckpointResult:
 def measure_checkpoint(
     config: PretrainConfig, folder: str | None, rounds: int, log: Callable[[str], None]
 ) -> CheckpointResult:
-    """Save alternately in both ways between steps of `mcl pretrain`, after a first save that does not count.
+    """Save `rounds` times in each way between steps of `mcl pretrain`, after a first save that does not count.
 
-    Args:
-        config: determines the networks, queue and optimizer to save.
-        folder: URL to save to; None is a temporary folder.
-        rounds: saves of each kind.
-        log: called with a line after each round.
-
-    Raises:
-        UserError: the folder cannot be written.
+    Without a URL, `folder` is a temporary one; raises UserError if it cannot be written.
     """
     with tempfile.TemporaryDirectory(prefix="mcl-bench-") as temporary:
         return _CheckpointBenchmark(config, folder or temporary).run(rounds, log)
@@ -82,11 +75,8 @@ class _Round:
 
 class _CheckpointBenchmark:
     def __init__(self, config: PretrainConfig, folder: str) -> None:
-        config = replace(
-            config,
-            train=replace(config.train, global_batch=VIDEOS, accumulate=1),
-            data=replace(config.data, crop=min(CROP, config.data.crop)),
-        )
+        train = replace(config.train, global_batch=VIDEOS, accumulate=1)
+        config = replace(config, train=train, data=replace(config.data, crop=min(CROP, config.data.crop)))
         self._device = pick_device()
         settings = replace(config.checkpoint, keep=1, keep_every=None)
         self._checkpoints = CheckpointManager(folder, ProcessGroup(self._device), settings)

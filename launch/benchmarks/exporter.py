@@ -63,14 +63,9 @@ class ExporterResult:
 
 
 def measure_exporter(config: PretrainConfig, steps: int) -> ExporterResult:
-    """Take steps on noise in one process, alternately with and without export, then answer scrapes only.
+    """Take `steps` steps each with and without export in turn, on noise, then answer scrapes only.
 
-    Args:
-        config: of the run; the global batch is on one device.
-        steps: of each kind.
-
-    Raises:
-        UserError: the process dies, most likely for lack of memory.
+    The global batch is on one device of one new process; raises as `run_in_process`.
     """
     return run_in_process(_measure, config, steps)
 
@@ -146,7 +141,6 @@ class _Timed:
         self.seconds = 0.0
 
     def __call__(self, event: Event) -> None:
-        """Pass on the event and a loader report."""
         started = time.thread_time()
         self._listener(event)
         self._listener(REPORT)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -30,14 +31,10 @@ class EstimatorResult:
     """One estimator compared with the reference: OpenCV's TV-L1 at full size with its own settings.
 
     Attributes:
-        name: of the estimator.
         ms_per_frame: CPU milliseconds on one thread, including grey conversion and resizing.
         cpu_ratio: the reference's CPU time over this estimator's.
         agreement: correlation of the frame maps, mean over maps and then over videos.
         box_iou: overlap of the boxes around the 4 strongest cells of a video's mean map, mean over videos.
-        reference_ms_per_frame: CPU milliseconds of the reference.
-        videos: number of videos.
-        flows: number of flows.
         frames_per_second: flows per wall second on the requested device; on a GPU in batches, with frames and flow in
             its memory.
     """
@@ -65,12 +62,8 @@ def measure_flow(
 ) -> list[EstimatorResult]:
     """Run the reference and every estimator on the same frames on one thread, `tvl1` on the device.
 
-    Args:
-        folder: class folders of videos; None makes synthetic videos.
-        groups: groups of consecutive frames per video, spread evenly.
-        short_side: pixels to which the shorter side is resized; 0 keeps the size.
-        log: called with progress lines.
-        device: of `tvl1`.
+    The folder holds class folders of videos, None makes synthetic ones; each gives `groups` groups of consecutive
+    frames, spread evenly. The shorter side is resized to `short_side` pixels; 0 keeps the size.
 
     Raises:
         ConfigError: there is no such device.
@@ -78,7 +71,9 @@ def measure_flow(
     """
     _check_device(device)
     with tempfile.TemporaryDirectory(prefix="mcl-bench-") as temporary:
-        videos = _read_videos(folder or _synthetic_videos(Path(temporary)), groups, short_side, log)
+        if folder is None:
+            write_synthetic(Path(temporary), seed=0, train_per_class=1, test_per_class=0)
+        videos = _read_videos(folder or Path(temporary, "train"), groups, short_side, log)
     num_flows = sum(map(len, videos)) * FLOWS_PER_GROUP
     with _one_thread():
         log(f"reference: {num_flows} flows of {len(videos)} videos")
@@ -87,7 +82,7 @@ def measure_flow(
         for name in ESTIMATORS:
             estimator = FlowEstimator(name, device=device)
             list(estimator.flows(videos[0][0]))  # the first call compiles
-            results.append(_compare(name, _measure(_estimate_groups(estimator), videos), reference, num_flows))
+            results.append(_compare(name, _measure(partial(_estimate, estimator), videos), reference, num_flows))
             if name == TVL1 and device != "cpu":
                 results[-1] = replace(results[-1], frames_per_second=_batched_frames_per_second(videos[0], device))
     return results
@@ -99,11 +94,6 @@ def _check_device(name: str) -> None:
         num_gpus = torch.cuda.device_count()
         available = f"there are {num_gpus} GPUs" if torch.cuda.is_available() else "PyTorch sees no GPU"
         raise ConfigError(f"--device: found {name!r}; must be cpu, cuda or cuda:N, and {available}")
-
-
-def _synthetic_videos(folder: Path) -> Path:
-    write_synthetic(folder, seed=0, train_per_class=1, test_per_class=0)
-    return folder / "train"
 
 
 def _batched_frames_per_second(groups: list[list[np.ndarray]], device: str) -> float:
@@ -187,11 +177,8 @@ def _reference(groups: list[list[np.ndarray]]) -> list[np.ndarray]:
     return [flow_bytes(flow) for group in grey for flow in opencv_flows(algorithm, group)]
 
 
-def _estimate_groups(estimator: FlowEstimator) -> Callable[[list[list[np.ndarray]]], list[np.ndarray]]:
-    def estimate(groups: list[list[np.ndarray]]) -> list[np.ndarray]:
-        return [flow for group in groups for flow in estimator.flows(group)]
-
-    return estimate
+def _estimate(estimator: FlowEstimator, groups: list[list[np.ndarray]]) -> list[np.ndarray]:
+    return [flow for group in groups for flow in estimator.flows(group)]
 
 
 def _compare(name: str, measured: _Measurement, reference: _Measurement, num_flows: int) -> EstimatorResult:

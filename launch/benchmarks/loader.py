@@ -6,6 +6,7 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ def loader_benchmark_config(url: str, path: str | None, overrides: Sequence[str]
     """A run's configuration for the shard set at `url`, cached in the folder `cache` unless the overrides name another.
 
     Without a configuration file, the global batch is the largest power of two that does not exceed the number of
-    videos or 32, so that it can be divided among 1, 2 or 4 ranks.
+    videos that are long enough or 32, so that it can be divided among 1, 2 or 4 ranks.
 
     Raises:
         UserError: the set cannot be read.
@@ -53,18 +54,10 @@ def loader_benchmark_config(url: str, path: str | None, overrides: Sequence[str]
     config = load_config(PretrainConfig, path, settings)
     if path is not None or any(override.startswith("train.global_batch=") for override in overrides):
         return config
-    batch = min(LARGEST_BATCH, 1 << max(_num_usable(config).bit_length() - 1, 0))
-    return load_config(PretrainConfig, None, [*settings, f"train.global_batch={batch}"])
-
-
-def _num_usable(config: PretrainConfig) -> int:
-    """Number of videos that are long enough, over all sets."""
     shard = LoaderShard(config.run.seed, global_batch=1, rank=0, num_ranks=1, grid=(1, 1, 1))
-    source = shard.source(config.data)
-    try:
-        return source.num_samples
-    finally:
-        source.close()
+    with closing(shard.source(config.data)) as source:
+        batch = min(LARGEST_BATCH, 1 << max(source.num_samples.bit_length() - 1, 0))
+    return load_config(PretrainConfig, None, [*settings, f"train.global_batch={batch}"])
 
 
 def measure_loader(
@@ -76,30 +69,27 @@ def measure_loader(
     fingerprint: bool,
     on_report: Callable[[LoaderReport], None] | None = None,
 ) -> dict[str, Any]:
-    """Load whole epochs for all ranks, one rank after the other.
+    """Load whole epochs for all ranks, one rank after the other; errors as for `TubeletLoader`.
 
-    Args:
-        config: of the run.
-        epochs: passes over the set.
-        num_ranks: of the run.
-        device: decodes the videos.
-        fingerprint: whether to compute the digest.
-        on_report: called with the loader's report after every batch.
-
-    Returns:
-        The report of `mcl bench loader --json`. Its `digest` covers the videos in the order of the global batches (id,
-        order label, boxes, pixels of the views, target), so it does not depend on the number of ranks.
-
-    Raises:
-        UserError, ConfigError: as for `TubeletLoader`.
+    Returns the report of `mcl bench loader --json`; `on_report` gets the loader's report after every batch. With
+    `fingerprint`, its `digest` covers the videos in the order of the global batches (id, order label, boxes, pixels of
+    the views, target), so it does not depend on the number of ranks.
     """
     totals = _Totals()
     for rank in range(num_ranks):
-        loader, start = _loader(config, epochs, rank, num_ranks, device)
-        try:
+        start = time.perf_counter()
+        loader = TubeletLoader(
+            config.data,
+            seed=config.run.seed,
+            global_batch=config.train.global_batch,
+            rank=rank,
+            num_ranks=num_ranks,
+            grid=config.encoder.grid(config.data.frames, config.data.crop),
+            device=device,
+            epochs=epochs,
+        )
+        with closing(loader):
             _measure_rank(loader, start, rank, totals, fingerprint=fingerprint, on_report=on_report)
-        finally:
-            loader.close()
     report = _report(totals)
     if fingerprint:
         digests = b"".join(totals.digests[position] for position in sorted(totals.digests))
@@ -123,24 +113,6 @@ def _report(totals: _Totals) -> dict[str, Any]:
         # Linux reports KiB. The sum of the peaks of this process and of its workers, which need not coincide.
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + totals.worker_peak,
     }
-
-
-def _loader(
-    config: PretrainConfig, epochs: int, rank: int, num_ranks: int, device: torch.device
-) -> tuple[TubeletLoader, float]:
-    """A rank's loader, and the time at which its construction began."""
-    start = time.perf_counter()
-    loader = TubeletLoader(
-        config.data,
-        seed=config.run.seed,
-        global_batch=config.train.global_batch,
-        rank=rank,
-        num_ranks=num_ranks,
-        grid=config.encoder.grid(config.data.frames, config.data.crop),
-        device=device,
-        epochs=epochs,
-    )
-    return loader, start
 
 
 def _measure_rank(

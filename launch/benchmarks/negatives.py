@@ -60,16 +60,10 @@ class _Task:
 
 
 def measure_negatives(size: int, batch: int, dim: int, num_ranks: int) -> Iterator[NegativesResult]:
-    """Measure every variant, each in its own processes, one per rank.
+    """Measure every variant with `size` negatives and `batch` queries per rank of `dim` numbers.
 
-    Args:
-        size: K negatives.
-        batch: queries per rank.
-        dim: d.
-        num_ranks: W; each has a GPU if there are enough, else they share the CPU cores.
-
-    Raises:
-        UserError: a process dies, most likely for lack of memory.
+    Each variant has its own processes, one per rank; each rank has a GPU if there are enough, else they share the CPU
+    cores. Raises UserError if a process dies, most likely for lack of memory.
     """
     names = ["naive", *VARIANTS]
     if not has_fused_kernel(torch.empty(1, dim, device=_device(0, num_ranks))):

@@ -20,11 +20,7 @@ def normalised(clips: torch.Tensor) -> torch.Tensor:
 def inter_loss(query: torch.Tensor, keys: torch.Tensor, queue: torch.Tensor, temperature: float) -> torch.Tensor:
     """Cross-entropy over 3B rows of 1 + K logits; each of the three keys repeats the negatives' logits.
 
-    Args:
-        query: (B, d).
-        keys: (3, B, d).
-        queue: (K, d).
-        temperature: τ.
+    Shapes: query (B, d), keys (3, B, d), queue (K, d).
     """
     rows = []
     for key in keys:

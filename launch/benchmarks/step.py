@@ -68,13 +68,7 @@ class _Measurement:
 def measure_step(
     config: PretrainConfig, steps: int, log: Callable[[str], None], names: Sequence[str] = ()
 ) -> list[StepResult]:
-    """Measure variants of the step on noise, with the global batch on one device.
-
-    Args:
-        config: of the run.
-        steps: measured steps of each variant.
-        log: called with progress lines.
-        names: of the variants to measure; empty measures all.
+    """Measure steps on noise of the variants `names`, by default of all, with the global batch on one device.
 
     Raises:
         ConfigError: there is no variant of such a name.
@@ -138,9 +132,9 @@ def _measure(config: PretrainConfig, variant: StepVariant, steps: int) -> _Measu
         timer.mark("other")
         timers.append(timer)
         cpu_seconds.append(time.process_time() - start)
-    fastest = min((timer.seconds() for timer in timers), key=_total)
+    fastest = min((timer.seconds() for timer in timers), key=lambda seconds: sum(seconds.values()))
     return _Measurement(
-        total_ms=_total(fastest) * 1e3,
+        total_ms=sum(fastest.values()) * 1e3,
         ms={phase: fastest.get(phase, 0.0) * 1e3 for phase in PHASES},
         cpu_ms=min(cpu_seconds) * 1e3,
         peak_bytes=peak_bytes(device),
@@ -159,20 +153,12 @@ def _matmul_ms(device: torch.device, dtype: torch.dtype) -> float:
         left @ right
         timer.mark("matmul")
         cpu_seconds = time.process_time() - start
-        rounds.append(cpu_seconds if device.type == "cpu" else _total(timer.seconds()))
+        rounds.append(cpu_seconds if device.type == "cpu" else timer.seconds()["matmul"])
     return min(rounds) * 1e3
 
 
-def _total(seconds: dict[str, float]) -> float:
-    return sum(seconds.values())
-
-
 def run_in_process(function: Callable[..., _Result], *arguments: object) -> _Result:
-    """Run a function in a new process, which starts without the memory of earlier measurements.
-
-    Raises:
-        UserError: the process dies.
-    """
+    """Run a function in a new process, without the memory of earlier ones; raises UserError if the process dies."""
     try:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             return pool.submit(function, *arguments).result()

@@ -61,18 +61,14 @@ def step_variants(config: PretrainConfig, device: torch.device) -> list[StepVari
 
 
 class StandaloneStep:
-    """A step without DeepSpeed and trainer; each part is the reference or the optimised implementation.
-
-    Attributes:
-        loss: of the last step.
-    """
+    """A step without DeepSpeed and trainer; each part is the reference or the optimised implementation."""
 
     def __init__(self, config: PretrainConfig, variant: StepVariant, device: torch.device) -> None:
         self._variant, self._device, self._losses = variant, device, config.objective
         state = _state(config, variant, device)
         self._network, self._momentum, self._queue = state.network, state.momentum, state.queue
         self._optimizer = make_optimizer(self._network, config.optimizer, fused=variant.fused)
-        self.loss = torch.zeros((), device=device)
+        self.loss = torch.zeros((), device=device)  # of the last step
 
     def __call__(self, batch: TubeletBatch, mark: Mark) -> None:
         """Take a step on a batch that lies in host memory."""
@@ -126,9 +122,8 @@ class StandaloneStep:
             else reference_step.similarity_gradient(output, inter_keys[0])
         )
         aligned = align(alignment_map(gradient.float()), batch.motion)
-        order = order_loss(
-            self._network.order_classifier, output.order.vector, order_keys[1], order_keys[2], batch.order
-        )
+        second, third = order_keys[1:]
+        order = order_loss(self._network.order_classifier, output.order.vector, second, third, batch.order)
         return inter + self._losses.intra * intra + self._losses.alignment * aligned.loss + 0.0 * order
 
     def _clips(self, clips: torch.Tensor) -> torch.Tensor:
@@ -195,8 +190,7 @@ def single_rank_trainer(
     listeners: Sequence[Listener] = (),
 ) -> PretrainTrainer:
     """A trainer in a process group of one rank; the caller passes batches to `train_step`."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ[name] = value
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(free_port())
     join_process_group(device)
     state = _state(config, variant, device)
@@ -222,11 +216,7 @@ def single_rank_trainer(
 
 
 def noise_config(path: str | Path, overrides: Sequence[str]) -> PretrainConfig:
-    """A run's configuration for steps on noise; no video is read and no folder is written, whatever it names.
-
-    Raises:
-        ConfigError: the configuration is invalid.
-    """
+    """A run's configuration for steps on noise, which read no video and write no folder; ConfigError if invalid."""
     config = load_config(PretrainConfig, path, ["data.train=none", "run.dir=none", *overrides])
     check(config, num_ranks=1)
     return config
@@ -253,9 +243,8 @@ def _state(config: PretrainConfig, variant: StepVariant, device: torch.device) -
     network.to(device).train()
     momentum = MomentumEncoder(network, ProcessGroup(device), seed=config.run.seed, autocast=variant.bfloat16)
     draws = torch.Generator().manual_seed(config.run.seed)
-    state = PretrainState(
-        network, momentum, NegativeQueue.random(config.objective.queue, config.heads.dim, draws, device)
-    )
+    queue = NegativeQueue.random(config.objective.queue, config.heads.dim, draws, device)
+    state = PretrainState(network, momentum, queue)
     if variant.compiled:
         state.compile()
     return state

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch.benchmarks import ablation
-from launch.cli.command import Commands
-from launch.cli.demo_stages import CONFIG as DEMO_CONFIG
+from launch.cli.command import Commands, check_minimums
+from launch.cli.demo import CONFIG as DEMO_CONFIG
 from mcl_dist.errors import ConfigError
 
 Run = Callable[[argparse.Namespace], int]
@@ -43,15 +43,15 @@ def _run_flow(args: argparse.Namespace) -> int:
     """Compare CPU time and motion maps of the flow estimators with OpenCV's TV-L1 at full size, its own settings."""
     from launch.benchmarks.flow import measure_flow
 
-    _check_minimums(args, {"groups": 1})
+    check_minimums(args, {"groups": 1})
     results = measure_flow(args.videos, args.groups, args.short_side, _log, args.device)
-    lines = [f"{'estimator':<14}{'ms/frame':>10}{'CPU ratio':>11}{'agreement':>11}{'box IoU':>9}{'frames/s':>10}"]
-    lines += [
+    head = f"{'estimator':<14}{'ms/frame':>10}{'CPU ratio':>11}{'agreement':>11}{'box IoU':>9}{'frames/s':>10}"
+    lines = (
         f"{each.name:<14}{each.ms_per_frame:>10.1f}{each.cpu_ratio:>11.1f}{each.agreement:>11.3f}"
         f"{each.box_iou:>9.3f}{each.frames_per_second:>10.0f}"
         for each in results
-    ]
-    return _print(args, [vars(result) for result in results], lines)
+    )
+    return _print(args, [vars(result) for result in results], [head, *lines])
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +98,7 @@ def _run_loader(args: argparse.Namespace) -> int:
     from monitoring.metrics.registry import Registry
     from monitoring.metrics.training_metrics import update_loader_metrics
 
-    _check_minimums(args, {"epochs": 1, "world_size": 1})
+    check_minimums(args, {"epochs": 1, "world_size": 1})
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device: found cuda, but this machine has no CUDA device")
     overrides = args.overrides + ([] if args.workers is None else [f"data.workers={args.workers}"])
@@ -125,8 +125,8 @@ def _add_negatives(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=64, help="queries per rank (64)")
     parser.add_argument("--dim", type=int, default=128, help="d of the vectors (128)")
     parser.add_argument("--world-size", type=int, default=1, help="ranks (1)")
-    examples = ("mcl bench negatives --queue 1048576 --batch 64 --json", "mcl bench negatives --world-size 2")
-    _finish(parser, _run_negatives, "list", *examples)
+    example = "mcl bench negatives --queue 1048576 --batch 64 --json"
+    _finish(parser, _run_negatives, "list", example, "mcl bench negatives --world-size 2")
 
 
 def _run_negatives(args: argparse.Namespace) -> int:
@@ -137,7 +137,7 @@ def _run_negatives(args: argparse.Namespace) -> int:
     """
     from launch.benchmarks.negatives import measure_negatives
 
-    _check_minimums(args, {"queue": args.world_size, "batch": 1, "dim": 1, "world_size": 1})
+    check_minimums(args, {"queue": args.world_size, "batch": 1, "dim": 1, "world_size": 1})
     results = list(measure_negatives(args.queue, args.batch, args.dim, args.world_size))
     lines = [f"{'form':<10}{'ms':>10}{'peak MiB':>12}{'loss':>12}"]
     lines += [f"{each.name:<10}{each.ms:>10.1f}{each.peak_bytes / 2**20:>12.1f}{each.loss:>12.6f}" for each in results]
@@ -164,7 +164,7 @@ def _run_step(args: argparse.Namespace) -> int:
     from launch.benchmarks.step import PHASES, measure_step
     from launch.benchmarks.step_variants import noise_config
 
-    _check_minimums(args, {"steps": 1})
+    check_minimums(args, {"steps": 1})
     config = noise_config(args.config or DEMO_CONFIG, args.overrides)
     results = measure_step(config, args.steps, _log, args.forms)
     columns = ("videos/s", "speedup", "CPU ms", "GFLOP/s", "of matmul", "peak MiB")
@@ -195,7 +195,7 @@ def _run_checkpoint(args: argparse.Namespace) -> int:
     from launch.run.config import PretrainConfig
     from mcl_dist.config import load_config
 
-    _check_minimums(args, {"rounds": 1})
+    check_minimums(args, {"rounds": 1})
     config = load_config(PretrainConfig, args.config, ["data.train=none", "run.dir=none", *args.overrides])
     report = vars(measure_checkpoint(config, args.folder, args.rounds, _log))
     return _print(args, report, _values(report))
@@ -224,7 +224,7 @@ def _run_method(args: argparse.Namespace) -> int:
 
     The same command resumes; other settings need another folder.
     """
-    _check_minimums(args, {"seeds": 1, "jobs": 1, **{f"{split}_per_class": 1 for split in ablation.PER_CLASS}})
+    check_minimums(args, {"seeds": 1, "jobs": 1, **{f"{split}_per_class": 1 for split in ablation.PER_CLASS}})
     study = ablation.Study(
         folder=args.dir.resolve(),
         scene=args.scene,
@@ -252,7 +252,7 @@ def _run_exporter(args: argparse.Namespace) -> int:
     from launch.benchmarks.exporter import measure_exporter
     from launch.benchmarks.step_variants import noise_config
 
-    _check_minimums(args, {"steps": 2})
+    check_minimums(args, {"steps": 2})
     report = vars(measure_exporter(noise_config(args.config or DEMO_CONFIG, args.overrides), args.steps))
     return _print(args, report, (f"{name:<14} {value:.4f}" for name, value in report.items()))
 
@@ -276,12 +276,6 @@ def _variants(text: str) -> tuple[str, ...]:
         if name not in ablation.VARIANTS:
             raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(ablation.VARIANTS)}")
     return names
-
-
-def _check_minimums(args: argparse.Namespace, minimums: Mapping[str, int]) -> None:
-    for name, least in minimums.items():
-        if (value := getattr(args, name)) < least:
-            raise ConfigError(f"--{name.replace('_', '-')}: found {value}, must be at least {least}")
 
 
 def _values(report: Mapping[str, Any]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataloading.build.config import BuildConfig
 from dataloading.build.local_executor import num_cores
-from launch.cli.command import Commands, add_command
+from launch.cli.command import Commands, add_command, check_minimums
 from launch.cli.config_flags import add_config_flags, config_from_flags, flag
 from mcl_dist.errors import ConfigError
 
@@ -181,8 +181,7 @@ def _executor(args: argparse.Namespace, log: Log) -> Executor:
         return RayExecutor(args.address, GPUS_PER_TASK if args.device == "cuda" else 0.0, warn=log)
     if args.address:
         raise ConfigError(f"--address: found {args.address!r} without --executor ray; give both")
-    if args.workers < 1:
-        raise ConfigError(f"--workers: found {args.workers}, must be at least 1")
+    check_minimums(args, {"workers": 1})
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device: found cuda, but PyTorch sees no GPU on this machine; give cpu")
     return LocalExecutor(args.workers)

@@ -2,8 +2,10 @@
 
 import argparse
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
+
+from mcl_dist.errors import ConfigError
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -27,3 +29,10 @@ def add_command(
     )
     parser.set_defaults(run=run)
     return parser
+
+
+def check_minimums(args: argparse.Namespace, minimums: Mapping[str, int]) -> None:
+    """Raise ConfigError for the first argument that is less than its minimum."""
+    for name, least in minimums.items():
+        if (value := getattr(args, name)) < least:
+            raise ConfigError(f"--{name.replace('_', '-')}: found {value}, must be at least {least}")

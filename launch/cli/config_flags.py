@@ -4,7 +4,7 @@ import argparse
 import re
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import Field, fields
 from typing import Any, TypeVar
 
@@ -16,12 +16,9 @@ ATTRIBUTE = re.compile(r"(\w+): (.+?)\.?$")
 
 
 def add_config_flags(parser: argparse._ActionsContainer, schema: type[Any], exclude: Collection[str] = ()) -> None:
-    """Add one flag for each field of `schema`: its type and default, its limits, and its docstring line as help.
+    """Add one flag for each field of the dataclass `schema` that is not in `exclude`.
 
-    Args:
-        parser: parser or argument group that takes the flags.
-        schema: dataclass whose docstring describes each field below `Attributes:`.
-        exclude: fields without a flag.
+    Its help is the field's description below `Attributes:` in the docstring, its limits and its default.
     """
     hints, descriptions = typing.get_type_hints(schema), attribute_descriptions(schema)
     for field in fields(schema):
@@ -38,11 +35,7 @@ def add_config_flags(parser: argparse._ActionsContainer, schema: type[Any], excl
 
 
 def config_from_flags(schema: type[Section], arguments: argparse.Namespace) -> Section:
-    """Build the checked `schema` from parsed flags; other arguments are ignored.
-
-    Raises:
-        ConfigError: names the flag, the value found and what is allowed.
-    """
+    """Build the checked `schema` from parsed flags, ignoring other arguments; a ConfigError names the flag."""
     names = {field.name for field in fields(typing.cast(Any, schema))}
     try:
         return build_config(schema, {name: value for name, value in vars(arguments).items() if name in names})
@@ -72,11 +65,7 @@ def _parser_of(hint: Any) -> Any:
 
 
 def _limits_and_default(field: Field[Any]) -> str:
-    limits = [_limits(field.metadata)] if field.metadata.get("minimum") is not None else []
+    minimum, maximum = field.metadata.get("minimum"), field.metadata.get("maximum")
+    limits = [] if minimum is None else [f"at least {minimum}" if maximum is None else f"{minimum} to {maximum}"]
     default = [f"default: {field.default}"] if field.default is not None else []
     return f" ({', '.join(limits + default)})"
-
-
-def _limits(metadata: Mapping[str, Any]) -> str:
-    minimum, maximum = metadata["minimum"], metadata.get("maximum")
-    return f"at least {minimum}" if maximum is None else f"{minimum} to {maximum}"

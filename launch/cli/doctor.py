@@ -1,20 +1,14 @@
 """`mcl doctor`: check whether this machine, or all hosts of a hostfile, can train together; print a table."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from launch.cli.command import Commands, add_command
 from launch.cluster import ssh
 from launch.cluster.doctor_checks import FAIL, CheckResult
 from launch.cluster.hostfile import read_hostfile
 from mcl_dist.errors import EXIT_FAILURE
-
-if TYPE_CHECKING:
-    from launch.run.config import PretrainConfig
 
 EXAMPLE = """example:
   mcl doctor
@@ -39,19 +33,15 @@ def run(arguments: argparse.Namespace) -> int:
     from launch.cluster.doctor_diagnostics import Diagnostics
 
     hosts = read_hostfile(arguments.hostfile) if arguments.hostfile else None
-    config = _load_config(arguments)
+    config = None
+    if arguments.config or arguments.overrides:
+        from launch.run.config import PretrainConfig
+        from mcl_dist.config import load_config
+
+        config = load_config(PretrainConfig, arguments.config, arguments.overrides)
     rows = Diagnostics(hosts, ssh.from_arguments(arguments), config, arguments.master_port, arguments.timeout).run()
     print(json.dumps([row._asdict() for row in rows], indent=1) if arguments.json else format_table(rows))
     return EXIT_FAILURE if any(row.state == FAIL for row in rows) else 0
-
-
-def _load_config(arguments: argparse.Namespace) -> PretrainConfig | None:
-    if not arguments.config and not arguments.overrides:
-        return None
-    from launch.run.config import PretrainConfig
-    from mcl_dist.config import load_config
-
-    return load_config(PretrainConfig, arguments.config, arguments.overrides)
 
 
 def format_table(rows: Sequence[CheckResult]) -> str:

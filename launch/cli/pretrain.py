@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.hostfile:
         return hostfile_run.run(arguments)
     from launch.run.config import PretrainConfig, check
-    from launch.supervision.node_run import supervise_node
+    from launch.supervision.supervisor import supervise_node
     from mcl_dist.config import load_config
 
     config = load_config(PretrainConfig, arguments.config, arguments.overrides)

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from launch.cli.command import Commands, add_command
-from launch.report.run_report import REPORT_FILE
+from launch.cli.command import Commands, add_command, check_minimums
+from launch.report.run_report import REPORT_FILE, write_report
 
 EXAMPLE = """\
 example:
@@ -33,16 +33,7 @@ def register(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the page and print its path.
-
-    Raises:
-        UserError: there is no run in the folder, or the page cannot be written.
-        ConfigError: --videos is less than 1.
-    """
-    from launch.report.run_report import write_report
-    from mcl_dist.errors import ConfigError
-
-    if args.videos < 1:
-        raise ConfigError(f"--videos: found {args.videos}, must be at least 1")
+    """Write the page and print its path; raises as `write_report`, and ConfigError if --videos is less than 1."""
+    check_minimums(args, {"videos": 1})
     print(write_report(args.run_folder, args.out, args.videos, args.cache))
     return 0

@@ -12,15 +12,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from launch.cluster.hostfile import Host
-from launch.cluster.parallel_commands import run_all
 from launch.cluster.remote_shell import RemoteShell
-from launch.cluster.ssh import CONNECT_SECONDS, UNREACHABLE, Ssh, remote_command
-from launch.supervision.deepspeed_launcher import RESTARTED
+from launch.cluster.ssh import CONNECT_SECONDS, UNREACHABLE, Ssh, remote_command, run_all
+from launch.supervision.deepspeed_launcher import restart_environment
 from launch.supervision.hang_detection import SuperviseConfig
 from launch.supervision.messages import log
 from launch.supervision.outcome import DONE, LOST, STOPPED, USER, Outcome
 from launch.supervision.policy import AttemptResult, RestartPolicy, run_with_restarts
-from launch.supervision.polling import wait_until
+from launch.supervision.processes import wait_until
 from mcl_dist.distributed.shutdown import EXIT_INTERRUPTED, StopRequest
 from mcl_dist.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USAGE, ConfigError, UserError
 
@@ -44,15 +43,12 @@ class Controller:
 
     Attributes:
         hosts: in the hostfile's order.
-        limits: of restarts.
         check_num_ranks: raises ConfigError if the run's configuration does not fit so many ranks.
         arguments: of `mcl pretrain` on every host: configuration and overrides.
-        ssh: how to reach the hosts.
         launcher: `pdsh` or `ssh`.
         min_hosts: to continue with.
         wait_seconds: for hosts that do not answer.
         port: of the rendezvous on the first host.
-        environment: variables for the hosts.
     """
 
     hosts: Sequence[Host]
@@ -83,7 +79,7 @@ class Controller:
             ConfigError: the configuration does not fit the hosts.
             UserError: no restart is left, or too few hosts answer.
         """
-        self._check(len(self.hosts))
+        self.check_num_ranks(len(self.hosts) * self.hosts[0].slots)
         self._stop.handle_signals()
         try:
             self._available = self._kill_run(self.hosts)
@@ -91,14 +87,9 @@ class Controller:
         finally:
             self._kill_run(self.hosts)
         if outcome.is_retryable:
-            raise UserError(
-                f"given up after {self.limits.restarts} restarts without progress: {outcome.reason}; see the messages "
-                "above, then start it again"
-            )
+            problem = f"given up after {self.limits.restarts} restarts without progress: {outcome.reason}"
+            raise UserError(f"{problem}; see the messages above, then start it again")
         return outcome.exit_code
-
-    def _check(self, num_hosts: int) -> None:
-        self.check_num_ranks(num_hosts * self.hosts[0].slots)
 
     def _attempt(self, cause: Outcome | None) -> AttemptResult:
         hosts = self._choose_hosts(self._available)
@@ -125,9 +116,8 @@ class Controller:
 
     def _run_on(self, hosts: Sequence[Host], cause: Outcome | None) -> tuple[dict[str, int], dict[str, Outcome]]:
         """Run one attempt; returns the exit codes and outcomes of the hosts that ended by themselves, by name."""
-        environment = {"MCL_RUN": self._run_id, **self.environment}
-        if cause:
-            environment[RESTARTED] = cause.restart_info(self._policy.num_restarts)
+        restart = restart_environment(cause, self._policy.num_restarts)
+        environment = {"MCL_RUN": self._run_id, **self.environment, **restart}
         log(f"training on {_names(hosts)} over {self.launcher}")
         to_stop = {host: node for node, host in enumerate(hosts)}
         next_request = 0.0
@@ -187,16 +177,14 @@ class Controller:
             return available
         for count in range(len(available), self.min_hosts - 1, -1):
             try:
-                self._check(count)
+                self.check_num_ranks(count * self.hosts[0].slots)
             except ConfigError as error:
                 log(f"not on {count} hosts: {error}")
                 continue
             log(f"continuing without {_names(missing)}, on {count} of {len(self.hosts)} hosts")
             return available[:count]
-        raise UserError(
-            f"{_names(missing)}: no answer for {self.wait_seconds:.0f} s, and {len(available)} hosts are too few; "
-            "see `mcl doctor`"
-        )
+        problem = f"no answer for {self.wait_seconds:.0f} s, and {len(available)} hosts are too few"
+        raise UserError(f"{_names(missing)}: {problem}; see `mcl doctor`")
 
     def _without(self, available: Sequence[Host]) -> list[Host]:
         return [host for host in self.hosts if host not in available]
@@ -217,22 +205,17 @@ class Controller:
 
 
 def failure_cause(exit_codes: Mapping[str, int], outcomes: Mapping[str, Outcome]) -> Outcome:
-    """Why an attempt failed: a lost host, or else the first outcome of a host that is not a consequence of another.
-
-    Args:
-        exit_codes: of the hosts that have ended, by name.
-        outcomes: of their supervisors, by name.
-    """
+    """Why an attempt failed: a lost host, or else the first outcome of a host that is not a consequence of another."""
     if UNREACHABLE not in exit_codes.values():
         for name, outcome in outcomes.items():
             if outcome.is_retryable and outcome.cause != LOST:
                 return replace(outcome, reason=f"{name}: {outcome.reason}")
-    failures = (f"{name} {_describe_exit(code)}" for name, code in exit_codes.items() if code)
+    failures = (
+        f"{name} was lost" if code == UNREACHABLE else f"{name} exited with code {code}"
+        for name, code in exit_codes.items()
+        if code
+    )
     return Outcome(EXIT_FAILURE, LOST, ", ".join(failures))
-
-
-def _describe_exit(code: int) -> str:
-    return "was lost" if code == UNREACHABLE else f"exited with code {code}"
 
 
 def _names(hosts: Iterable[Host]) -> str:

@@ -12,7 +12,6 @@ DISK_BYTES = 2 * 2**30  # a few checkpoints of the full-size model
 SHARED_MEMORY_BYTES = 128 * 2**20  # containers have 64 MiB by default, too little for NCCL and DALI
 LOCKED_MEMORY_BYTES = 2**30  # that InfiniBand's buffers may need; hosts set up for InfiniBand have no limit
 LINK_BYTES_PER_SECOND = 100e6  # of Ethernet at 1 Gbit/s
-MEBIBYTE = 2**20
 
 
 class CheckResult(NamedTuple):
@@ -32,12 +31,9 @@ Nodes = Mapping[str, NodeFacts]
 def check_nodes(
     nodes: Nodes, slots: Mapping[str, int], clock_bounds: Mapping[str, tuple[float, float]]
 ) -> Iterator[CheckResult]:
-    """Check the facts of each node, alone and against the first node.
+    """Check the facts that `launch.cluster.doctor_node` found on each node, alone and against the first node.
 
-    Args:
-        nodes: facts from `launch.cluster.doctor_node`, by node.
-        slots: ranks on each node; empty without a hostfile.
-        clock_bounds: bounds of each node's clock minus ours, in seconds.
+    Without a hostfile, there are no slots. The bounds are those of each node's clock minus ours, in seconds.
     """
     yield from _packages(nodes)
     yield from _versions(nodes)
@@ -57,10 +53,7 @@ def check_nodes(
 def _each(check: str, nodes: Nodes, examine: Callable[[NodeFacts], tuple[str, str]]) -> Iterator[CheckResult]:
     """A row for each node that fails, and one for each finding that several nodes share.
 
-    Args:
-        check: name of the check.
-        nodes: their facts.
-        examine: returns what was found and the remedy, which is empty if all is well.
+    `examine` returns what was found and the remedy, which is empty if all is well.
     """
     findings = {name: examine(facts) for name, facts in nodes.items()}
     for name, (found, remedy) in findings.items():
@@ -85,11 +78,10 @@ def _same(check: str, nodes: Nodes, value_of: Callable[[NodeFacts], str], remedy
 def _packages(nodes: Nodes) -> Iterator[CheckResult]:
     for name, facts in nodes.items():
         for package, path in facts["foreign"].items():
-            remedy = (
-                "remove it from PYTHONPATH and the working folder, or install mcl-dist in an environment of its own"
-            )
-            if path == "nothing":
-                remedy = "install mcl-dist into this Python"
+            remedy = "install mcl-dist into this Python"
+            if path != "nothing":
+                places = "PYTHONPATH and the working folder"
+                remedy = f"remove it from {places}, or install mcl-dist in an environment of its own"
             yield CheckResult("packages", name, FAIL, f"`{package}` is not ours: {path}", remedy)
     if not any(facts["foreign"] for facts in nodes.values()):
         yield CheckResult("packages", ALL, OK, "ours are found")
@@ -120,10 +112,8 @@ def _version(library: str, facts: NodeFacts) -> str:
 def _torch(nodes: Nodes) -> Iterator[CheckResult]:
     for name, facts in nodes.items():
         if facts["torch_error"]:
-            remedy = (
-                "reinstall torch in this Python (make install); until then, data, GPUs and links of this node are not "
-                "checked"
-            )
+            until = "until then, data, GPUs and links of this node are not checked"
+            remedy = f"reinstall torch in this Python (make install); {until}"
             yield CheckResult("import torch", name, FAIL, facts["torch_error"], remedy)
 
 
@@ -148,8 +138,7 @@ def _clocks(bounds: Mapping[str, tuple[float, float]]) -> Iterator[CheckResult]:
         offset = low if low > 0 else min(high, 0.0)
         if abs(offset) > MAX_CLOCK_SECONDS:
             has_failed = True
-            direction = "ahead of" if offset > 0 else "behind"
-            found = f"at least {abs(offset):.1f} s {direction} this host's"
+            found = f"at least {abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} this host's"
             yield CheckResult("clock", name, FAIL, found, "set it by NTP (chrony, systemd-timesyncd)")
     if bounds and not has_failed:
         limit = max(max(abs(low), abs(high)) for low, high in bounds.values())
@@ -161,20 +150,15 @@ def _own_name(facts: NodeFacts) -> tuple[str, str]:
     if address is None:
         return f"{facts['hostname']} has no address", "name it in /etc/hosts with its address on the nodes' network"
     if address.startswith("127."):
-        return (
-            f"{facts['hostname']} resolves to {address} on itself, and gloo listens there",
-            "give it its network address in /etc/hosts, or set GLOO_SOCKET_IFNAME to the network's interface",
-        )
+        remedy = "give it its network address in /etc/hosts, or set GLOO_SOCKET_IFNAME to the network's interface"
+        return f"{facts['hostname']} resolves to {address} on itself, and gloo listens there", remedy
     return "each resolves its own name", ""
 
 
 def _shared_memory(facts: NodeFacts) -> tuple[str, str]:
-    free = facts["shared_memory_bytes"]
-    if free < SHARED_MEMORY_BYTES:
-        return (
-            f"{size(free)} free in /dev/shm",
-            f"{size(SHARED_MEMORY_BYTES)} or more: --shm-size of docker, an emptyDir of medium Memory, or free some",
-        )
+    if (free := facts["shared_memory_bytes"]) < SHARED_MEMORY_BYTES:
+        ways = "--shm-size of docker, an emptyDir of medium Memory, or free some"
+        return f"{size(free)} free in /dev/shm", f"{size(SHARED_MEMORY_BYTES)} or more: {ways}"
     return "enough in /dev/shm", ""
 
 
@@ -183,10 +167,8 @@ def _locked_memory(facts: NodeFacts) -> tuple[str, str]:
     if not facts["infiniband"]:
         return "not needed without InfiniBand", ""
     if 0 <= limit < LOCKED_MEMORY_BYTES:
-        return (
-            f"limit {size(limit)}, too low for InfiniBand",
-            "ulimit -l unlimited: in limits.conf, the unit or the container",
-        )
+        remedy = "ulimit -l unlimited: in limits.conf, the unit or the container"
+        return f"limit {size(limit)}, too low for InfiniBand", remedy
     return "enough for InfiniBand", ""
 
 
@@ -219,8 +201,7 @@ def _folders(nodes: Nodes) -> Iterator[CheckResult]:
 
 
 def _folder(name: str, facts: NodeFacts) -> tuple[str, str]:
-    folder = facts["folders"].get(name)
-    if folder is None:
+    if (folder := facts["folders"].get(name)) is None:
         return "", ""
     if folder["error"]:
         return folder["error"], "make it writable for this user on this node, or choose another folder"
@@ -235,9 +216,7 @@ def check_shared_folders(
 ) -> Iterator[CheckResult]:
     """Check whether each local folder is the same on all nodes.
 
-    Args:
-        visible: by node and folder, the nodes whose files it sees there.
-        paths: of the folders, by their use.
+    `visible` has, by node and folder, the nodes whose files it sees there; `paths` are the folders, by their use.
     """
     for folder, path in paths.items():
         unseen = {node: sorted(set(visible) - set(folders.get(folder, ()))) for node, folders in visible.items()}
@@ -254,15 +233,8 @@ def check_shared_folders(
 
 
 def check_all_reduce(answers: Mapping[str, list[NodeFacts]], num_ranks: int, on_gpus: bool) -> Iterator[CheckResult]:
-    """Check the result of the all-reduce.
-
-    Args:
-        answers: of the ranks that ended, by node.
-        num_ranks: that should have ended.
-        on_gpus: whether it ran over NCCL, not gloo.
-    """
-    backend = "NCCL" if on_gpus else "gloo"
-    variable = "NCCL_SOCKET_IFNAME" if on_gpus else "GLOO_SOCKET_IFNAME"
+    """Check the result of the all-reduce: the answers of the ranks that ended, by node; `num_ranks` should have."""
+    backend, variable = ("NCCL", "NCCL_SOCKET_IFNAME") if on_gpus else ("gloo", "GLOO_SOCKET_IFNAME")
     for node, ranks in answers.items():
         errors = [rank["error"] for rank in ranks if rank["error"]]
         if errors or not ranks:
@@ -286,6 +258,4 @@ def check_all_reduce(answers: Mapping[str, list[NodeFacts]], num_ranks: int, on_
 
 def size(num_bytes: int) -> str:
     """Format bytes as MiB or GiB."""
-    if num_bytes >= 2**30:
-        return f"{num_bytes / 2**30:.1f} GiB"
-    return f"{num_bytes / MEBIBYTE:.1f} MiB"
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

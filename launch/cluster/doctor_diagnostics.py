@@ -8,23 +8,14 @@ import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.cluster.doctor_checks import (
-    FAIL,
-    NOTE,
-    OK,
-    CheckResult,
-    NodeFacts,
-    Nodes,
-    check_all_reduce,
-    check_nodes,
-    check_shared_folders,
-)
+from launch.cluster import doctor_checks
+from launch.cluster.doctor_checks import FAIL, NOTE, OK, CheckResult, NodeFacts, Nodes
 from launch.cluster.hostfile import Host
-from launch.cluster.parallel_commands import Reply, run_all
-from launch.cluster.ssh import CONNECT_SECONDS, Ssh, remote_command
+from launch.cluster.ssh import CONNECT_SECONDS, Reply, Ssh, remote_command, run_all
 from mcl_dist.storage import jsonl
 
 if TYPE_CHECKING:
@@ -50,7 +41,6 @@ class Diagnostics:
 
     Attributes:
         hosts: None for this machine alone.
-        ssh: how to reach the hosts.
         config: whose sets, folders and ports are checked.
         master_port: of the rendezvous; None for a free one.
         seconds: timeout of the all-reduce.
@@ -81,7 +71,7 @@ class Diagnostics:
         if nodes:
             slots = {name: host.slots for name, host in self._hosts.items()}
             bounds = {name: _clock_bounds(nodes[name], replies[name]) for name in nodes} if self._hosts else {}
-            rows += check_nodes(nodes, slots, bounds)
+            rows += doctor_checks.check_nodes(nodes, slots, bounds)
             rows += self._check_together({name: facts for name, facts in nodes.items() if not facts["foreign"]})
         if self.config is None:
             found = "no --config: stores, folders and ports are not checked"
@@ -100,9 +90,8 @@ class Diagnostics:
             if config.data.cache:
                 folders["cache"] = config.data.cache
             if config.monitoring.port is not None:
-                slots = self._hosts[name].slots if self._hosts else None
-                listener = {"address": config.monitoring.address, "port": config.monitoring.port, "count": slots}
-                listeners.append(listener)
+                slots, monitoring = self._hosts[name].slots if self._hosts else None, config.monitoring
+                listeners.append({"address": monitoring.address, "port": monitoring.port, "count": slots})
         if self.master_port is not None and name == self._names[0]:
             listeners.append({"address": "0.0.0.0", "port": self.master_port, "count": 1})
         return {"node": name, "nonce": self._nonce, "sets": sets, "folders": folders, "listeners": listeners}
@@ -122,10 +111,10 @@ class Diagnostics:
             visible = {name: found[0]["visible"] for name, found in lines.items() if found}
             first = nodes[_first_with_ranks(num_ranks)]
             paths = {name: first["folders"][name]["url"] for name in _local_folders(first)}
-            rows += check_shared_folders(visible, paths)
+            rows += doctor_checks.check_shared_folders(visible, paths)
         if world_size := sum(num_ranks.values()):
             answers = {name: [line for line in lines[name] if "rank" in line] for name in nodes if num_ranks[name]}
-            rows += check_all_reduce(answers, world_size, on_gpus)
+            rows += doctor_checks.check_all_reduce(answers, world_size, on_gpus)
         return rows
 
     def _link_requests(self, nodes: Nodes, num_ranks: Mapping[str, int], on_gpus: bool) -> dict[str, dict[str, Any]]:
@@ -139,13 +128,11 @@ class Diagnostics:
             "on_gpus": on_gpus,
             "seconds": self.seconds,
         }
-        requests = {}
-        first_rank = 0
-        for name, facts in nodes.items():
-            own = {"folders": _local_folders(facts), "ranks": num_ranks[name], "first_rank": first_rank}
-            requests[name] = common | own
-            first_rank += num_ranks[name]
-        return requests
+        first_ranks = accumulate(num_ranks.values(), initial=0)
+        return {
+            name: common | {"folders": _local_folders(facts), "ranks": num_ranks[name], "first_rank": first_rank}
+            for (name, facts), first_rank in zip(nodes.items(), first_ranks, strict=False)
+        }
 
     def _num_ranks(self, facts: NodeFacts, on_gpus: bool) -> int:
         """Ranks of a node in the all-reduce: none if it cannot import torch."""
@@ -170,22 +157,20 @@ class Diagnostics:
         return self._run_on_nodes(dict.fromkeys(requests, command), inputs, seconds)
 
     def _run_on_nodes(self, commands: Mapping[str, str], inputs: Mapping[str, str], seconds: float) -> dict[str, Reply]:
-        local = {
-            name: self.ssh.command(name, command) if self._hosts else ["sh", "-c", command]
-            for name, command in commands.items()
-        }
+        local = {name: ["sh", "-c", command] for name, command in commands.items()}
+        if self._hosts:
+            local = {name: self.ssh.command(name, command) for name, command in commands.items()}
         return run_all(local, seconds + CONNECT_SECONDS, inputs)
 
     def _unreached(self, name: str, reply: Reply) -> CheckResult:
         problem = self._problem(reply)
         remedy = next(remedy for text, remedy in REMEDIES if text in problem)
-        paths = f"{Path.cwd()}, {sys.executable}"
-        return CheckResult("reached", name, FAIL, problem, remedy.format(name=name, paths=paths))
+        remedy = remedy.format(name=name, paths=f"{Path.cwd()}, {sys.executable}")
+        return CheckResult("reached", name, FAIL, problem, remedy)
 
     def _problem(self, reply: Reply) -> str:
         """Why a node has sent no facts: its last message, or else its exit code or the timeout."""
-        messages = [line for line in reply.stderr.splitlines() if line.strip()]
-        if messages:
+        if messages := [line for line in reply.stderr.splitlines() if line.strip()]:
             return messages[-1]
         # ssh prints nothing about a command that the host has killed, and exits with a code of its own.
         if reply.exit_code is None or reply.ended - reply.started >= self.node_seconds:

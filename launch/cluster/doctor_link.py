@@ -35,12 +35,8 @@ def all_reduce(request: dict[str, Any], local_rank: int) -> dict[str, Any]:
     if on_gpu := request["on_gpus"]:
         torch.cuda.set_device(local_rank)
     try:
-        distributed.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=request["seconds"]),
-        )
+        backend, timeout = "nccl" if on_gpu else "gloo", timedelta(seconds=request["seconds"])
+        distributed.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
         values = torch.ones(NUM_FLOATS, device="cuda" if on_gpu else "cpu")
         distributed.all_reduce(values)
         fastest = min(_time_all_reduce(values) for _ in range(NUM_ROUNDS))
@@ -72,10 +68,8 @@ def main() -> None:
         _print(all_reduce(request, int(sys.argv[1])))
         os._exit(0)  # tearing down process groups sometimes aborts
     _print({"visible": visible_nodes(request["folders"], request["nonce"])})
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank)], stdin=subprocess.PIPE, text=True)
-        for rank in range(request["ranks"])
-    ]
+    commands = ([sys.executable, __file__, str(rank)] for rank in range(request["ranks"]))
+    ranks = [subprocess.Popen(command, stdin=subprocess.PIPE, text=True) for command in commands]
     for rank in ranks:
         assert rank.stdin is not None
         rank.stdin.write(json.dumps(request))

@@ -110,8 +110,7 @@ def _check_set(url: str) -> dict[str, Any]:
     try:
         folder = Folder(url, RetryPolicy(STORE_SECONDS))
         data = folder.read(MANIFEST)
-        manifest = parse_manifest(data, f"{name}/{MANIFEST}")
-        for shard in manifest.shards[:1]:
+        for shard in parse_manifest(data, f"{name}/{MANIFEST}").shards[:1]:
             folder.head(shard.name, 1)
     except UserError as error:
         return {"url": name, "error": without_credentials(str(error)), "digest": None}
@@ -159,9 +158,7 @@ def _free_bytes(path: Path) -> int:
 def _closed_ports(listeners: list[dict[str, Any]], num_ranks: int) -> dict[str, str]:
     """Ports that cannot be listened on, as `address:port`, and why.
 
-    Args:
-        listeners: `address`, first `port` and `count` of consecutive ports; a count of None means one for each rank.
-        num_ranks: on this node, if the count is None.
+    A listener is an `address`, a first `port` and a `count` of consecutive ports, None for one each rank.
     """
     closed = {}
     for listener in listeners:
@@ -188,8 +185,7 @@ def _listen_error(address: str, port: int) -> str | None:
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -14,12 +14,7 @@ FORM = "write one `HOST slots=N` a line, N the ranks to run there"
 
 @dataclass(frozen=True)
 class Host:
-    """One host of a run.
-
-    Attributes:
-        name: for ssh, with or without a user.
-        slots: ranks to run there.
-    """
+    """One host of a run: its name for ssh, with or without a user, and how many ranks to run there."""
 
     name: str
     slots: int
@@ -42,8 +37,7 @@ def read_hostfile(path: str) -> tuple[Host, ...]:
         raise ConfigError(f"{path}: cannot be read as a hostfile ({error}); {FORM}") from error
     hosts: dict[str, Host] = {}
     for number, line in enumerate(text.splitlines(), 1):
-        content = line.partition("#")[0].strip()
-        if not content:
+        if not (content := line.partition("#")[0].strip()):
             continue
         found = LINE.fullmatch(content)
         if not found or not NAME.fullmatch(found["name"]):

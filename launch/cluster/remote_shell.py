@@ -11,9 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import IO
 
 from launch.cluster.hostfile import Host
@@ -40,8 +39,7 @@ class RemoteShell:
         self.outcomes: dict[str, Outcome] = {}
         self._hosts = list(hosts)
         self._events: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
-        start = self._start_pdsh if launcher == "pdsh" else self._start_ssh
-        self._processes = start(command, ssh)
+        self._processes = (self._start_pdsh if launcher == "pdsh" else self._start_ssh)(command, ssh)
 
     def __enter__(self) -> RemoteShell:
         return self
@@ -59,11 +57,8 @@ class RemoteShell:
 
     def wait_for_event(self, seconds: float) -> None:
         """Wait until a host ends, for so many seconds at most."""
-        try:
-            host, code = self._events.get(timeout=seconds)
-        except queue.Empty:
-            return
-        self.exit_codes.setdefault(host, code)
+        with suppress(queue.Empty):
+            self.exit_codes.setdefault(*self._events.get(timeout=seconds))
 
     def wait(self, seconds: float) -> None:
         """Wait until all hosts have ended, for so many seconds at most."""
@@ -74,9 +69,8 @@ class RemoteShell:
     def _start_ssh(self, command: str, ssh: Ssh) -> list[subprocess.Popen[str]]:
         processes = []
         for node, host in enumerate(self._hosts):
-            process = _start([*DIE_WITH_PARENT, *ssh.command(host.name, f"node={node}; {command}")])
-            processes.append(process)
-            _in_background(partial(self._read_ssh, host, process))
+            processes.append(_start([*DIE_WITH_PARENT, *ssh.command(host.name, f"node={node}; {command}")]))
+            threading.Thread(target=self._read_ssh, args=(host, processes[-1]), daemon=True).start()
         return processes
 
     def _read_ssh(self, host: Host, process: subprocess.Popen[str]) -> None:
@@ -92,7 +86,7 @@ class RemoteShell:
         environment = {**os.environ, "PDSH_SSH_ARGS_APPEND": shlex.join(ssh.options())}
         script = f"case %h in{cases} esac; {command.replace('%', '%%')}"
         process = _start([*DIE_WITH_PARENT, *pdsh, script], environment)
-        _in_background(partial(self._read_pdsh, process))
+        threading.Thread(target=self._read_pdsh, args=(process,), daemon=True).start()
         return [process]
 
     def _read_pdsh(self, process: subprocess.Popen[str]) -> None:
@@ -121,10 +115,6 @@ class RemoteShell:
                 self.outcomes[name] = Outcome(fields["exit_code"], fields["cause"], fields["reason"])
                 return
         print_safely(f"{name}: {line}", sys.stdout, end="")
-
-
-def _in_background(work: Callable[[], None]) -> None:
-    threading.Thread(target=work, daemon=True).start()
 
 
 def _start(command: list[str], environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:

@@ -1,12 +1,17 @@
-"""Commands on other hosts over ssh: without prompts, with timeouts."""
+"""Commands on other hosts over ssh: without prompts, with timeouts, on all hosts at once."""
 
 import argparse
 import shlex
+import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
+Key = TypeVar("Key")
 CONNECT_SECONDS = 10
 ALIVE_SECONDS, ALIVE_COUNT = 5, 3  # ssh closes a connection that is silent for their product
 UNREACHABLE = 255  # ssh's own exit code, also used for a local command that was killed
@@ -14,13 +19,7 @@ UNREACHABLE = 255  # ssh's own exit code, also used for a local command that was
 
 @dataclass(frozen=True)
 class Ssh:
-    """How to reach hosts; ssh's own configuration supplies what is None.
-
-    Attributes:
-        config: file for `ssh -F`.
-        port: of the hosts' sshd.
-        key: file of the private key.
-    """
+    """How to reach hosts; ssh's own configuration supplies what is None."""
 
     config: str | None = None
     port: int | None = None
@@ -59,11 +58,50 @@ def from_arguments(arguments: argparse.Namespace) -> Ssh:
 def remote_command(arguments: Sequence[str], seconds: float | None = None, prefix: str = "") -> str:
     """A shell command that runs this Python in this folder, on a host that has both at the same paths.
 
-    Args:
-        arguments: of Python.
-        seconds: after which the host kills it, even if the connection is lost.
-        prefix: shell text before the command, such as `env NAME=VALUE`.
+    The host kills it after so many seconds, even if the connection is lost; `prefix` is shell text such as `env A=1`.
     """
     limit = ["timeout", "--signal=KILL", f"{seconds:.0f}"] if seconds else []
     command = f"{prefix} {shlex.join([*limit, sys.executable, *arguments])}"
     return f"cd {shlex.quote(str(Path.cwd()))} && exec {command.strip()}"
+
+
+class Reply(NamedTuple):
+    """A command's output, "" after a timeout, its exit code, None after a timeout, and its times in Unix seconds."""
+
+    stdout: str
+    stderr: str
+    exit_code: int | None
+    started: float
+    ended: float
+
+
+def run_all(
+    commands: Mapping[Key, Sequence[str]],
+    timeout_seconds: float,
+    inputs: Mapping[Key, str] | None = None,
+    *,
+    new_session: bool = False,
+) -> dict[Key, Reply]:
+    """Run commands at once, with these standard inputs, and kill them after the timeout; returns the replies by key.
+
+    A new session keeps a terminal's signals from the commands.
+    """
+
+    def run(key: Key) -> Reply:
+        started, text = time.time(), (inputs or {}).get(key, "")
+        try:
+            result = subprocess.run(
+                commands[key],
+                input=text,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=timeout_seconds,
+                start_new_session=new_session,
+            )
+        except subprocess.TimeoutExpired:
+            return Reply("", "", None, started, time.time())
+        return Reply(result.stdout, result.stderr, result.returncode, started, time.time())
+
+    with ThreadPoolExecutor(max_workers=max(1, len(commands))) as pool:
+        return dict(zip(commands, pool.map(run, commands), strict=True))

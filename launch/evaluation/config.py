@@ -23,13 +23,9 @@ Evaluation = TypeVar("Evaluation", bound="TrainingEvaluation")
 
 @dataclass(frozen=True)
 class FrozenConfig:
-    """Common to all protocols on frozen features.
+    """Common to all protocols on frozen features."""
 
-    Attributes:
-        recalibrate: measure BatchNorm's statistics on training clips; None: for untrained encoders only.
-    """
-
-    recalibrate: bool | None = None
+    recalibrate: bool | None = None  # measure BatchNorm's statistics on training clips; None: if untrained
     clips: ClipsConfig = field(default_factory=ClipsConfig)
     data: ReadingConfig = field(default_factory=ReadingConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
@@ -86,18 +82,12 @@ class TrainingEvaluation:
         )
 
     def check(self, num_ranks: int) -> None:
-        """Check what spans several sections.
-
-        Raises:
-            ConfigError: the ranks do not divide the batch, or the requested sharding is not supported.
-        """
+        """Raise ConfigError if the ranks do not divide the batch, or the requested sharding is not supported."""
         self.optimizer.check()
         self.train.batch_per_rank(num_ranks)
         if self.optimizer.zero_stage == 3:
-            raise ConfigError(
-                "optimizer.zero_stage: found 3, must be at most 2 in an evaluation: each rank tests its own videos "
-                "with all parameters"
-            )
+            reason = "each rank tests its own videos with all parameters"
+            raise ConfigError(f"optimizer.zero_stage: found 3, must be at most 2 in an evaluation: {reason}")
 
 
 @dataclass(frozen=True)
@@ -128,16 +118,10 @@ class LinearEvaluation(TrainingEvaluation):
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Training of a whole encoder.
+    """Training of a whole encoder; `batch_norm` and `checkpointing` are as in `EncoderConfig`."""
 
-    Attributes:
-        dropout: share of the pooled features that training drops before the linear layer.
-        batch_norm: as in `EncoderConfig`, without `shuffled`: there are no keys to shuffle.
-        checkpointing: as in `EncoderConfig`.
-    """
-
-    dropout: float = number(0.9, minimum=0, maximum=0.99)
-    batch_norm: str = choice("local", "synchronized")
+    dropout: float = number(0.9, minimum=0, maximum=0.99)  # share of the pooled features that training drops
+    batch_norm: str = choice("local", "synchronized")  # without `shuffled`: there are no keys to shuffle
     checkpointing: bool = False
 
 

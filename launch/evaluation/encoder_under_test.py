@@ -22,19 +22,12 @@ UNUSED_KEYS = ("data.train=''", "run.dir=''")
 
 @dataclass(frozen=True)
 class EncoderUnderTest:
-    """The encoder of an evaluation.
+    """The encoder of an evaluation, on the CPU, and the geometry of the clips of its pre-training."""
 
-    Attributes:
-        name: as on the command line.
-        encoder: on the CPU.
-        geometry: of the clips of its pre-training.
-        is_untrained: whether it is the start of a pre-training run.
-    """
-
-    name: str
+    name: str  # as on the command line
     encoder: Encoder
     geometry: ClipGeometry
-    is_untrained: bool = False
+    is_untrained: bool = False  # the start of a pre-training run
 
     def clip_geometry(self, clips: ClipsConfig) -> ClipGeometry:
         """Shape of the clips of an evaluation: the configured values, else those of the pre-training."""
@@ -50,10 +43,7 @@ def resolve_checkpoint(checkpoint: str) -> str:
     """The `step-…` URL of a run's newest good checkpoint; a weights file and `random` stay as they are.
 
     All ranks and splits then load the same checkpoint while the run writes new ones. A warning names each newer
-    checkpoint that is damaged.
-
-    Raises:
-        UserError: no such checkpoint.
+    checkpoint that is damaged; a UserError means that there is no such checkpoint.
     """
     from mcl_dist.checkpoint import resolve
     from mcl_dist.checkpoint.interchange import is_weights_file
@@ -105,7 +95,7 @@ def load_pretrain_config(file: str, overrides: Sequence[str] = ()) -> PretrainCo
 
 def _untrained(config: PretrainConfig) -> EncoderUnderTest:
     from dataloading.loader.probe_clips import ClipGeometry
-    from launch.run.initial_network import build_initial_network
+    from launch.run.parts import build_initial_network
 
     network, _ = build_initial_network(config.run.seed, config.encoder, config.heads, config.initial)
     geometry = ClipGeometry(config.data.frames, config.data.stride, config.data.crop)

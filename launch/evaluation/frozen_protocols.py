@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 
-from dataloading.loader.probe_clips import ClipGeometry, ProbeClips
+from dataloading.loader.probe_clips import ClipGeometry
 from dataloading.reading.shard_set import ShardSet
 from launch.evaluation.config import FrozenConfig, KnnEvaluation, SvmEvaluation
 from launch.evaluation.encoder_under_test import EncoderUnderTest
-from launch.evaluation.inputs import num_threads, open_split, recalibration_clips
-from launch.run.rank_errors import errors_name_rank
+from launch.evaluation.inputs import open_split, rank_clips, recalibration_clips
+from launch.run.parts import errors_name_rank
 from launch.terminal.progress import track
 from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.evaluation.feature_cache import FeatureCache, module_digest
@@ -77,15 +77,7 @@ class _Extractor:
 
     def _extract(self, shard_set: ShardSet, title: str) -> Features:
         """Extract this rank's share of a set and gather the shares of all ranks."""
-        clips = ProbeClips.for_rank(
-            shard_set,
-            self.geometry,
-            self.group,
-            self.config.data,
-            threads=num_threads(),
-            num_clips=self.config.clips.count,
-            num_crops=self.config.clips.crops,
-        )
+        clips = rank_clips(shard_set, self.geometry, self.group, self.config.data, self.config.clips)
         batches = track(clips, len(clips), title) if self.group.is_first else clips
         with errors_name_rank(self.group):
             own = extract_features(self.encoder, ((batch.clips, batch.labels) for batch in batches))

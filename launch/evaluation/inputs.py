@@ -11,7 +11,7 @@ import torch
 
 from dataloading.build.local_executor import num_cores
 from dataloading.loader.config import ReadingConfig
-from dataloading.loader.probe_clips import ClipGeometry, ProbeClips
+from dataloading.loader.probe_clips import ClipGeometry, ClipsConfig, ProbeClips
 from dataloading.reading.shard_set import ShardSet
 from dataloading.videos.video_lists import UNLABELLED
 from mcl_dist.distributed.process_group import ProcessGroup
@@ -56,11 +56,7 @@ def check_split(train_url: str, train: ShardSet, test_url: str, test: ShardSet, 
 
 
 def check_classes(train_url: str, train: tuple[str, ...], test_url: str, test: tuple[str, ...]) -> None:
-    """Check that two sets have the same classes in the same order: labels are indices of a set's own classes.
-
-    Raises:
-        UserError: they differ; the message names a class that one set lacks.
-    """
+    """Raise UserError unless two sets have the same classes in the same order: labels are indices of classes."""
     if train == test:
         return
     unmatched = sorted(set(train) ^ set(test))
@@ -74,6 +70,15 @@ def check_classes(train_url: str, train: tuple[str, ...], test_url: str, test: t
 def _empty_classes(shard_set: ShardSet) -> list[str]:
     counts = np.bincount(shard_set.labels, minlength=len(shard_set.manifest.classes))
     return [name for name, count in zip(shard_set.manifest.classes, counts, strict=True) if not count]
+
+
+def rank_clips(
+    shard_set: ShardSet, geometry: ClipGeometry, group: ProcessGroup, data: ReadingConfig, clips: ClipsConfig
+) -> ProbeClips:
+    """The configured clips of this rank's share of a set."""
+    return ProbeClips.for_rank(
+        shard_set, geometry, group, data, threads=num_threads(), num_clips=clips.count, num_crops=clips.crops
+    )
 
 
 def recalibration_clips(

@@ -20,12 +20,10 @@ class Job:
     """The request of a command line; ranks get it as JSON.
 
     Attributes:
-        protocol: name of the protocol.
         checkpoint: as for `load_encoder_under_test`.
         train, test: URLs of the splits' sets.
         config, overrides: file and overrides of the evaluation's configuration.
         pretrain, pretrain_overrides: those of the pre-training whose start `random` means.
-        as_json: print JSON.
         evaluated: the checkpoint that `checkpoint` meant when the command began; empty: not resolved.
     """
 
@@ -45,11 +43,7 @@ class Job:
         from launch.evaluation.config import KnnEvaluation, RetrievalEvaluation, SvmEvaluation
         from mcl_dist.config import load_config
 
-        schemas: dict[str, type[FrozenConfig]] = {
-            "svm": SvmEvaluation,
-            "knn": KnnEvaluation,
-            "retrieval": RetrievalEvaluation,
-        }
+        schemas = {"svm": SvmEvaluation, "knn": KnnEvaluation, "retrieval": RetrievalEvaluation}
         return load_config(schemas[self.protocol], self.config, self.overrides)
 
     def training_config(self, num_ranks: int) -> TrainingEvaluation:

@@ -42,7 +42,7 @@ def _launch_ranks(job: Job, num_ranks: int) -> int:
 
 
 def _supervise_ranks(job: Job, num_ranks: int) -> int:
-    from launch.supervision.node_run import supervise_node
+    from launch.supervision.supervisor import supervise_node
 
     config = job.training_config(num_ranks)
     if job.pretrain is not None:

@@ -12,7 +12,7 @@ from dataloading.loader.probe_clips import ClipGeometry, ProbeClips
 from dataloading.reading.shard_set import ShardSet
 from launch.evaluation.inputs import num_threads, open_split
 from launch.evaluation.results_log import ONLINE, append_result
-from launch.run.evaluate_config import EvaluateConfig
+from launch.run.config import EvaluateConfig
 from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.distributed.shutdown import StopRequest
 from mcl_dist.errors import UserError
@@ -70,7 +70,9 @@ class OnlineKnn:
         """
         own, error = [], ""
         try:
-            own = [self._extract(encoder, clips, step) for clips in self._clips]
+            for clips in self._clips:
+                own.append(extract_features(encoder, self._batches(clips, step)))
+                check_finite(own[-1], clips.name_of)
         except UserError as failure:
             error = str(failure)
         if error := self._group.first_text(error):
@@ -93,12 +95,6 @@ class OnlineKnn:
         except UserError as error:
             self._listen(Notice(f"step {step}: the run's report will lack this evaluation: {error}"))
         return scores
-
-    def _extract(self, encoder: Encoder, clips: ProbeClips, step: int) -> Features:
-        """Features of this rank's share of a set."""
-        own = extract_features(encoder, self._batches(clips, step))
-        check_finite(own, clips.name_of)
-        return own
 
     def _batches(self, clips: ProbeClips, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield clips and labels, and emit the progress."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from launch.evaluation.job import Job
 from launch.evaluation.score_report import print_scores, print_scores_once
-from launch.supervision.deepspeed_launcher import read_start_info, start_rank_watch
+from launch.supervision.deepspeed_launcher import read_start_info, start_rank_watch, stop_with_parent
 
 if TYPE_CHECKING:
     from launch.run.parts import RankContext
@@ -32,7 +32,6 @@ def evaluate(job: Job, group: ProcessGroup) -> None:
 
 def run_frozen_rank(job: Job) -> None:
     """Run this rank of a protocol on frozen features."""
-    from launch.supervision.parent_watch import stop_with_parent
     from mcl_dist.distributed.process_group import ProcessGroup, set_collective_timeout
     from mcl_dist.distributed.shutdown import StopRequest
     from mcl_dist.training.deepspeed_engine import join_process_group, pick_device
@@ -53,7 +52,6 @@ def training_rank_work(job: Job) -> Callable[[], bool]:
     def work() -> bool:
         start_info = read_start_info()
         from launch.run.parts import RankContext
-        from launch.supervision.parent_watch import stop_with_parent
         from mcl_dist.distributed.process_group import ProcessGroup
         from mcl_dist.training.deepspeed_engine import join_process_group, pick_device
 

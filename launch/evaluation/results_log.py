@@ -47,11 +47,7 @@ def log_results(
 
 
 def append_result(folder: Path, fields: Mapping[str, Any]) -> None:
-    """Append a line with the time (Unix seconds) and the fields.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Append a line with the time (Unix seconds) and the fields; raises UserError if it cannot be written."""
     try:
         jsonl.append(folder / FILE, {"time": time.time(), **fields})
     except OSError as error:

@@ -19,11 +19,7 @@ MAX_CLASSES = 40  # in the table of a terminal
 
 
 def print_scores_once(job: Job, splits: Sequence[Scores], config: TrainingEvaluation) -> None:
-    """Print the scores of a training protocol; a closed pipe (`mcl … | head`) is an error that is not retried.
-
-    Raises:
-        UserError: standard output is closed.
-    """
+    """Print the scores of a training protocol; a closed pipe (`mcl … | head`) is a UserError, which is not retried."""
     try:
         print_scores(job, splits, config)
         sys.stdout.flush()
@@ -48,15 +44,9 @@ def _report(job: Job, splits: Sequence[Scores]) -> dict[str, Any]:
     """The JSON output: means over splits, then every split."""
     from mcl_dist.evaluation.metrics import mean_of_splits
 
-    return {
-        "protocol": job.protocol,
-        "checkpoint": job.checkpoint,
-        **mean_of_splits(splits),
-        "splits": [
-            {"train": train, "test": test, **split.to_json()}
-            for train, test, split in zip(job.train, job.test, splits, strict=True)
-        ],
-    }
+    named = zip(job.train, job.test, splits, strict=True)
+    parts = [{"train": train, "test": test, **split.to_json()} for train, test, split in named]
+    return {"protocol": job.protocol, "checkpoint": job.checkpoint, **mean_of_splits(splits), "splits": parts}
 
 
 def _text(splits: Sequence[Scores]) -> str:
@@ -66,9 +56,8 @@ def _text(splits: Sequence[Scores]) -> str:
     lines = [_line(mean_of_splits([split])) for split in splits]
     if len(splits) > 1:
         return "\n".join([*lines, f"mean of {len(splits)} splits: {_line(mean_of_splits(splits))}"])
-    worst_first = sorted(
-        (each for each in splits[0].classes if each.accuracy is not None), key=lambda each: each.accuracy or 0.0
-    )
+    known = (each for each in splits[0].classes if each.accuracy is not None)
+    worst_first = sorted(known, key=lambda each: each.accuracy or 0.0)
     lines += [f"  {each.accuracy:7.1%} of {each.videos:5} {each.name}" for each in worst_first[:MAX_CLASSES]]
     if len(worst_first) > MAX_CLASSES:
         lines.append(f"  … and {len(worst_first) - MAX_CLASSES} classes with higher accuracy; --json lists all")

@@ -35,19 +35,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Trainee:
-    """The network of a training protocol.
-
-    Attributes:
-        network: its parameters are trained.
-        prepare: converts clips uint8 (B, T, H, W, 3) to the network's inputs.
-        encoder: part of the network when fine-tuning, else of `prepare`.
-        dropout: share of the pooled features that training drops.
-    """
+    """The network that a protocol trains, and what converts clips to its inputs."""
 
     network: LinearLayer
-    prepare: Callable[[torch.Tensor], torch.Tensor]
-    encoder: Encoder
-    dropout: float
+    prepare: Callable[[torch.Tensor], torch.Tensor]  # from clips uint8 (B, T, H, W, 3)
+    encoder: Encoder  # part of the network when fine-tuning, else of `prepare`
+    dropout: float  # share of the pooled features that training drops
 
 
 def build_trainee(under_test: EncoderUnderTest, task: Task, group: ProcessGroup) -> Trainee:

@@ -14,11 +14,10 @@ from dataloading.loader.loader import LabelledLoader
 from dataloading.loader.probe_clips import ClipBatch, ProbeClips
 from launch.evaluation.config import TrainingEvaluation
 from launch.evaluation.encoder_under_test import EncoderUnderTest
-from launch.evaluation.inputs import num_threads, open_split
+from launch.evaluation.inputs import open_split, rank_clips
 from launch.evaluation.trainee import Task, Trainee, build_trainee
 from launch.run import parts
-from launch.run.parts import RankContext
-from launch.run.rank_errors import errors_name_rank
+from launch.run.parts import RankContext, errors_name_rank
 from launch.run.run_lock import hold_run_lock
 from launch.supervision.deepspeed_launcher import watch_stop_file
 from launch.terminal.progress import track
@@ -63,7 +62,7 @@ def train_and_test(
         stack.enter_context(hold_run_lock(folder) if group.is_first else nullcontext())
         train, test = stack.enter_context(open_split(train_url, test_url, config.data, group))
         task = Task(train_url, train, test, under_test.clip_geometry(config.clips), config)
-        test_clips = _build_test_clips(task, rank)
+        test_clips = rank_clips(test, task.geometry, group, config.data, config.clips)
         run_config = checkpoint_config(under_test, task)
         trainee = build_trainee(under_test, task, group)
         trainer = stack.enter_context(compose_classifier_trainer(trainee, task, run_config, rank))
@@ -157,19 +156,6 @@ def _build_trainer(
         num_features=trainee.encoder.feature_dim,
         dropout=trainee.dropout,
         seed=config.run.seed,
-    )
-
-
-def _build_test_clips(task: Task, rank: RankContext) -> ProbeClips:
-    """Clips of this rank's share of the test videos."""
-    return ProbeClips.for_rank(
-        task.test,
-        task.geometry,
-        rank.group,
-        task.config.data,
-        threads=num_threads(),
-        num_clips=task.config.clips.count,
-        num_crops=task.config.clips.crops,
     )
 
 

@@ -11,8 +11,7 @@ import torch
 from dataloading.loader.loader import TubeletLoader
 from launch.run import parts
 from launch.run.config import PretrainConfig
-from launch.run.initial_network import build_initial_network
-from launch.run.parts import RankContext
+from launch.run.parts import RankContext, build_initial_network
 from launch.telemetry.training import serve_training_metrics
 from mcl_dist.checkpoint import CheckpointManager, Progress, Snapshot
 from mcl_dist.config import RUN_CONFIG, dump_config
@@ -110,10 +109,8 @@ def _open_evaluator(config: PretrainConfig, rank: RankContext, listeners: Sequen
         return
     from launch.evaluation.online_knn import OnlineKnn  # imports the probes, which other runs do not need
 
-    online_knn = OnlineKnn(
-        config.evaluate, config.data, Path(config.run.dir), rank.group, lambda event: emit(listeners, event), rank.stop
-    )
-    with closing(online_knn):
+    folder, listen = Path(config.run.dir), lambda event: emit(listeners, event)
+    with closing(OnlineKnn(config.evaluate, config.data, folder, rank.group, listen, rank.stop)) as online_knn:
         yield online_knn
 
 

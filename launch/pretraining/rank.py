@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from launch.supervision.deepspeed_launcher import read_start_info, watch_stop_file
+from launch.supervision.deepspeed_launcher import read_start_info, stop_with_parent, watch_stop_file
 from mcl_dist.distributed.heartbeat import EVALUATING, Heartbeat
 from mcl_dist.distributed.shutdown import StopRequest
 
@@ -29,7 +29,6 @@ def pretrain(config_path: str, overrides: Sequence[str], stop: StopRequest, hear
     from launch.run.config import PretrainConfig, check
     from launch.run.parts import RankContext
     from launch.run.run_lock import hold_run_lock
-    from launch.supervision.parent_watch import stop_with_parent
     from mcl_dist.config import load_config
     from mcl_dist.distributed.process_group import ProcessGroup
     from mcl_dist.training.deepspeed_engine import join_process_group, pick_device

@@ -1,6 +1,7 @@
 """Pages, elements and images in HTML and SVG: text is escaped unless it is SafeHtml."""
 
 import base64
+from collections.abc import Iterable
 from html import escape
 
 import cv2
@@ -71,6 +72,15 @@ def tag(name: str, /, *children: object, **attributes: object) -> SafeHtml:
 def fragment(*children: object) -> SafeHtml:
     """Concatenate children; escape all that are not SafeHtml."""
     return SafeHtml("".join(child if isinstance(child, SafeHtml) else escape(str(child)) for child in children))
+
+
+def bars(rows: Iterable[tuple[str, float, str]]) -> SafeHtml:
+    """Horizontal bars, each with a name, a length in per cent and a label."""
+    cells = (
+        fragment(tag("span", name), tag("i", style=f"width:{percent:.1f}%"), tag("b", label))
+        for name, percent, label in rows
+    )
+    return tag("div", *cells, class_="bars")
 
 
 def html_page(title: str, *parts: SafeHtml, style: str = "") -> str:

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from dataloading.loader.loader import TubeletLoader
-from launch.report.html import SafeHtml, fragment, jpeg_uri, png_uri, tag
-from launch.report.video_card import heat_colours
+from launch.report.html import SafeHtml, fragment, jpeg_uri, tag
+from launch.report.video_card import heat_overlay, svg_image
 from launch.run.config import PretrainConfig
 from launch.terminal.units import format_number
 from mcl_dist.batch import FIRST_KEY, QUERY, TubeletBatch
@@ -34,34 +35,29 @@ grid-template-columns:minmax(3.6rem,max-content) repeat(var(--n),minmax(0,6rem))
 
 @dataclass(frozen=True)
 class CheckpointAlignment:
-    """Alignment maps of one checkpoint.
-
-    Attributes:
-        step: step of the checkpoint.
-        maps: float32 (B, T', H', W').
-        agreement: cosines of the maps with the motion targets.
-    """
+    """Alignment maps of one checkpoint, and their agreement with the motion targets."""
 
     step: int
-    maps: np.ndarray
+    maps: np.ndarray  # float32 (B, T', H', W')
     agreement: Alignment
 
 
-def alignment_section(config: PretrainConfig, checkpoints: str) -> SafeHtml:
+def alignment_section(config: PretrainConfig, run_folder: Path) -> SafeHtml:
     """Alignment maps and motion targets of a few training videos, the same for every checkpoint.
 
     Raises:
         UserError: there is no complete checkpoint, or the training set cannot be read.
     """
-    folder = Folder(checkpoints)
+    folder = Folder(config.checkpoint.folder or str(run_folder / "checkpoints"))
     steps = [step for step in steps_in(folder) if folder.exists(f"{step_folder(step)}/{COMMITTED}")]
     if not steps:
         raise UserError(f"{folder.url}: no complete checkpoint yet")
     batch = _load_batch(config)
-    measured = [
-        measure_alignment(read_snapshot(f"{folder.url}/{step_folder(step)}"), batch) for step in _evenly_spaced(steps)
-    ]
-    return tag("div", _explanation(config, len(batch.order)), _agreement_table(measured), _videos(batch, measured))
+    snapshots = (read_snapshot(f"{folder.url}/{step_folder(step)}") for step in _evenly_spaced(steps))
+    measured = [measure_alignment(snapshot, batch) for snapshot in snapshots]
+    videos = (_video(batch, measured, position) for position in range(min(NUM_SHOWN, len(batch.order))))
+    grid = tag("div", *videos, class_="grid")
+    return tag("div", _explanation(config, len(batch.order)), _agreement_table(measured), grid)
 
 
 def measure_alignment(snapshot: Snapshot, batch: TubeletBatch) -> CheckpointAlignment:
@@ -124,21 +120,9 @@ def _agreement_table(measured: Sequence[CheckpointAlignment]) -> SafeHtml:
         (f"step {each.step:,}", *(f"{format_number(float(value.mean()))}" for value in each.agreement[1:]))
         for each in measured
     )
-    return tag(
-        "div",
-        tag("p", "Cosine of M and D, mean over the videos:"),
-        tag(
-            "table",
-            tag("tr", *(tag("th", name) for name in head)),
-            *(tag("tr", *(tag("td", cell) for cell in row)) for row in rows),
-        ),
-        class_="scroll",
-    )
-
-
-def _videos(batch: TubeletBatch, measured: Sequence[CheckpointAlignment]) -> SafeHtml:
-    shown = range(min(NUM_SHOWN, len(batch.order)))
-    return tag("div", *(_video(batch, measured, position) for position in shown), class_="grid")
+    names = tag("tr", *(tag("th", name) for name in head))
+    table = tag("table", names, *(tag("tr", *(tag("td", cell) for cell in row)) for row in rows))
+    return tag("div", tag("p", "Cosine of M and D, mean over the videos:"), table, class_="scroll")
 
 
 def _video(batch: TubeletBatch, measured: Sequence[CheckpointAlignment], position: int) -> SafeHtml:
@@ -150,7 +134,7 @@ def _video(batch: TubeletBatch, measured: Sequence[CheckpointAlignment], positio
         tag("image", id=f"{name}-{group}", href=jpeg_uri(frame), width=side, height=side)
         for group, frame in enumerate(frames)
     ]
-    rows = [fragment(tag("span", "frames"), *(_svg(side, "frame", image) for image in images))]
+    rows = [fragment(tag("span", "frames"), *(svg_image(side, side, image, label="frame") for image in images))]
     rows.append(_row("D", f"target D of video {position + 1}", target, name, side))
     for each in measured:
         cosine = float(each.agreement.spatiotemporal[position])
@@ -162,18 +146,7 @@ def _video(batch: TubeletBatch, measured: Sequence[CheckpointAlignment], positio
 def _row(label: str, description: str, maps_thw: np.ndarray, name: str, side: int) -> SafeHtml:
     maximum = max(float(maps_thw.max()), 1e-12)
     scaled = np.asarray(np.rint(maps_thw * (255 / maximum)), dtype=np.uint8)
-    cells = (
-        _svg(side, description, tag("use", href=f"#{name}-{group}"), _heat(values, side))
-        for group, values in enumerate(scaled)
-    )
-    return fragment(tag("span", label), *cells)
-
-
-def _heat(values_hw: np.ndarray, side: int) -> SafeHtml:
-    """A map to overlay on its frame: higher values are brighter and more opaque."""
-    cells = np.dstack([heat_colours(values_hw), np.asarray(110 + values_hw * 0.4, dtype=np.uint8)])
-    return tag("image", href=png_uri(cells), preserveAspectRatio="none", class_="pixels", width=side, height=side)
-
-
-def _svg(side: int, label: str, *children: SafeHtml) -> SafeHtml:
-    return tag("svg", *children, viewBox=f"0 0 {side} {side}", role="img", aria_label=label)
+    frames = (tag("use", href=f"#{name}-{group}") for group in range(len(scaled)))
+    overlays = (heat_overlay(values, 110 + values * 0.4, side, side) for values in scaled)
+    pairs = zip(frames, overlays, strict=True)
+    return fragment(tag("span", label), *(svg_image(side, side, *pair, label=description) for pair in pairs))

@@ -18,11 +18,7 @@ CHARTS = (
 
 
 def curves_section(view: RunView) -> SafeHtml:
-    """Charts of a run's metrics.
-
-    Raises:
-        UserError: the run has no finished step.
-    """
+    """Charts of a run's metrics; raises UserError if the run has no finished step."""
     steps, values = view["whole"]["step"], view["whole"]["values"]
     if not steps:
         raise UserError("the run has not finished a step yet")

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from launch.evaluation.results_log import ONLINE
-from launch.report.html import SafeHtml, fragment, tag
+from launch.report.html import SafeHtml, bars, fragment, tag
 from launch.terminal.units import UNKNOWN
 from mcl_dist.storage.store_requests import without_credentials
 
@@ -75,12 +75,11 @@ def evaluations_section(results: Sequence[dict[str, Any]]) -> SafeHtml:
     else:
         reason = "This run has not been evaluated; run `mcl evaluate svm --checkpoint RUN --train URL --test URL`."
         content = tag("p", reason, class_="absent")
-    published_head = ("method", "trained on", "tested on", "top-1")
     return fragment(
         tag("h3", "This run"),
         content,
         tag("h3", "Published: linear classifiers on frozen features"),
-        _table(published_head, map(_published_row, PUBLISHED)),
+        _table(("method", "trained on", "tested on", "top-1"), map(_published_row, PUBLISHED)),
         tag("p", *(fragment(source, tag("br")) for source in SOURCES), class_="soft"),
         tag("ul", *(tag("li", caveat) for caveat in CAVEATS), class_="soft"),
     )
@@ -154,17 +153,13 @@ def _classes(result: dict[str, Any]) -> SafeHtml:
     known = sorted((each for each in classes if each["accuracy"] is not None), key=lambda each: float(each["accuracy"]))
     if not known:
         return fragment()
-    bars = (
-        fragment(
-            tag("span", each["name"]),
-            tag("i", style=f"width:{100 * each['accuracy']:.1f}%"),
-            tag("b", f"{each['accuracy']:.0%} of {each['videos']}"),
-        )
+    rows = (
+        (each["name"], 100 * each["accuracy"], f"{each['accuracy']:.0%} of {each['videos']}")
         for each in known[:MAX_CLASSES]
     )
     more = f", the first {MAX_CLASSES} of {len(known)}" if len(known) > MAX_CLASSES else ""
     title = f"{result['protocol']}: classes, worst first{more}"
-    return tag("details", tag("summary", title), tag("div", *bars, class_="bars"))
+    return tag("details", tag("summary", title), bars(rows))
 
 
 def _published_row(published: Published) -> list[object]:
@@ -178,6 +173,5 @@ def _table(head: Sequence[str], rows: Iterable[list[object]]) -> SafeHtml:
         tag("tr", *(tag("td", tag("span", cell), data_name=name) for name, cell in zip(head, row, strict=True)))
         for row in rows
     )
-    return tag(
-        "table", tag("thead", tag("tr", *(tag("th", name) for name in head))), tag("tbody", *body), class_="rows"
-    )
+    names = tag("tr", *(tag("th", name) for name in head))
+    return tag("table", tag("thead", names), tag("tbody", *body), class_="rows")

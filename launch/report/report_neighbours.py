@@ -39,9 +39,8 @@ def neighbours_section(evaluations: Sequence[dict[str, Any]], data: DataConfig) 
     line = known[-1]
     split, found = line["splits"][0], line["neighbours"][0]
     with ExitStack() as stack:
-        train, test = (
-            stack.enter_context(closing(ShardSet(split[name], data.cache, data))) for name in ("train", "test")
-        )
+        sets = (ShardSet(split[name], data.cache, data) for name in ("train", "test"))
+        train, test = (stack.enter_context(closing(shard_set)) for shard_set in sets)
         strips = [_strip(train, test, each) for each in found]
     source = "online kNN" if line["protocol"] == ONLINE else f"mcl evaluate {line['protocol']}"
     same_class = sum(label == each["label"] for each in found for label in each["labels"])

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -42,29 +43,20 @@ nav{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin:0 0 1rem}a{color:var(--acc
 
 
 def run_page(folder: Path, num_videos: int, cache: str | None = None) -> str:
-    """The whole page of a run.
+    """The whole page of a run, with tubelets of `num_videos` videos; raises UserError if the folder holds no run.
 
-    Args:
-        folder: run folder.
-        num_videos: number of videos with tubelets.
-        cache: local folder for indices of remote shard sets; default: the run's cache, or a temporary folder.
-
-    Raises:
-        UserError: there is no run in the folder.
+    `cache` is a local folder for indices of remote shard sets; by default the run's cache, or a temporary folder.
     """
     view = RunFolder(folder).view()
     results = read_results(folder)
     with TemporaryDirectory() as temporary:
-
-        def config() -> PretrainConfig:
-            return _load_config(folder, cache, temporary)
-
+        config = partial(_load_config, folder, cache, temporary)
         sections = (
             ("configuration", "Configuration", lambda: _configuration(folder, config())),
             ("curves", "Learning curves", lambda: curves_section(view)),
             ("evaluations", "Evaluations", lambda: evaluations_section(results)),
             ("tubelets", "Tubelets", lambda: _tubelets(config(), num_videos)),
-            ("alignment", "Alignment", lambda: _alignment(config(), folder)),
+            ("alignment", "Alignment", lambda: alignment_section(config(), folder)),
             ("neighbours", "Nearest neighbours", lambda: neighbours_section(results, config().data)),
         )
         rendered = [_section(*section) for section in sections]
@@ -78,12 +70,7 @@ def run_page(folder: Path, num_videos: int, cache: str | None = None) -> str:
 
 
 def _load_config(folder: Path, cache: str | None, temporary: str) -> PretrainConfig:
-    """The run's configuration, changed to read shard sets by byte ranges instead of whole shards.
-
-    Raises:
-        UserError: the run folder has no configuration.
-        ConfigError: the configuration is invalid.
-    """
+    """The run's configuration, changed to read shard sets by byte ranges; raises UserError if the run has none."""
     path = folder / RUN_CONFIG
     if not path.is_file():
         raise UserError(f"{path}: missing; the report needs the run's configuration")
@@ -154,15 +141,6 @@ def _tubelets(config: PretrainConfig, num_videos: int) -> SafeHtml:
             "The frame map overlays the frames; the crop is blue, the box of the cells with the most motion is dashed; "
             "the cropped frames are below.", class_="soft"),
         tag("p", tag("span", heat, "motion boundary, 0 to the maximum of the video"), class_="legend soft"),
-        *(_details(f"{video.class_name}, {video.key}", tubelet_views(video), is_open=index == 0)
-          for index, video in enumerate(videos)),
+        *(tag("details", tag("summary", tag("b", f"{video.class_name}, {video.key}")), tubelet_views(video),
+              **({"open": ""} if index == 0 else {})) for index, video in enumerate(videos)),
     )  # fmt: skip
-
-
-def _details(title: str, content: SafeHtml, *, is_open: bool) -> SafeHtml:
-    attributes = {"open": ""} if is_open else {}
-    return tag("details", tag("summary", tag("b", title)), content, **attributes)
-
-
-def _alignment(config: PretrainConfig, folder: Path) -> SafeHtml:
-    return alignment_section(config, config.checkpoint.folder or str(folder / "checkpoints"))

@@ -11,8 +11,7 @@ TIMEOUT_SECONDS = 900.0  # for the report at the end of a run
 def write_report(folder: Path, out: str | None = None, num_videos: int = 3, cache: str | None = None) -> str:
     """Write the report of a run, by default into its folder, and return its path.
 
-    Raises:
-        UserError: there is no run in the folder, or the page cannot be written.
+    Raises UserError if there is no run in the folder, or if the page cannot be written.
     """
     from launch.report.run_page import run_page
     from mcl_dist.storage.folder import write_file

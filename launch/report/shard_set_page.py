@@ -9,23 +9,31 @@ import numpy as np
 from dataloading.reading.shard_set import ShardSet
 from dataloading.shards.format import Manifest
 from dataloading.visualize import VideoInspection
-from launch.report.html import SafeHtml, fragment, html_page, tag
+from launch.report.html import SafeHtml, bars, fragment, html_page, tag
 from launch.report.video_card import definition_list, legend_style, video_card
 from launch.terminal.units import UNKNOWN
 from mcl_dist.storage.store_requests import without_credentials
 
 NUM_REFUSED_SHOWN = 20  # for each reason
+EXPLANATIONS = (
+    "Frames are numbered from 0. Each sample shows a frame, its flow and its frame map.",
+    "Flow: the colour wheel gives the direction; no motion is white.",
+    "Frame maps: 7×7 cells of motion boundary, in which steady camera motion cancels out.",
+    "Curve: clip score by start frame. Bands are the candidate starts: the best half of each half of the video. Marks "
+    "are the drawn starts.",
+    "Tubelets: four views of three clips; query and first key are two crops of the same clip. The frame map overlays "
+    "the frames; the crop is blue, the region of most motion is dashed; the cropped frames are below.",
+)
 
 
 def shard_set_page(url: str, shard_set: ShardSet, videos: Sequence[VideoInspection], seed: int) -> str:
     """The whole page; equal arguments give equal pages."""
-    title = f"Shard set {without_credentials(url)}"
-    num_shown = f"{len(videos)} of {len(shard_set)} videos, drawn with seed {seed}"
+    items = (tag("li", text) for text in EXPLANATIONS)
     return html_page(
-        title,
+        f"Shard set {without_credentials(url)}",
         _summary(shard_set),
-        tag("h2", num_shown),
-        _explanation(),
+        tag("h2", f"{len(videos)} of {len(shard_set)} videos, drawn with seed {seed}"),
+        tag("details", tag("summary", "How to read the videos below"), tag("ul", *items), class_="card"),
         *(video_card(video) for video in videos),
         style=legend_style(),
     )
@@ -59,11 +67,7 @@ def _summary(shard_set: ShardSet) -> SafeHtml:
 def _histogram(classes: Sequence[str], labels: np.ndarray) -> SafeHtml:
     counts = np.bincount(labels, minlength=len(classes)).tolist()
     maximum = max(counts)
-    rows = (
-        fragment(tag("span", name), tag("i", style=f"width:{100 * count / maximum:.1f}%"), tag("b", f"{count:,}"))
-        for name, count in zip(classes, counts, strict=True)
-    )
-    return tag("div", *rows, class_="bars")
+    return bars((name, 100 * count / maximum, f"{count:,}") for name, count in zip(classes, counts, strict=True))
 
 
 def _refused(manifest: Manifest) -> SafeHtml:
@@ -83,28 +87,3 @@ def _refused(manifest: Manifest) -> SafeHtml:
 def _reason(text: str) -> str:
     """The reason of a refusal, without its details."""
     return text.partition(":")[0]
-
-
-def _explanation() -> SafeHtml:
-    return tag(
-        "details",
-        tag("summary", "How to read the videos below"),
-        tag(
-            "ul",
-            tag("li", "Frames are numbered from 0. Each sample shows a frame, its flow and its frame map."),
-            tag("li", "Flow: the colour wheel gives the direction; no motion is white."),
-            tag("li", "Frame maps: 7×7 cells of motion boundary, in which steady camera motion cancels out."),
-            tag(
-                "li",
-                "Curve: clip score by start frame. Bands are the candidate starts: the best half of each half of the "
-                "video. Marks are the drawn starts.",
-            ),
-            tag(
-                "li",
-                "Tubelets: four views of three clips; query and first key are two crops of the same clip. The frame "
-                "map overlays the frames; the crop is blue, the region of most motion is dashed; the cropped frames "
-                "are below.",
-            ),
-        ),
-        class_="card",
-    )

@@ -1,7 +1,7 @@
 """Line charts over training steps as SVG, with gaps for missing values and a table of key values."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from launch.report.html import SafeHtml, fragment, tag
@@ -38,11 +38,7 @@ class Curve(NamedTuple):
 def chart(title: str, unit: str, steps: Sequence[int], curves: Sequence[Curve], span: tuple[int, int]) -> SafeHtml:
     """A card with the curves and a table of the last, first, lowest and highest value of each.
 
-    Args:
-        title, unit: of the values; the unit may be empty.
-        steps: ascending steps of the values.
-        curves: with one value per step.
-        span: first and last step of the axis.
+    `steps` ascend and have one value of each curve; `span` is the first and last step of the axis.
     """
     known = [value for curve in curves for value in curve.values if value is not None]
     heading = f"{title} ({unit})" if unit else title
@@ -74,14 +70,11 @@ def _svg(
     def to_y(value: float) -> float:
         return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
 
+    xs = [to_x(step) for step in steps]
+    paths = (" ".join(_path(zip(xs, curve.values, strict=True), to_y)) for curve in curves)
     lines = (
-        tag(
-            "path",
-            d=" ".join(_path([(to_x(step), value) for step, value in zip(steps, curve.values, strict=True)], to_y)),
-            class_=f"c{index % NUM_COLOURS}",
-            data_name=curve.name,
-        )
-        for index, curve in enumerate(curves)
+        tag("path", d=path, class_=f"c{index % NUM_COLOURS}", data_name=curve.name)
+        for index, (path, curve) in enumerate(zip(paths, curves, strict=True))
     )
     return tag(
         "svg",
@@ -97,8 +90,9 @@ def _svg(
 
 
 def _y_tick(value: float, y: float) -> SafeHtml:
+    label = f"{value:,.6g}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.2g}"
     line = tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="grid-line")
-    return fragment(line, tag("text", _tick_label(value), x=LEFT - 6, y=f"{y + 4:.1f}", text_anchor="end"))
+    return fragment(line, tag("text", label, x=LEFT - 6, y=f"{y + 4:.1f}", text_anchor="end"))
 
 
 def _x_tick(step: float, x: float) -> SafeHtml:
@@ -107,7 +101,7 @@ def _x_tick(step: float, x: float) -> SafeHtml:
     return fragment(line, tag("text", f"{step:,.0f}", x=f"{x:.1f}", y=bottom + 19, text_anchor="middle"))
 
 
-def _path(points: Sequence[tuple[float, float | None]], to_y: Callable[[float], float]) -> Iterator[str]:
+def _path(points: Iterable[tuple[float, float | None]], to_y: Callable[[float], float]) -> Iterator[str]:
     """SVG path commands; a point between two gaps is drawn as a dot: a line of length 0.01."""
     is_drawing = False
     for x, value in points:
@@ -127,8 +121,3 @@ def _table_row(index: int, curve: Curve) -> SafeHtml:
     values = (known[-1], known[0], min(known), max(known)) if known else ()
     name = fragment(tag("i", class_=f"c{index % NUM_COLOURS}"), curve.name)
     return tag("tr", tag("td", name), *(tag("td", format_number(value)) for value in values or [None] * 4))
-
-
-def _tick_label(value: float) -> str:
-    """A tick, which is already a round number."""
-    return f"{value:,.6g}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.2g}"

@@ -97,9 +97,11 @@ def _frame_figure(video: VideoInspection, index: int) -> SafeHtml:
     label = f"frame {images.frame}"
     return tag(
         "figure",
-        _svg(width, height, frame, label=label),
+        svg_image(width, height, frame, label=label),
         tag("img", src=jpeg_uri(images.flow_image), alt=f"flow of {label}"),
-        _svg(width, height, reference, _heat(video, images.frame_map, width, height), label=f"frame map of {label}"),
+        svg_image(
+            width, height, reference, _heat(video, images.frame_map, width, height), label=f"frame map of {label}"
+        ),
         tag("figcaption", label),
     )
 
@@ -113,7 +115,7 @@ def _view(video: VideoInspection, view: TubeletImages) -> SafeHtml:
         image = tag("image", href=jpeg_uri(frame_image), preserveAspectRatio="none", **sides)
         heat = _heat(video, video.frame_maps[frame], video.width, video.height)
         label = f"{view.name}, frame {frame}"
-        frames.append(_svg(video.width, video.height, image, heat, *_boxes(view), label=label))
+        frames.append(svg_image(video.width, video.height, image, heat, *_boxes(view), label=label))
         crops.append(tag("img", src=jpeg_uri(crop_image), alt=f"{label}, crop"))
     clip = view.tubelet.frames
     caption = f"{view.name}: frames {clip[0]} to {clip[-1]}, {width}×{height} pixels at {left}, {top}"
@@ -122,24 +124,21 @@ def _view(video: VideoInspection, view: TubeletImages) -> SafeHtml:
 
 def _boxes(view: TubeletImages) -> tuple[SafeHtml, SafeHtml]:
     top, left, height, width = view.tubelet.box
-    region = view.region
-    return (
-        tag(
-            "rect",
-            x=f"{region.left:.1f}",
-            y=f"{region.top:.1f}",
-            width=f"{region.right - region.left:.1f}",
-            height=f"{region.bottom - region.top:.1f}",
-            class_="region",
-        ),
-        tag("rect", x=left, y=top, width=width, height=height, class_="box"),
-    )
+    region, box = view.region, tag("rect", x=left, y=top, width=width, height=height, class_="box")
+    place = {"x": region.left, "y": region.top}
+    size = {"width": region.right - region.left, "height": region.bottom - region.top}
+    return tag("rect", **{key: f"{value:.1f}" for key, value in {**place, **size}.items()}, class_="region"), box
 
 
 def _heat(video: VideoInspection, motion: np.ndarray, width: int, height: int) -> SafeHtml:
-    """A frame map, uint8 (7, 7), to overlay on an image: more motion is brighter and more opaque."""
+    """A frame map, uint8 (7, 7), to overlay on an image."""
     scaled = np.asarray(np.rint(motion * (255 / _maximum(video))), dtype=np.uint8)
-    cells = np.dstack([heat_colours(scaled), np.asarray(90 + scaled * 0.35, dtype=np.uint8)])
+    return heat_overlay(scaled, 90 + scaled * 0.35, width, height)
+
+
+def heat_overlay(values: np.ndarray, opacities: np.ndarray, width: int, height: int) -> SafeHtml:
+    """Values from 0 to 255, uint8 (H, W), as coloured cells over an image; so are the opacities."""
+    cells = np.dstack([heat_colours(values), opacities.astype(np.uint8)])
     sides = {"width": width, "height": height}
     return tag("image", href=png_uri(cells), preserveAspectRatio="none", class_="pixels", **sides)
 
@@ -153,7 +152,8 @@ def _maximum(video: VideoInspection) -> int:
     return max(int(video.frame_maps.max()), 1)
 
 
-def _svg(width: int, height: int, *children: SafeHtml, label: str) -> SafeHtml:
+def svg_image(width: int, height: int, *children: SafeHtml, label: str) -> SafeHtml:
+    """An image of `width` × `height` units with a description."""
     return tag("svg", *children, viewBox=f"0 0 {width} {height}", role="img", aria_label=label)
 
 

@@ -1,4 +1,4 @@
-"""Parts of every run on ranks: listeners, checkpoints, resuming, engine, schedule, batches."""
+"""Parts of every run on ranks: network, listeners, checkpoints, resuming, engine, schedule, batches, errors."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -7,16 +7,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dataloading.loader.loader import Delivered, Loader
 from launch.run.config import RunConfig
-from launch.run.rank_errors import errors_name_rank
 from mcl_dist.checkpoint import CheckpointConfig, CheckpointManager, CorruptCheckpointError, Snapshot
 from mcl_dist.distributed.heartbeat import Heartbeat
 from mcl_dist.distributed.process_group import ProcessGroup, set_collective_timeout
 from mcl_dist.distributed.shutdown import StopRequest
-from mcl_dist.errors import UserError
+from mcl_dist.errors import RankError, UserError
 from mcl_dist.events import Failed, Listener, Notice, Started, emit
-from mcl_dist.model.loss_module import LossModule
+from mcl_dist.model.encoder import EncoderConfig
+from mcl_dist.model.network import HeadsConfig, LossModule, Network
+from mcl_dist.model.pretrained_weights import InitialConfig, initialise
 from mcl_dist.objective.schedule import Schedule
 from mcl_dist.run_log.goodput import GoodputTracker, StartInfo
 from mcl_dist.run_log.listeners import Console, EventLog, MetricsFile
@@ -35,6 +38,15 @@ class RankContext:
     stop: StopRequest
     heartbeat: Heartbeat
     start_info: StartInfo
+
+
+def build_initial_network(
+    seed: int, encoder: EncoderConfig, heads: HeadsConfig, initial: InitialConfig
+) -> tuple[Network, list[str]]:
+    """Build a pre-training network, equal on all ranks; returns also the parameters that the weights leave random."""
+    torch.manual_seed(seed)
+    network = Network(encoder, heads)
+    return network, initialise(network, initial)
 
 
 @contextmanager
@@ -84,12 +96,7 @@ def resume(
 ) -> Snapshot | None:
     """Restore the newest good checkpoint into the training state; return its snapshot, None without a checkpoint.
 
-    Args:
-        state: the state without a checkpoint; changed in place.
-        checkpoints: of the run.
-        config: of the run, as checkpoints store it.
-        listeners: receive an event for each refused checkpoint.
-        immutable_keys: keys of the configuration that must equal the checkpoint's.
+    The immutable keys of the configuration must equal the checkpoint's. Refused checkpoints are emitted as events.
 
     Raises:
         UserError: the checkpoint belongs to another run.
@@ -106,28 +113,20 @@ def resume(
 
 
 def _check_shapes(snapshot: Snapshot, url: str, state: TrainingState, config: dict[str, Any]) -> None:
-    """Check a checkpoint's tensors against its configuration, if that has the run's architecture.
-
-    Raises:
-        CorruptCheckpointError: they do not fit.
-    """
+    """Raise a `CorruptCheckpointError` if a checkpoint with the run's architecture has tensors that do not fit it."""
     now = json.loads(json.dumps(config))
-    if all(snapshot.config.get(section) == now.get(section) for section in ARCHITECTURE):
-        difference = state.first_mismatch(snapshot)
-        if difference is not None:
-            raise CorruptCheckpointError(url, f"its tensors do not fit its own configuration ({difference})")
+    is_same = all(snapshot.config.get(section) == now.get(section) for section in ARCHITECTURE)
+    if is_same and (difference := state.first_mismatch(snapshot)) is not None:
+        raise CorruptCheckpointError(url, f"its tensors do not fit its own configuration ({difference})")
 
 
 def _check_same_run(stored: dict[str, Any], now: dict[str, Any], url: str, immutable_keys: Sequence[str]) -> None:
     """Raise a `UserError` that names the first immutable key with another value than the checkpoint's."""
     for path in immutable_keys:
         section, key = path.split(".")
-        made_with = stored.get(section, {}).get(key)
-        if made_with != now[section][key]:
-            raise UserError(
-                f"{url}: made with {path}={made_with}, now {now[section][key]}; "
-                "set it back, or start another run in another run.dir"
-            )
+        if (made_with := stored.get(section, {}).get(key)) != now[section][key]:
+            problem = f"made with {path}={made_with}, now {now[section][key]}"
+            raise UserError(f"{url}: {problem}; set it back, or start another run in another run.dir")
 
 
 def build_engine(
@@ -138,15 +137,9 @@ def build_engine(
     snapshot: Snapshot | None,
     collective_seconds: float,
 ) -> Engine:
-    """Build the DeepSpeed engine, restore the optimizer state and set the collectives' timeout.
+    """Build the DeepSpeed engine, restore the optimizer state from the snapshot and set the collectives' timeout.
 
-    Args:
-        objective: module whose parameters are trained.
-        optimizer: configuration of the optimizer.
-        train: supplies the batch size.
-        group: ranks of the run.
-        snapshot: checkpoint that the run resumes from, if any.
-        collective_seconds: timeout of every process group except the checkpoint group.
+    The timeout is that of every process group except the checkpoint group.
     """
     engine = Engine(objective, optimizer, batch_per_rank=train.batch_per_rank(group.size), accumulate=train.accumulate)
     set_collective_timeout(collective_seconds)
@@ -161,6 +154,15 @@ def build_schedule(train: TrainConfig, optimizer: OptimizerConfig, steps_per_epo
     return Schedule(optimizer.base_rate(train.global_batch), steps_per_epoch, total, optimizer.warmup_epochs)
 
 
+@contextmanager
+def errors_name_rank(group: ProcessGroup) -> Iterator[None]:
+    """Within, a `UserError` becomes a `RankError` that names the rank: every rank reads other files than the others."""
+    try:
+        yield
+    except UserError as error:
+        raise RankError(f"rank {group.rank}: {error}" if group.size > 1 else str(error)) from error
+
+
 def rank_batches(loader: Loader[Delivered], group: ProcessGroup) -> Iterator[Delivered]:
     """Yield the loader's batches; its errors name this rank."""
     with errors_name_rank(group):
@@ -173,10 +175,7 @@ def emit_start(
     """Emit `Started`, and before it a `Notice` if the schedule is not the checkpoint's."""
     start, now = snapshot.step if snapshot else 0, asdict(schedule)
     if snapshot and snapshot.schedule != now:
-        emit(listeners, Notice(_schedule_change(snapshot.schedule, now)))
+        stored = snapshot.schedule
+        changes = (f"{key} {stored.get(key)}, now {now[key]}" for key in now if stored.get(key) != now[key])
+        emit(listeners, Notice(f"the schedule differs from the checkpoint's: {', '.join(changes)}"))
     emit(listeners, Started(start, schedule.total_steps, checkpoints.step_url(start) if snapshot else None))
-
-
-def _schedule_change(stored: dict[str, Any], now: dict[str, Any]) -> str:
-    changes = ", ".join(f"{key} {stored.get(key)}, now {now[key]}" for key in now if stored.get(key) != now[key])
-    return f"the schedule differs from the checkpoint's: {changes}"

@@ -2,11 +2,11 @@
 
 import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from launch.supervision.parent_watch import LEAVE_SECONDS
-from launch.supervision.polling import wait_until
+from launch.supervision.deepspeed_launcher import LEAVE_SECONDS
+from launch.supervision.processes import wait_until
 from mcl_dist.errors import UserError
 
 LOCK_FILE = "lock"
@@ -18,12 +18,8 @@ RETRY_SECONDS = 0.2
 def hold_run_lock(folder: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
     """Hold the run folder's lock; the kernel releases it when this process ends.
 
-    Args:
-        folder: of the run; created if it is missing.
-        seconds: to wait for another run to end.
-
     Raises:
-        UserError: another run still holds the lock.
+        UserError: another run still holds the lock after so many seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_FILE).open("w") as file:
@@ -33,8 +29,7 @@ def hold_run_lock(folder: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]
 
 
 def _try_lock(descriptor: int) -> bool:
-    try:
+    with suppress(BlockingIOError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        return True
+    return False

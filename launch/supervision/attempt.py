@@ -11,8 +11,7 @@ from pathlib import Path
 
 from launch.supervision.hang_detection import SuperviseConfig, any_in_slow_phase, find_hang
 from launch.supervision.outcome import DONE, HUNG, STOPPED, Outcome, attempt_outcome, read_outcomes
-from launch.supervision.polling import wait_until
-from launch.supervision.processes import is_gone, kill_session, send_signal
+from launch.supervision.processes import is_gone, kill_session, send_signal, wait_until
 from mcl_dist.distributed.heartbeat import Beat, read_beats
 from mcl_dist.errors import EXIT_FAILURE, UserError
 
@@ -22,14 +21,7 @@ EXIT_CODE_SECONDS = 3.0  # for the launcher to exit with the code of the failed 
 
 @dataclass
 class Attempt:
-    """The launcher in its own session, which all its ranks belong to.
-
-    Attributes:
-        launcher: leader of the session.
-        folder: of the ranks' heartbeats and outcomes.
-        num_ranks: on this node.
-        limits: when a rank hangs.
-    """
+    """The launcher in its own session, with all its ranks, which write heartbeats and outcomes to the folder."""
 
     launcher: subprocess.Popen[bytes]
     folder: Path
@@ -63,11 +55,7 @@ class Attempt:
         return len(beats) < self.num_ranks or any_in_slow_phase(beats)
 
     def poll(self, *, others_in_slow_phase: bool = False) -> Outcome | None:
-        """The outcome if the attempt has ended or hangs, with all its processes gone; None while it runs.
-
-        Args:
-            others_in_slow_phase: whether a rank of another node is in a slow phase.
-        """
+        """The outcome if the attempt has ended or hangs, with all its processes gone; None while it runs."""
         beats = read_beats(self.folder)
         running = self._running(beats)
         if self._launcher_is_gone() or self._has_failed_rank(beats, running):

@@ -3,12 +3,14 @@
 import base64
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import NoReturn
 
 from launch.supervision.messages import log, print_safely
 from launch.supervision.outcome import CRASHED, DONE, LOST, STOPPED, USER, Outcome
+from launch.supervision.processes import ProcessEntry
 from mcl_dist.distributed.heartbeat import Heartbeat
 from mcl_dist.distributed.shutdown import StopRequest
 from mcl_dist.errors import EXIT_FAILURE, EXIT_STOPPED, RankError, UserError
@@ -24,20 +27,14 @@ from mcl_dist.run_log.goodput import StartInfo
 RUNTIME = "MCL_RUNTIME"  # environment variable of ranks: the folder of the node's supervisor
 RESTARTED = "MCL_RESTARTED"  # environment variable of ranks: the cause of this restart, as JSON
 STOP_FILE = "stop"  # requests a stop, in the run's folder or the supervisor's
+LEAVE_SECONDS = 50.0  # to save without a launcher; the next run waits a little longer for the run folder's lock
 LOST_CONNECTION = "gloo/transport"  # source file in gloo's errors of a connection that is closed, reset or broken
 LOST_RANK_REASON = "another rank is gone, which ends this run; see the message of that rank"
 
 
 @dataclass(frozen=True)
 class NodeSpec:
-    """This node's place in a run.
-
-    Attributes:
-        num_ranks: on each node.
-        num_nodes: of the run.
-        node_rank: this node's number, from 0.
-        address, port: of the rendezvous on node 0.
-    """
+    """This node's place in a run: the ranks of each node, its number from 0, and the rendezvous on node 0."""
 
     num_ranks: int
     num_nodes: int = 1
@@ -106,17 +103,49 @@ def watch_stop_file(folder: Path, stop: StopRequest, heartbeat: Heartbeat) -> Pa
     return file
 
 
+def stop_with_parent(stop: StopRequest, seconds: float = LEAVE_SECONDS) -> None:
+    """Request this rank's stop when its launcher or supervisor is gone, and exit after so many seconds.
+
+    Once killed, they can neither end nor restart it, so it would train on, into the folder of the run that replaces it.
+    """
+    poll = select.poll()
+    for pid in (launchers := list(_launchers())):
+        poll.register(os.pidfd_open(pid), select.POLLIN)
+
+    def watch() -> None:
+        poll.poll()
+        stop.request("launcher gone")
+        time.sleep(seconds)
+        os._exit(EXIT_FAILURE)
+
+    if launchers:
+        threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
+def _launchers() -> Iterator[int]:
+    """Process ids of the launcher and, above it, of the supervisor or of DeepSpeed's other processes."""
+    pid = os.getppid()
+    while pid > 1 and b"deepspeed" in (process := ProcessEntry(pid)).command:
+        yield pid
+        pid = process.parent
+    if RUNTIME in os.environ:
+        yield pid
+
+
+def restart_environment(cause: Outcome | None, num_restarts: int) -> dict[str, str]:
+    """The variable with the cause of a restart for the ranks' StartInfo; none at the first start."""
+    if cause is None:
+        return {}
+    return {RESTARTED: json.dumps({"cause": cause.cause, "reason": cause.reason, "attempt": num_restarts})}
+
+
 def read_start_info() -> StartInfo:
     """This start of the run: its time, which is now, and the supervisor's cause of the restart, if any."""
     return StartInfo(time.time(), **json.loads(os.environ.get(RESTARTED, "{}")))
 
 
 def run_as_rank(work: Callable[[], bool | None]) -> NoReturn:
-    """Do this rank's work and exit: with 0, with 75 after a stop, or with an error's exit code and message.
-
-    Args:
-        work: returns False after a stop.
-    """
+    """Do this rank's work, which returns False after a stop; exit with 0, 75 after a stop, or an error's exit code."""
     try:
         is_stopped = work() is False
         outcome = Outcome(EXIT_STOPPED, STOPPED, "asked to stop") if is_stopped else Outcome(0, DONE, "all is done")
@@ -133,7 +162,10 @@ def run_as_rank(work: Callable[[], bool | None]) -> NoReturn:
 
 def _crash_outcome(error: Exception) -> Outcome:
     """Print an unexpected error; returns its outcome."""
-    if _is_of_another_rank(error):
+    from torch import distributed
+
+    is_lost_connection = isinstance(error, RuntimeError) and LOST_CONNECTION in str(error)
+    if is_lost_connection or isinstance(error, distributed.DistError):
         log(LOST_RANK_REASON)
         return Outcome(EXIT_FAILURE, LOST, LOST_RANK_REASON)
     print_safely(traceback.format_exc(), sys.stderr)
@@ -144,16 +176,7 @@ def free_port() -> int:
     """A port that no process listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _is_of_another_rank(error: Exception) -> bool:
-    from torch import distributed
-
-    return isinstance(error, distributed.DistError) or (
-        isinstance(error, RuntimeError) and LOST_CONNECTION in str(error)
-    )
+        return int(probe.getsockname()[1])
 
 
 def _exit(outcome: Outcome) -> NoReturn:

@@ -43,26 +43,16 @@ def any_in_slow_phase(beats: Sequence[Beat]) -> bool:
 def find_hang(
     beats: Sequence[Beat], config: SuperviseConfig, now: float, *, others_in_slow_phase: bool = False
 ) -> str | None:
-    """Describe the first rank that hangs; None if no rank does.
-
-    Args:
-        beats: of the ranks that run on this node.
-        config: the limits.
-        now: of the monotonic clock.
-        others_in_slow_phase: whether a rank of another node is in a slow phase.
-    """
+    """Describe the first rank of this node that hangs, from its beats and the monotonic clock; None if no rank does."""
     is_slow = others_in_slow_phase or any_in_slow_phase(beats)
     for beat in beats:
-        silent_seconds = now - beat.written_at
-        if silent_seconds > config.silent_seconds:
+        if (silent_seconds := now - beat.written_at) > config.silent_seconds:
             state = "has been stopped" if ProcessEntry(beat.pid).is_stopped else "has sent no heartbeat"
             return f"rank {beat.rank} {state} for {silent_seconds:.0f} s at step {beat.step}"
     for beat in beats:
-        seconds = now - beat.since
-        if is_slow or beat.median_step_seconds is None:
-            limit = config.pause_seconds
-        else:
+        limit = config.pause_seconds
+        if beat.median_step_seconds is not None and not is_slow:
             limit = max(config.hang_seconds_min, config.hang_factor * beat.median_step_seconds)
-        if seconds > limit:
+        if (seconds := now - beat.since) > limit:
             return f"rank {beat.rank} has been {beat.phase} for {seconds:.0f} s at step {beat.step}"
     return None

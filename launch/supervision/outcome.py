@@ -21,11 +21,8 @@ RANK_FILE = re.compile(r"rank-(\d+)\.end")
 class Outcome:
     """How a rank or an attempt ended.
 
-    Attributes:
-        exit_code: of the process.
-        cause: `done`, `stopped`, `user` (a UserError), `killed`, `error` (any other exception), `hang`, or `lost`
-            (another rank or node is gone).
-        reason: the cause in a sentence.
+    Its cause is `done`, `stopped`, `user` (a UserError), `killed`, `error` (any other exception), `hang`, or `lost`
+    (another rank or node is gone); the reason is a sentence.
     """
 
     exit_code: int
@@ -37,10 +34,6 @@ class Outcome:
         """Whether another attempt can succeed without a change by the user."""
         return self.cause in RETRYABLE
 
-    def restart_info(self, num_restarts: int) -> str:
-        """This outcome as the cause of a restart, in the JSON that ranks read as their StartInfo."""
-        return json.dumps({"cause": self.cause, "reason": self.reason, "attempt": num_restarts})
-
     def write(self, folder: Path, rank: int) -> None:
         """Write a rank's outcome to the supervisor's folder."""
         (folder / f"rank-{rank:05d}.end").write_text(json.dumps(asdict(self)))
@@ -50,20 +43,15 @@ def read_outcomes(folder: Path) -> dict[int, Outcome]:
     """Outcomes that the ranks of this machine have written, by rank."""
     outcomes = {}
     for file in folder.glob("rank-*.end"):
-        match = RANK_FILE.fullmatch(file.name)
-        text = file.read_text()
-        if match and text:
+        if (match := RANK_FILE.fullmatch(file.name)) and (text := file.read_text()):
             outcomes[int(match[1])] = Outcome(**json.loads(text))
     return outcomes
 
 
 def attempt_outcome(outcomes: Mapping[int, Outcome], silent: Iterable[int], launcher_code: int) -> Outcome:
-    """The outcome of an attempt, from those of its ranks.
+    """The outcome of an attempt, from those of its ranks; `silent` ranks are gone without one.
 
-    Args:
-        outcomes: written by ranks, by rank.
-        silent: ranks that are gone without an outcome.
-        launcher_code: exit code of the launcher: that of a failed rank, if any.
+    The launcher's exit code is that of a failed rank, if any.
     """
     exit_text = _describe_exit(launcher_code)
     found = {rank: Outcome(EXIT_FAILURE, KILLED, f"rank {rank} {exit_text}") for rank in silent}

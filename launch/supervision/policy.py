@@ -12,14 +12,7 @@ MAX_BACKOFF_SECONDS = 60.0
 
 @dataclass
 class RestartPolicy:
-    """Limits the restarts without progress.
-
-    Attributes:
-        limit: consecutive restarts without progress.
-        progress_steps: steps beyond `max_step` that count as progress.
-        num_restarts: restarts since the last progress.
-        max_step: highest step of any attempt.
-    """
+    """Limits the restarts since the last progress, which is `progress_steps` beyond the highest step of any attempt."""
 
     limit: int
     progress_steps: int
@@ -41,13 +34,7 @@ class RestartPolicy:
 
 
 class AttemptResult(NamedTuple):
-    """How one attempt ended.
-
-    Attributes:
-        outcome: cause and exit code.
-        step: steps done.
-        is_final: no restart follows, even if the outcome is retryable.
-    """
+    """How one attempt ended, after how many steps; no restart follows a final one, even if its outcome is retryable."""
 
     outcome: Outcome
     step: int
@@ -59,10 +46,7 @@ def run_with_restarts(
 ) -> Outcome:
     """Run attempts until one ends for good or the policy allows no restart; returns the last outcome.
 
-    Args:
-        policy: limits the restarts.
-        attempt: runs one attempt; its argument is the outcome that caused the restart, None for the first attempt.
-        wait: sleeps for the given seconds; may return earlier.
+    An attempt gets the outcome that caused the restart, the first None; `wait` sleeps for so many seconds at most.
     """
     cause: Outcome | None = None
     while True:

@@ -1,17 +1,26 @@
-"""Processes of this machine, as listed in /proc, and their sessions."""
+"""Processes of this machine, as listed in /proc, their sessions, and waiting for a condition."""
 
 import os
 import select
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from launch.supervision.polling import wait_until
-
+Value = TypeVar("Value")
+POLL_SECONDS = 0.02
 STATE, PARENT, SESSION = 0, 1, 3  # fields after the command's name in /proc/PID/stat
 KILL_SECONDS = 30.0  # a process that survives SIGKILL for so long waits for a device that does not answer
+
+
+def wait_until(condition: Callable[[], Value], seconds: float, poll_seconds: float = POLL_SECONDS) -> Value:
+    """Poll until the condition is true or the time is over; returns its last value."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()) and time.monotonic() < deadline:
+        time.sleep(poll_seconds)
+    return value
 
 
 class ProcessEntry(NamedTuple):

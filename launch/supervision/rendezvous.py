@@ -17,7 +17,7 @@ from typing import Any
 
 from launch.supervision.deepspeed_launcher import free_port
 from launch.supervision.outcome import DONE, LOST, STOPPED, Outcome
-from launch.supervision.polling import wait_until
+from launch.supervision.processes import wait_until
 from mcl_dist.errors import EXIT_FAILURE, UserError
 
 STATUS_SECONDS = 0.5
@@ -32,7 +32,6 @@ class NodeStatus:
     """Message of a node to the server.
 
     Attributes:
-        node_rank, num_nodes: this node's number and the size of the run.
         state: `ready`, `running` or `ended`.
         attempt_id: the newest attempt that this node has joined; "" before the first.
         outcome: of that attempt on this node, once it has ended.
@@ -54,11 +53,9 @@ class RunStatus:
     Attributes:
         attempt_id: of the newest attempt; "" if the node has no part in it.
         port: where its ranks meet.
-        outcome: of the attempt, once it has ended.
         root_cause: outcome of the attempt before it, from a node that saw more than the loss of the others.
         in_slow_phase: whether a rank of any node is in a slow phase.
         missing: nodes that are not ready.
-        refusal: why this node cannot join.
     """
 
     attempt_id: str = ""
@@ -105,13 +102,7 @@ class JsonConnection:
 
 
 class RendezvousServer:
-    """Node 0's side: the nodes that are connected, and the status of the run.
-
-    Args:
-        port: to listen on.
-        num_nodes: of the run.
-        timeout_seconds: without a message, after which a node is lost.
-    """
+    """Node 0's side: the connected nodes and the status of the run; a node that is silent for too long is lost."""
 
     def __init__(self, port: int, num_nodes: int, timeout_seconds: float) -> None:
         self._num_nodes = num_nodes
@@ -202,13 +193,7 @@ class RendezvousServer:
 
 
 class RendezvousClient:
-    """A node's side, which exchanges messages in a background thread.
-
-    Args:
-        address, port: of the server.
-        node_rank, num_nodes: this node's number and the size of the run.
-        timeout_seconds: without a message, after which the server is lost.
-    """
+    """A node's side, which exchanges messages in a background thread; a server that is silent for too long is lost."""
 
     def __init__(self, address: str, port: int, node_rank: int, num_nodes: int, timeout_seconds: float) -> None:
         self._server = (address, port)

@@ -1,34 +1,39 @@
 """The supervisor of a node: starts its ranks, watches them, and restarts them from the newest checkpoint."""
 
+import json
 import os
 import select
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from launch.supervision.attempt import Attempt
 from launch.supervision.deepspeed_launcher import (
-    RESTARTED,
     RUNTIME,
     STOP_FILE,
     NodeSpec,
     launcher_command,
     launcher_environment,
+    restart_environment,
 )
 from launch.supervision.hang_detection import SuperviseConfig
-from launch.supervision.messages import log
-from launch.supervision.outcome import LOST, STOPPED, Outcome
+from launch.supervision.messages import log, print_safely
+from launch.supervision.outcome import LOST, OUTCOME_LINE, STOPPED, Outcome
 from launch.supervision.policy import AttemptResult, RestartPolicy, run_with_restarts
-from launch.supervision.polling import wait_until
-from launch.supervision.rendezvous import RendezvousClient
+from launch.supervision.processes import wait_until
+from launch.supervision.rendezvous import RendezvousClient, RendezvousServer
 from mcl_dist.distributed.shutdown import EXIT_INTERRUPTED, StopRequest
 from mcl_dist.errors import EXIT_FAILURE, EXIT_STOPPED
 from mcl_dist.events import Failed
 from mcl_dist.run_log.listeners import EventLog
 
+EXIT_RETRYABLE = 76  # of a node with --attached: it failed, and another attempt can succeed
+PID_FILE, OUTCOME_FILE = "supervisor.pid", "outcome.json"
 POLL_SECONDS = 0.2
 REPORT_SECONDS = 30.0  # between messages that list the missing nodes
 
@@ -114,9 +119,7 @@ class Supervisor:
         self._num_attempts += 1
         folder = self.runtime / f"attempt-{self._num_attempts}"
         folder.mkdir(parents=True)
-        variables = {RUNTIME: str(folder)}
-        if cause:
-            variables[RESTARTED] = cause.restart_info(self._policy.num_restarts)
+        variables = {RUNTIME: str(folder), **restart_environment(cause, self._policy.num_restarts)}
         command = launcher_command(self.script, self.arguments, node_spec)
         attempt = Attempt.start(command, launcher_environment(variables), folder, node_spec.num_ranks, self.limits)
         try:
@@ -158,3 +161,40 @@ class Supervisor:
 
     def _interrupt(self) -> None:
         self._is_interrupted = True
+
+
+def supervise_node(
+    script: Path,
+    arguments: Sequence[str],
+    node_spec: NodeSpec,
+    limits: SuperviseConfig,
+    event_log: Path,
+    *,
+    runtime: str | None = None,
+    attached: bool = False,
+) -> int:
+    """Run a `Supervisor` until the run ends, by default in a temporary `runtime` folder; returns the exit code.
+
+    The cluster controller sets `attached`, which also prints the outcome.
+    """
+    with ExitStack() as stack:
+        folder = Path(runtime or stack.enter_context(TemporaryDirectory(prefix="mcl-")))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / PID_FILE).write_text(str(os.getpid()))
+        rendezvous = _join_rendezvous(node_spec, limits.node_seconds, stack) if node_spec.num_nodes > 1 else None
+        supervisor = Supervisor(str(script), arguments, node_spec, limits, folder, event_log, rendezvous, attached)
+        outcome = supervisor.run()
+        text = json.dumps({**asdict(outcome), "retry": outcome.is_retryable, "node": node_spec.node_rank})
+        (folder / OUTCOME_FILE).write_text(text)
+        if attached:
+            print_safely(f"{OUTCOME_LINE} {text}", sys.stdout)
+    return EXIT_RETRYABLE if attached and outcome.is_retryable else outcome.exit_code
+
+
+def _join_rendezvous(spec: NodeSpec, timeout_seconds: float, stack: ExitStack) -> RendezvousClient:
+    """Connect to node 0, where the server is started first; the stack closes both."""
+    if spec.node_rank == 0:
+        stack.callback(RendezvousServer(spec.port, spec.num_nodes, timeout_seconds).close)
+    client = RendezvousClient(spec.address, spec.port, spec.node_rank, spec.num_nodes, timeout_seconds)
+    stack.callback(client.close)
+    return client

@@ -17,16 +17,10 @@ def serve_or_push(
     pushgateway: Pushgateway | None = None,
     count_failed_push: Callable[[], None] = lambda: None,
 ) -> Iterator[int | None]:
-    """Serve a registry and the process's own metrics on the loopback, and push them to a Pushgateway, if given.
+    """Serve a registry and the process's own metrics on the loopback, and yield the port.
 
-    Args:
-        registry: metrics of the command.
-        port: to serve at; 0 takes a free one, None serves nothing.
-        pushgateway: pushed to periodically and once more at the end.
-        count_failed_push: called for each failed push.
-
-    Yields:
-        The port, None if nothing is served.
+    Port 0 takes a free one, None serves nothing. A Pushgateway, if given, gets them periodically and once more at the
+    end; `count_failed_push` is called for each failed push.
 
     Raises:
         UserError: the port is taken.

@@ -13,24 +13,18 @@ from monitoring.metrics.registry import Registry
 
 
 class BuildMetrics:
-    """A listener that counts the results of a build.
-
-    Args:
-        registry: takes the metrics.
-        num_planned: videos of the build.
-        retry: its failures are counted as retries.
-    """
+    """A listener that counts the results of a build of `num_planned` videos, and the failures of `retry` as retries."""
 
     def __init__(self, registry: Registry, num_planned: int, retry: RetryPolicy) -> None:
         self._registry = registry
         registry.set("mcl_build_videos_planned", num_planned)
         registry.set("mcl_build_videos_kept", 0)
         registry.set("mcl_build_complete", 0)
-        registry.before_scrape(
-            lambda: registry.update(
-                "mcl_build_retries_total", {str(reason): count for reason, count in retry.failures.items()}
-            )
-        )
+
+        def count_retries() -> None:
+            registry.update("mcl_build_retries_total", {str(reason): n for reason, n in retry.failures.items()})
+
+        registry.before_scrape(count_retries)
 
     def __call__(self, result: VideoResult | ResumedBuild) -> None:
         """Count the result of a video, or the videos that a resumed build already has."""

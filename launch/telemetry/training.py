@@ -3,14 +3,14 @@
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from prometheus_client import CollectorRegistry, ProcessCollector
 
-from launch.run.rank_errors import errors_name_rank
+from launch.run.parts import errors_name_rank
 from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.storage.folder import Folder
 from monitoring.history.run_folder import RunFolder
@@ -31,18 +31,16 @@ def serve_training_metrics(
 ) -> Iterator[TrainingMetrics]:
     """Serve this rank's metrics and `/healthz`, on the first rank also the run's page; yield the listener.
 
-    Args:
-        config: its port must be set.
-        group: all ranks of the run; they must call this together.
-        run_folder: folder of the run, whose name labels the targets.
-        folders: URLs by volume name, None for a volume that the run lacks; the disks of local ones are measured.
-        precision: `float32` or `bfloat16`.
+    All ranks must call this together. `config.port` must be set. `folders` are URLs by volume name, None for a volume
+    that the run lacks; the disks of local ones are measured.
 
     Raises:
         UserError: the port is taken, or a file that the configuration names cannot be used.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    registry, healthz = Registry(_scopes(group, local_rank)), Healthz(config.stale_seconds)
+    conditions: dict[Scope, bool] = {"rank": True, "run": group.is_first, "node": local_rank == 0}
+    registry = Registry([scope for scope, is_served in conditions.items() if is_served])
+    healthz = Healthz(config.stale_seconds)
     metrics = TrainingMetrics(registry, healthz, _peak_flops(config, group, precision))
     registry.set("mcl_run_info", 1, version("mcl-dist"), torch.__version__, precision, _device_name(group.device))
     register_machine_metrics(registry, _local_folders(folders), Gpu.for_device(group.device))
@@ -64,10 +62,8 @@ def _open_server(
     ProcessCollector(registry=collectors)
     with errors_name_rank(group):
         server = MetricsServer(collectors, config, offset=local_rank)
-    try:
+    with closing(server):
         yield server
-    finally:
-        server.close()
 
 
 def _gather_targets(config: MonitoringConfig, group: ProcessGroup, port: int) -> list[ScrapeTarget]:
@@ -85,12 +81,6 @@ def _publish_targets(config: MonitoringConfig, run_folder: Path, targets: list[S
     write_targets(file, targets, run, tls=tls)
     yield
     write_targets(file, [], run, tls=tls)
-
-
-def _scopes(group: ProcessGroup, local_rank: int) -> list[Scope]:
-    scopes: list[Scope] = ["rank"]
-    scopes += ["run"] if group.is_first else []
-    return scopes + (["node"] if local_rank == 0 else [])
 
 
 def _local_folders(folders: Mapping[str, str | None]) -> dict[str, Path]:

@@ -8,16 +8,11 @@ from launch.terminal.units import format_duration
 
 
 class BuildProgress:
-    """A build listener that logs each refused video and shows counts, rates and the time left.
-
-    Attributes:
-        total: number of videos to build.
-        num_built: videos stored or refused by this run.
-    """
+    """A build listener that logs each refused video and shows counts, rates and the time left of `total` videos."""
 
     def __init__(self, total: int = 0) -> None:
         self.total = total
-        self.num_built = 0
+        self.num_built = 0  # stored or refused by this run
         self._num_kept = self._num_refused = self._num_bytes = 0
         self._line = ProgressLine()
         self.log = self._line.log

@@ -2,14 +2,13 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle, zip_longest
+from itertools import cycle, pairwise, zip_longest
 from textwrap import wrap
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from launch.terminal.sparkline import sparkline
 from launch.terminal.units import (
     UNKNOWN,
     format_bytes,
@@ -27,6 +26,8 @@ WIDE = 120  # columns from which the layout has two columns
 GAP = 3
 TALL = 40  # lines from which sparklines are higher
 LABEL_WIDTH, VALUE_WIDTH = 14, 10
+LEVELS = " ▁▂▃▄▅▆▇█"  # of a sparkline
+EIGHTHS = len(LEVELS) - 1
 STATE_STYLES = {
     "running": "bold green",
     "finished": "bold green",
@@ -239,3 +240,33 @@ def _count(value: int | None) -> str:
 
 def _ago(moment: float, now: float) -> str:
     return f"{format_duration(max(0.0, round(now - moment)))} ago"
+
+
+def sparkline(values: Sequence[float | None], width: int, height: int = 1) -> list[str]:
+    """Draw values as `height` lines of `width` characters, top line first; a missing value leaves its column empty.
+
+    If there are more values than columns, each column shows a mean. The smallest value is drawn as the lowest block.
+    """
+    columns = _columns(values, width)
+    known = [value for value in columns if value is not None]
+    if not known:
+        return [" " * width] * height
+    low, high = min(known), max(known)
+    top = EIGHTHS * height - 1
+    fractions = (value if value is None else (value - low) / (high - low) if high > low else 0.5 for value in columns)
+    heights = [0 if fraction is None else 1 + round(top * fraction) for fraction in fractions]
+    rows = range(height - 1, -1, -1)
+    return ["".join(LEVELS[max(0, min(EIGHTHS, eighths - EIGHTHS * row))] for eighths in heights) for row in rows]
+
+
+def _columns(values: Sequence[float | None], width: int) -> list[float | None]:
+    num_values = len(values)
+    if num_values <= width:
+        return [*values, *[None] * (width - num_values)]
+    edges = [column * num_values // width for column in range(width + 1)]
+    return [_mean(values[start:end]) for start, end in pairwise(edges)]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

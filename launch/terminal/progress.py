@@ -17,11 +17,7 @@ PLAIN_SECONDS = 30.0  # between plain lines
 
 
 class ProgressLine:
-    """The current status of a loop in one line, which disappears from a terminal at the end; threads may share it.
-
-    Args:
-        stream: output, by default standard error.
-    """
+    """The current status of a loop in one line, which disappears from a terminal at the end; threads may share it."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr

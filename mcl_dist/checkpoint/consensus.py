@@ -15,12 +15,8 @@ from mcl_dist.errors import UserError
 class Consensus:
     """Runs work on all ranks and shares the outcome; all ranks construct it together, whatever training's backend.
 
-    Args:
-        group: the ranks.
-        timeout: seconds after which a rank that does not answer counts as lost.
-
-    Attributes:
-        gloo_group: PyTorch's process group for the messages; None for a single rank.
+    A rank that does not answer for `timeout` seconds counts as lost. `gloo_group` is PyTorch's process group for the
+    messages; None for a single rank.
     """
 
     def __init__(self, group: ProcessGroup, timeout: float) -> None:
@@ -28,13 +24,7 @@ class Consensus:
         self.gloo_group = gloo_group_with_timeout(timeout) if group.size > 1 else None
 
     def run_on_all_ranks(self, work: Callable[[], Any]) -> list[Any]:
-        """Run `work` on every rank and gather the results; a collective call.
-
-        Args:
-            work: returns a value that JSON can represent.
-
-        Returns:
-            The results in rank order.
+        """Run `work` on every rank and gather the results, which JSON can represent, in rank order; a collective call.
 
         Raises:
             UserError: on every rank alike, if the work failed on any rank.

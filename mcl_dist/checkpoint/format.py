@@ -50,22 +50,12 @@ def steps_in(folder: Folder) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def optimizer_file(rank: int) -> str:
-    """File name of a rank's shard of the optimizer state."""
-    return f"optimizer-{rank:05d}.safetensors"
-
-
-def queue_file(rank: int) -> str:
-    """File name of a rank's shard of the negatives."""
-    return f"queue-{rank:05d}.safetensors"
-
-
-def statistics_file(rank: int) -> str:
-    """File name of a rank's BatchNorm statistics."""
-    return f"statistics-{rank:05d}.safetensors"
+def rank_file(kind: str, rank: int) -> str:
+    """File name of a rank's `optimizer` state, shard of the negatives (`queue`) or BatchNorm `statistics`."""
+    return f"{kind}-{rank:05d}.safetensors"
 
 
 def file_names(num_ranks: int) -> set[str]:
     """The exact set of files that `COMMITTED` lists in a checkpoint written by `num_ranks` ranks."""
-    per_rank = {name(rank) for rank in range(num_ranks) for name in (optimizer_file, queue_file, statistics_file)}
+    per_rank = {rank_file(kind, rank) for rank in range(num_ranks) for kind in ("optimizer", "queue", "statistics")}
     return {STATE, NETWORK, MOMENTUM} | per_rank

@@ -123,10 +123,8 @@ class VerifiedFolder:
 
     def _parse_digest(self, name: str, entry: Any) -> FileDigest:
         match entry:
-            case {"bytes": int(size), "sha256": str(sha256)} if 0 <= size <= MAX_FILE_BYTES and SHA256.fullmatch(
-                sha256
-            ):
-                return FileDigest(size, sha256)
+            case {"bytes": int(size), "sha256": str(sha)} if 0 <= size <= MAX_FILE_BYTES and SHA256.fullmatch(sha):
+                return FileDigest(size, sha)
         raise self.corrupt(f"{COMMITTED} has no valid size and digest of {name[:80]!r}")
 
     def _verified_state(self) -> dict[str, Any]:

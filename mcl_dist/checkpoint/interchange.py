@@ -57,8 +57,7 @@ def load_encoder(path: str) -> Encoder:
         UserError: there is no such file or checkpoint, or it does not hold such an encoder.
     """
     if not is_weights_file(path):
-        network, _ = load_network(path)
-        return network.encoder.eval()
+        return load_network(path)[0].encoder.eval()
     state = convert_state_dict(read_state_dict(Path(path)), mlp_head=False)
     encoder = Encoder(_infer_config(state, path))
     own = encoder.state_dict()
@@ -98,15 +97,11 @@ def read_clip_settings(path: str) -> Mapping[str, int] | None:
 
 
 def export_checkpoint(checkpoint: str, file_format: str) -> bytes:
-    """The bytes of a checkpoint in one of the formats.
+    """The bytes of a checkpoint, which is as for `load_encoder`, in one of the formats.
 
     `safetensors` holds encoder and heads under our names, and the settings of the training clips. `reference` holds the
     same tensors under the reference's names, as safetensors: no pickle is written. `torchscript` and `onnx` are
     functions from normalised clips (B, 3, T, H, W) to features (B, C), for the training clips' T, H and W and any B.
-
-    Args:
-        checkpoint: a run folder, a `step-…` folder or a file, as for `load_encoder`.
-        file_format: one of these names.
 
     Raises:
         UserError: there is no such checkpoint, or it lacks tensors that the format needs.

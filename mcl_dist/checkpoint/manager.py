@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from mcl_dist.checkpoint.consensus import Consensus
-from mcl_dist.checkpoint.format import NETWORK, STATE, statistics_file, step_folder, step_of
+from mcl_dist.checkpoint.format import NETWORK, STATE, rank_file, step_folder, step_of
 from mcl_dist.checkpoint.integrity import IncompleteCheckpointError
 from mcl_dist.checkpoint.reader import Check, newest, read_snapshot
 from mcl_dist.checkpoint.staging import StagingBuffer
@@ -71,13 +71,8 @@ class CheckpointManager:
         self._folder = Folder(url, retry)
         self.url = without_credentials(self._folder.url)
         self.consensus = Consensus(group, ANSWER_SECONDS + MAX_FILES_PER_RANK * retry.seconds)
-        self._writer = Writer(
-            self._folder,
-            self.consensus,
-            keep=self._settings.keep,
-            keep_every=self._settings.keep_every,
-            notify=self._notify,
-        )
+        keep, keep_every = self._settings.keep, self._settings.keep_every
+        self._writer = Writer(self._folder, self.consensus, keep=keep, keep_every=keep_every, notify=self._notify)
         self.staging = StagingBuffer(group.device)
         self._thread: threading.Thread | None = None
         self._begin_seconds = 0.0  # for which beginning the newest checkpoint blocked training
@@ -103,14 +98,13 @@ class CheckpointManager:
         """
         self.wait()
         files = shard.files(self._group.rank, self._group.size)
-        immediate = {statistics_file(self._group.rank)} | (set() if defer_network else {NETWORK})
+        immediate = {rank_file("statistics", self._group.rank)} | (set() if defer_network else {NETWORK})
         self.staging.stage(files, deferred=files.keys() - immediate)
         state = shard.state(self._group.size) if self._group.is_first else None
         self._failures_before = self._num_failures
         self._begin_seconds = time.perf_counter() - since
-        self._thread = threading.Thread(
-            target=self._write, args=(shard.step, state, since), name="checkpoint", daemon=True
-        )
+        arguments = (shard.step, state, since)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
         self._begin_seconds = time.perf_counter() - since  # now with the thread's start; the thread reads it later
 
@@ -144,16 +138,12 @@ class CheckpointManager:
     def wait_unless_store_fails(self) -> bool:
         """Wait for the checkpoint that is being written, unless any rank has to repeat requests to the store.
 
-        A collective call.
-
-        Returns:
-            Whether the store delays the checkpoint; equal on all ranks.
+        A collective call; returns whether the store delays the checkpoint, equal on all ranks.
         """
         while True:
             is_failing = self._num_failures > self._failures_before
-            writing, failing = self._group.sum(
-                torch.tensor([float(self.is_writing), float(self.is_writing and is_failing)])
-            ).tolist()
+            flags = [float(self.is_writing), float(self.is_writing and is_failing)]
+            writing, failing = self._group.sum(torch.tensor(flags)).tolist()
             if failing or not writing:
                 return bool(failing)
             self.join(POLL_SECONDS)
@@ -185,8 +175,7 @@ class CheckpointManager:
     def latest(self, check: Check = lambda *_: None) -> tuple[int | None, list[CheckpointRefused]]:
         """Step of the newest usable checkpoint on all ranks, and on the first rank the newer ones that were rejected.
 
-        Args:
-            check: as for `newest`.
+        `check` is as for `newest`.
 
         Raises:
             UserError: there are complete checkpoints but none is usable, or the store fails.
@@ -237,7 +226,8 @@ class CheckpointManager:
         url = self.step_url(step)
         try:
             self.consensus.run_on_all_ranks(self.staging.copy_deferred)  # at full priority: training may wait for it
-            _lower_priority()
+            thread = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
             num_bytes = self._writer.write(step, lambda: own_files | self.staging.files())
         except UserError as error:
             in_a_row = 1 + (self._failed.in_a_row if self._failed else 0)
@@ -250,9 +240,3 @@ class CheckpointManager:
 
     def _notify(self, text: str) -> None:
         self._events.append(Notice(text))
-
-
-def _lower_priority() -> None:
-    """Lower the calling thread's scheduling priority."""
-    thread = threading.get_native_id()
-    os.setpriority(os.PRIO_PROCESS, thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))

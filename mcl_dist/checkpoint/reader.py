@@ -8,16 +8,7 @@ import torch
 import yaml
 from torch import nn
 
-from mcl_dist.checkpoint.format import (
-    MOMENTUM,
-    NETWORK,
-    STATE,
-    optimizer_file,
-    queue_file,
-    statistics_file,
-    step_folder,
-    steps_in,
-)
+from mcl_dist.checkpoint.format import MOMENTUM, NETWORK, STATE, rank_file, step_folder, steps_in
 from mcl_dist.checkpoint.integrity import CorruptCheckpointError, VerifiedFolder
 from mcl_dist.checkpoint.state import Snapshot, Tensors
 from mcl_dist.config import RUN_CONFIG, build_config
@@ -43,7 +34,30 @@ def read_snapshot(url: str, *, rank: int = 0, count: int | None = None) -> Snaps
         CorruptCheckpointError: a file is missing or fails verification, or the files contradict one another.
         UserError: the store fails.
     """
-    return _snapshot(VerifiedFolder(Folder(url)), rank, count)
+    folder = VerifiedFolder(Folder(url))
+    state = folder.state
+    ranks = range(state["ranks"])
+    saved = [folder.tensors(rank_file("statistics", each)) for each in ranks]
+    if any(_shapes(statistics) != _shapes(saved[0]) for statistics in saved):
+        raise folder.corrupt("the statistics of its ranks are not of one network")
+    network, momentum = folder.tensors(NETWORK), folder.tensors(MOMENTUM)
+    if momentum and _shapes(momentum) != _shapes(network):
+        raise folder.corrupt("its two networks are not of one shape")
+    queue = _join_queue(folder, [folder.tensors(rank_file("queue", each)) for each in ranks])
+    if state["queue_position"] >= max(1, len(queue)):
+        raise folder.corrupt(f"its queue position is {state['queue_position']} of {len(queue)}")
+    return Snapshot(
+        step=state["step"],
+        network=network,
+        momentum=momentum,
+        optimizer=_join_optimizer(folder, [folder.tensors(rank_file("optimizer", each)) for each in ranks], network),
+        queue=queue,
+        queue_position=state["queue_position"],
+        statistics=saved[rank] if count == len(saved) else _mean(saved),
+        progress=state["progress"],
+        schedule=state["schedule"],
+        config=state["config"],
+    )
 
 
 def newest(folder: Folder, check: Check = lambda *_: None) -> tuple[int | None, list[CorruptCheckpointError]]:
@@ -147,32 +161,6 @@ def load_network(url: str) -> tuple[Network, dict[str, Any]]:
     network = Network(build_config(EncoderConfig, encoder), build_config(HeadsConfig, heads))
     restore(network, snapshot.network, snapshot.statistics, "query", step_url)
     return network, snapshot.config
-
-
-def _snapshot(folder: VerifiedFolder, rank: int, count: int | None) -> Snapshot:
-    state = folder.state
-    ranks = range(state["ranks"])
-    saved = [folder.tensors(statistics_file(each)) for each in ranks]
-    if any(_shapes(statistics) != _shapes(saved[0]) for statistics in saved):
-        raise folder.corrupt("the statistics of its ranks are not of one network")
-    network, momentum = folder.tensors(NETWORK), folder.tensors(MOMENTUM)
-    if momentum and _shapes(momentum) != _shapes(network):
-        raise folder.corrupt("its two networks are not of one shape")
-    queue = _join_queue(folder, [folder.tensors(queue_file(each)) for each in ranks])
-    if state["queue_position"] >= max(1, len(queue)):
-        raise folder.corrupt(f"its queue position is {state['queue_position']} of {len(queue)}")
-    return Snapshot(
-        step=state["step"],
-        network=network,
-        momentum=momentum,
-        optimizer=_join_optimizer(folder, [folder.tensors(optimizer_file(each)) for each in ranks], network),
-        queue=queue,
-        queue_position=state["queue_position"],
-        statistics=saved[rank] if count == len(saved) else _mean(saved),
-        progress=state["progress"],
-        schedule=state["schedule"],
-        config=state["config"],
-    )
 
 
 def _join_optimizer(folder: VerifiedFolder, shards: list[Tensors], network: Tensors) -> Tensors:

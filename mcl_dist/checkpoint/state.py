@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mcl_dist.checkpoint.format import FORMAT, MOMENTUM, NETWORK, optimizer_file, queue_file, statistics_file
+from mcl_dist.checkpoint.format import FORMAT, MOMENTUM, NETWORK, rank_file
 from mcl_dist.config import number
 
 Tensors = dict[str, torch.Tensor]
@@ -30,16 +30,14 @@ class Progress:
 
 
 @dataclass
-class CheckpointShard:
-    """What one rank saves; tensors are the run's own on any device, not copies.
+class CheckpointContents:
+    """What a shard and a snapshot have in common.
 
     Attributes:
         step: steps done.
         network, momentum: parameters by name, complete and equal on every rank.
-        optimizer: this rank's shard, as `Engine.optimizer_shard` returns it.
-        queue: this rank's shard (k, d); the shards concatenated in rank order are all negatives.
         queue_position: row of the next key.
-        statistics: this rank's BatchNorm buffers, names prefixed with `query.` or `key.`.
+        statistics: BatchNorm buffers, names prefixed with `query.` or `key.`.
         progress, schedule, config: of the run, equal on every rank.
     """
 
@@ -54,12 +52,29 @@ class CheckpointShard:
     schedule: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
+
+@dataclass
+class Snapshot(CheckpointContents):
+    """The complete state of a run at one step, on the CPU; a run resumed from it continues exactly.
+
+    `optimizer` is by `key/name`, `queue` has all negatives (K, d), `statistics` are of one rank or means over ranks.
+    """
+
+
+@dataclass
+class CheckpointShard(CheckpointContents):
+    """What one rank saves; tensors are the run's own on any device, not copies.
+
+    `optimizer` is as `Engine.optimizer_shard` returns it, `queue` is this rank's shard (k, d): in rank order they are
+    all negatives.
+    """
+
     def files(self, rank: int, num_ranks: int) -> dict[str, Tensors]:
         """The tensors that this rank writes, by file; ranks 0 and 1 write the tensors that all ranks share."""
         files = {
-            optimizer_file(rank): self.optimizer,
-            queue_file(rank): {"queue": self.queue},
-            statistics_file(rank): self.statistics,
+            rank_file("optimizer", rank): self.optimizer,
+            rank_file("queue", rank): {"queue": self.queue},
+            rank_file("statistics", rank): self.statistics,
         }
         if rank == 0:
             files[NETWORK] = self.network
@@ -79,29 +94,3 @@ class CheckpointShard:
             "config": self.config,
         }
         return json.dumps(state, indent=1).encode()
-
-
-@dataclass
-class Snapshot:
-    """The complete state of a run at one step, on the CPU; a run resumed from it continues exactly.
-
-    Attributes:
-        step: steps done.
-        network, momentum: parameters by name.
-        optimizer: complete state by `key/name`.
-        queue: all negatives (K, d).
-        queue_position: row of the next key.
-        statistics: BatchNorm buffers of one rank, or means over ranks; names prefixed with `query.` or `key.`.
-        progress, schedule, config: of the run that was saved.
-    """
-
-    step: int
-    network: Tensors
-    momentum: Tensors
-    optimizer: Tensors
-    queue: torch.Tensor
-    queue_position: int
-    statistics: Tensors
-    progress: Progress = field(default_factory=Progress)
-    schedule: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from mcl_dist.checkpoint.consensus import Consensus
 from mcl_dist.checkpoint.format import COMMITTED, FileDigest, step_folder, steps_in
-from mcl_dist.checkpoint.retention import expired
 from mcl_dist.errors import UserError
 from mcl_dist.storage.folder import Folder
 from mcl_dist.storage.retry import RetryPolicy, TransientError
@@ -25,8 +24,7 @@ class Writer:
 
     Args:
         folder: parent of the `step-…` folders.
-        consensus: of the ranks.
-        keep, keep_every: as for `retention.expired`.
+        keep, keep_every: as for `expired`.
         notify: called with a line about a failure that ends nothing.
 
     Attributes:
@@ -44,11 +42,7 @@ class Writer:
         self._complete: set[int] = set()
 
     def write(self, step: int, files: Callable[[], Mapping[str, Buffer]]) -> int:
-        """Write a checkpoint; returns its bytes over all ranks.
-
-        Args:
-            step: steps done.
-            files: returns this rank's files by name.
+        """Write a checkpoint after `step` steps; `files` returns this rank's. Returns its bytes over all ranks.
 
         Raises:
             UserError: on every rank alike; the incomplete checkpoint is removed as far as possible.
@@ -110,6 +104,12 @@ class Writer:
 
     def _step_folder(self, step: int) -> Folder:
         return Folder(f"{self._folder.url}/{step_folder(step)}", self._folder.retry)
+
+
+def expired(steps: Collection[int], keep: int, keep_every: int | None) -> list[int]:
+    """Steps whose checkpoints may be removed, oldest first: all but the newest `keep` and multiples of `keep_every`."""
+    older = sorted(steps)[:-keep]
+    return [step for step in older if keep_every is None or step % keep_every]
 
 
 def _check_visible(folder: Folder, sizes: Mapping[str, int]) -> None:

@@ -6,8 +6,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from mcl_dist.model.encoder import Encoder
-from mcl_dist.model.loss_module import LossModule
-from mcl_dist.model.network import at_least_float32
+from mcl_dist.model.network import LossModule, at_least_float32
 
 INITIAL_DEVIATION = 0.01  # of the linear layer's weights, as in the reference; biases start at 0
 

@@ -11,8 +11,7 @@ from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import UserError
 from mcl_dist.model.encoder import Encoder, normalise
 
-# Clips per forward: 16 clips of 16×224² keep the activations of R(2+1)D-50 below 2 GB.
-MAX_CLIPS = 16
+MAX_CLIPS = 16  # per forward: 16 clips of 16×224² keep the activations of R(2+1)D-50 below 2 GB
 
 
 class Features(NamedTuple):
@@ -35,11 +34,8 @@ def rank_range(num_videos: int, group: ProcessGroup) -> range:
 def extract_features(encoder: Encoder, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Features:
     """Encode every video's clips with the encoder in evaluation mode, and average.
 
-    Every video has its own forward, so that its feature does not depend on the rank's other videos.
-
-    Args:
-        encoder: stays in evaluation mode.
-        batches: as in `mean_over_clips`.
+    Every video has its own forward, so that its feature does not depend on the rank's other videos. The encoder stays
+    in evaluation mode; `batches` is as in `mean_over_clips`.
     """
     encoder.eval()
 
@@ -63,7 +59,8 @@ def mean_over_clips(
     """
     vectors, labels = [], []
     for clips, labels_v in batches:
-        vectors += [_mean(function, video) for video in clips]
+        per_clip = (torch.cat([function(part) for part in torch.split(video, MAX_CLIPS)]) for video in clips)
+        vectors += [of_clips.mean(dim=0).float() for of_clips in per_clip]
         labels.append(labels_v.cpu().numpy())
     if not vectors:
         return Features(np.empty((0, width), np.float32), np.empty(0, np.int64))
@@ -73,12 +70,8 @@ def mean_over_clips(
 def check_finite(features: Features, name_of: Callable[[int], str]) -> None:
     """Check that every vector is finite; otherwise a probe's score would be plausible and wrong.
 
-    Args:
-        features: of some videos.
-        name_of: name of the video at a row.
-
     Raises:
-        UserError: a vector is not finite; names the first such video.
+        UserError: a vector is not finite; names the first such video by `name_of` its row.
     """
     rows = np.flatnonzero(~np.isfinite(features.vectors).all(axis=1))
     if len(rows):
@@ -101,12 +94,6 @@ def gather_features(own: Features, num_videos: int, group: ProcessGroup) -> Feat
     labels = group.gather(torch.from_numpy(np.pad(own.labels, (0, missing), constant_values=-1)))
     is_video = labels >= 0
     return Features(vectors[is_video].cpu().numpy(), labels[is_video].cpu().numpy())
-
-
-def _mean(function: Callable[[torch.Tensor], torch.Tensor], clips: torch.Tensor) -> torch.Tensor:
-    """Mean (C,) over one video's clips (clips, T, H, W, 3)."""
-    parts = torch.split(clips, MAX_CLIPS)
-    return torch.cat([function(part) for part in parts]).mean(dim=0).float()
 
 
 @torch.no_grad()

@@ -28,15 +28,9 @@ class KnnConfig:
 
 
 def nearest(train: np.ndarray, test: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` training vectors (or all, if fewer) nearest to each test vector; exact.
+    """The `count` training vectors (N, C) (or all, if fewer) nearest to each test vector (V, C); exact.
 
-    Args:
-        train: float32 (N, C), each of nonzero norm.
-        test: float32 (V, C), each of nonzero norm.
-        count: number of neighbours.
-
-    Returns:
-        Rows of `train`, int64 (V, count), nearest first, and their cosines, float32.
+    All are float32 of nonzero norm. Returns rows of `train`, int64 (V, count), nearest first, and cosines, float32.
     """
     count = min(count, len(train))
     directions = normalize(torch.from_numpy(train), dim=1)

@@ -14,12 +14,7 @@ MEAN_CLASS = "mean_class"
 
 @dataclass(frozen=True)
 class BootstrapConfig:
-    """Bootstrap of the 95 % intervals: resample the test videos with replacement.
-
-    Attributes:
-        samples: number of resampled sets.
-        seed: of the resampling.
-    """
+    """Bootstrap of the 95 % intervals: resample the test videos with replacement, `samples` times."""
 
     samples: int = number(1000, minimum=100)
     seed: int = number(0, minimum=0)
@@ -127,15 +122,20 @@ def score(predictions: Predictions, names: Sequence[str], config: BootstrapConfi
     has_class = predictions.predicted >= 0
     np.add.at(confusion, (predictions.labels[has_class], predictions.predicted[has_class]), 1)
     rng, size = np.random.default_rng(config.seed), len(predictions.labels)
-    resampled = [_measures(predictions, rng.integers(size, size=size)) for _ in range(config.samples)]
+    resampled = [measures(predictions, rng.integers(size, size=size)) for _ in range(config.samples)]
     measured = measures(predictions)
     replicates = {name: np.array([each[name] for each in resampled]) for name in measured}
     return Scores(measured, size, classes, confusion, replicates)
 
 
-def measures(predictions: Predictions) -> dict[str, float]:
-    """Fractions by name, as `Scores.measures`."""
-    return _measures(predictions, np.arange(len(predictions.labels)))
+def measures(predictions: Predictions, videos: np.ndarray | slice = slice(None)) -> dict[str, float]:
+    """Fractions by name, as `Scores.measures`, over all videos or those at the given rows, which may repeat."""
+    labels = predictions.labels[videos]
+    counts = np.bincount(labels)
+    num_right = np.bincount(labels, weights=predictions.predicted[videos] == labels)
+    present = counts > 0
+    means = {name: float(hits[videos].mean()) for name, hits in predictions.hits.items()}
+    return {**means, MEAN_CLASS: float((num_right[present] / counts[present]).mean())}
 
 
 def interval(replicates: np.ndarray) -> list[float]:
@@ -159,13 +159,3 @@ def mean_of_splits(splits: Sequence[Scores]) -> dict[str, Any]:
         "videos": sum(split.videos for split in splits),
         "intervals": {name: interval(replicates(name)) for name in names},
     }
-
-
-def _measures(predictions: Predictions, videos: np.ndarray) -> dict[str, float]:
-    """Measures over the videos at these rows, which may repeat."""
-    labels = predictions.labels[videos]
-    counts = np.bincount(labels)
-    num_right = np.bincount(labels, weights=predictions.predicted[videos] == labels)
-    present = counts > 0
-    means = {name: float(hits[videos].mean()) for name, hits in predictions.hits.items()}
-    return {**means, MEAN_CLASS: float((num_right[present] / counts[present]).mean())}

@@ -75,6 +75,20 @@ class Network(nn.Module):
         return NetworkOutput(features, self.inter(pooled), self.intra(pooled), self.order(pooled))
 
 
+class LossModule(nn.Module):
+    """A network and the loss to minimise, which the engine optimises; the forward returns the loss as one scalar.
+
+    Attributes:
+        network: its parameters are optimised.
+        report: detached scalars of the last forward by name, including `loss`, the one that it returned.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.report: dict[str, torch.Tensor] = {}
+
+
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """Convert to float32 if narrower: autocast must not reach cosines and cross-entropies."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

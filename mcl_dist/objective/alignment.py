@@ -1,5 +1,6 @@
 """Alignment of the inter similarity's gradient with the motion of the video (METHOD.md, sections 4 and 8)."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,8 @@ from torch.nn.functional import adaptive_avg_pool3d, cosine_similarity
 from mcl_dist.model.batch_norm import REDUCED_AXES, batch_statistics, mean_over_ranks, per_channel
 from mcl_dist.model.network import Network, NetworkOutput, at_least_float32
 
-MIN_NORM = 1e-12  # the reference's; maps of similar views are products of tiny gradients
+# The reference's eps: maps of similar views are products of tiny gradients.
+_cosine = partial(cosine_similarity, dim=-1, eps=1e-12)
 
 
 class Alignment(NamedTuple):
@@ -92,8 +94,3 @@ def align(maps: torch.Tensor, targets: torch.Tensor) -> Alignment:
     temporal = _cosine(maps.sum(dim=(2, 3)), targets.sum(dim=(2, 3)))
     loss = (3 - spatiotemporal - spatial - temporal).mean()
     return Alignment(loss, spatiotemporal, spatial, temporal)
-
-
-def _cosine(maps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cosine similarity along the last axis."""
-    return cosine_similarity(maps, targets, dim=-1, eps=MIN_NORM)

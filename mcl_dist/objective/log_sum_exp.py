@@ -44,13 +44,9 @@ LogSumExpKernel = Callable[[torch.Tensor, torch.Tensor, float], LogSumExp]
 def log_sum_exp(queries: torch.Tensor, vectors: torch.Tensor, temperature: float) -> LogSumExp:
     """Log-sum-exp by the fused kernel where it supports the vectors, else in chunks; records no gradients.
 
-    Args:
-        queries: (M, d).
-        vectors: (N, d), N at least 1, of the same dtype.
-        temperature: τ.
+    Queries are (M, d), vectors (N, d) with N at least 1, of the same dtype; the temperature is τ.
     """
-    kernel = fused if has_fused_kernel(vectors) else chunked
-    return kernel(queries, vectors, temperature)
+    return (fused if has_fused_kernel(vectors) else chunked)(queries, vectors, temperature)
 
 
 def has_fused_kernel(vectors: torch.Tensor) -> bool:

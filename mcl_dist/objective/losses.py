@@ -13,12 +13,8 @@ def key_similarities(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 def inter_loss(similarities: torch.Tensor, negatives: torch.Tensor, temperature: float) -> torch.Tensor:
     """Cross-entropy of 3B rows, each with one positive and the queue's negatives.
 
-    The three rows of a query share the log-sum-exp of its negatives.
-
-    Args:
-        similarities: (3, B), query·key of the three keys.
-        negatives: (B,), log-sum-exp of query·negative/τ.
-        temperature: τ.
+    `similarities` (3, B) are query·key of the three keys. The three rows of a query share `negatives` (B,), the
+    log-sum-exp of query·negative/τ.
     """
     positives = similarities / temperature
     return (torch.logaddexp(positives, negatives) - positives).mean()

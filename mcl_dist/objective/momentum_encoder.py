@@ -48,15 +48,11 @@ class MomentumEncoder:
 
     @torch.no_grad()
     def encode(self, views: torch.Tensor, step: int, mark: Mark = lambda _: None) -> Keys:
-        """Keys of views uint8 (B, 4, T, H, W, 3).
+        """Keys of this rank's views, uint8 (B, 4, T, H, W, 3); `step` counts from 0.
 
         Each of the three keys has its own forward. With shuffled BatchNorm, a permutation of (seed, step, key) spreads
-        its clips over the ranks, so that BatchNorm statistics do not reveal the query of a key.
-
-        Args:
-            views: this rank's.
-            step: counted from 0.
-            mark: called at the end of each piece of the phases `keys` and `exchange`.
+        its clips over the ranks, so that BatchNorm statistics do not reveal the query of a key. `mark` is called at the
+        end of each piece of the phases `keys` and `exchange`.
         """
         encode = self._encode_shuffled if self._shuffled else self._encode
         clips = (views[:, FIRST_KEY + key].contiguous() for key in range(NUM_KEYS))

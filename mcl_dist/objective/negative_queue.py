@@ -89,12 +89,8 @@ class NegativeQueue:
     def enqueue(self, keys: torch.Tensor, taken: torch.Tensor | None = None) -> None:
         """Write the keys of all ranks (3, B·W, d) from `position` on: all first, then all second, then all third keys.
 
-        Of more keys than K, the last K remain.
-
-        Args:
-            keys: of this step.
-            taken: a scalar on the device, 0 for a skipped step: then the vectors stay, but the position advances. The
-                caller resets the position once it has read that the step was skipped.
+        Of more keys than K, the last K remain. `taken` is a scalar on the device, 0 for a skipped step: then the
+        vectors stay, but the position advances. The caller resets it once it has read that the step was skipped.
         """
         rows = keys.flatten(0, 1)
         surplus = max(0, len(rows) - self.size)

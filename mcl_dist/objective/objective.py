@@ -10,8 +10,7 @@ import torch
 
 from mcl_dist.config import choice, number
 from mcl_dist.errors import ConfigError
-from mcl_dist.model.loss_module import LossModule
-from mcl_dist.model.network import Network
+from mcl_dist.model.network import LossModule, Network
 from mcl_dist.objective.alignment import align, alignment_map, automatic_gradient, similarity_gradient
 from mcl_dist.objective.losses import inter_loss, intra_loss, key_similarities, order_loss
 from mcl_dist.objective.momentum_encoder import Keys
@@ -90,7 +89,7 @@ class Objective(LossModule):
         order: torch.Tensor,
         weights: LossWeights,
     ) -> torch.Tensor:
-        """Weighted sum of the losses.
+        """Sum of the losses, weighted by the `weights` of this step.
 
         Args:
             clips_bcthw: normalised query clips, (B, 3, T, H, W).
@@ -98,7 +97,6 @@ class Objective(LossModule):
             queue: K negatives, without these keys.
             motion_bthw: motion targets of the alignment, (B, T', H', W').
             order: order labels, int64 (B,).
-            weights: of the terms at this step.
         """
         with (
             torch.autocast(clips_bcthw.device.type, torch.bfloat16, enabled=self._autocast),

@@ -14,11 +14,7 @@ WARMUP_ALIGNMENT = 2.0  # factor of the alignment loss during the warm-up
 class Schedule:
     """Length of a run in steps, and its base rate.
 
-    Attributes:
-        base_rate: learning rate at the end of the warm-up.
-        steps_per_epoch: n of METHOD.md.
-        total_steps: length of the run.
-        warmup_epochs: epochs of linear warm-up.
+    `base_rate` is the learning rate at the end of the linear warm-up, `steps_per_epoch` is n of METHOD.md.
     """
 
     base_rate: float

@@ -1,12 +1,14 @@
 """Listeners of every run: the console, and the files of the run folder."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from mcl_dist.errors import RankError, UserError
 from mcl_dist.events import (
@@ -25,7 +27,6 @@ from mcl_dist.events import (
     StepSkipped,
     Stopping,
 )
-from mcl_dist.run_log.records import event_record, step_record
 from mcl_dist.storage import jsonl
 from mcl_dist.storage.folder import readable_errors, write_file
 
@@ -52,10 +53,8 @@ class Console:
                 self._print(_run_message(event))
             case StepDone():
                 self._print_progress(event)
-            case StepSkipped() | LossSpike():
-                self._print(_anomaly_message(event))
-            case CheckpointWritten() | CheckpointFailed() | CheckpointRefused():
-                self._print(_checkpoint_message(event))
+            case StepSkipped() | LossSpike() | CheckpointWritten() | CheckpointFailed() | CheckpointRefused():
+                self._print(_incident_message(event))
             case LoaderReport(bad_samples=bad) if bad and bad != self._bad_samples:
                 self._bad_samples = bad
                 reasons = ", ".join(f"{count} {reason}" for reason, count in bad.items())
@@ -106,7 +105,9 @@ def _run_message(event: Started | Restarted | Stopping | Finished | Evaluated) -
             return f"finished {step} steps, peak memory {peak_bytes / 2**30:.2f} GiB per rank"
 
 
-def _anomaly_message(event: StepSkipped | LossSpike) -> str:
+def _incident_message(
+    event: StepSkipped | LossSpike | CheckpointWritten | CheckpointFailed | CheckpointRefused,
+) -> str:
     match event:
         case StepSkipped(step, samples, reason, in_a_row):
             more = f" and {len(samples) - MAX_SAMPLES} more" if samples[MAX_SAMPLES:] else ""
@@ -115,9 +116,6 @@ def _anomaly_message(event: StepSkipped | LossSpike) -> str:
             rollback = "" if back is None else f"; rolled back to the checkpoint of step {back}"
             return f"step {step}: loss spike: {loss:.3f} (limit {limit:.3f}){rollback}"
 
-
-def _checkpoint_message(event: CheckpointWritten | CheckpointFailed | CheckpointRefused) -> str:
-    match event:
         case CheckpointWritten(step, url, seconds):
             return f"checkpoint of step {step} written to {url} in {seconds:.1f} s"
         case CheckpointFailed(step, _, reason, in_a_row):
@@ -169,6 +167,37 @@ class EventLog:
         if not isinstance(event, StepDone):
             with _rank_errors(self._path):
                 jsonl.append(self._path, event_record(event))
+
+
+def step_record(done: StepDone) -> dict[str, Any]:
+    """The record of a step, with the current time in Unix seconds."""
+    return {
+        "time": time.time(),
+        "step": done.step,
+        "epoch": done.epoch,
+        **{name: _finite(value) for name, value in done.losses.items()},
+        "learning_rate": done.learning_rate,
+        "gradient_norm": _finite(done.gradient_norm),
+        "taken": done.taken,
+        "videos_per_second": done.videos_per_second,
+        "data_wait_ratio": done.data_wait_ratio,
+        "seconds": done.seconds,
+        "phases": done.phases,
+        "momentum": done.momentum,
+        "queue_fill": done.queue_fill,
+        "queue_age": done.queue_age,
+        "flops_per_second": done.flops / done.seconds,
+    }
+
+
+def event_record(event: Event) -> dict[str, Any]:
+    """The record of any other event, with its class name and the current time in Unix seconds."""
+    return {"time": time.time(), "event": type(event).__name__, **asdict(event)}
+
+
+def _finite(value: float) -> float | None:
+    """None for NaN and infinity, which JSON lacks."""
+    return value if math.isfinite(value) else None
 
 
 @contextmanager

@@ -118,17 +118,14 @@ class Folder:
     def head(self, name: str, num_bytes: int) -> bytes:
         """The first bytes of a file; all of it when it has fewer."""
 
-        def attempt() -> bytes:
-            return bytes(self._request("cat_file", self.path(name), start=0, end=num_bytes, num_bytes=num_bytes))
-
-        return self._call(name, attempt)
+        options = {"start": 0, "end": num_bytes, "num_bytes": num_bytes}
+        return self._call(name, lambda: bytes(self._request("cat_file", self.path(name), **options)))
 
     def read_range(self, name: str, start: int, end: int, *, num_bytes: int = 0) -> bytes:
         """Bytes `start` to `end` of a file, fewer when it ends before: one request, without retries.
 
         Args:
-            name: of the file.
-            start, end: offsets in bytes.
+            name, start, end: of the file, and offsets in bytes.
             num_bytes: expected size, by which the request's time limit grows.
 
         Raises:
@@ -316,24 +313,20 @@ def readable_errors(url: str) -> Iterator[None]:
     """Turn errors of storage into a one-line `UserError` with the URL, without credentials, and a remedy."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise _user_error(url, "no such file or folder; check the path") from error
-    except PermissionError as error:
-        raise _user_error(url, "permission denied; check its owner or your credentials") from error
-    except (OSError, ValueError, ImportError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise _user_error(url, "no space left; free some, then run the same command again") from error
-        raise _user_error(url, _first_line(error)) from error
     except Exception as error:
         # Store libraries have error types of their own; any other built-in error is a bug.
-        if isinstance(error, UserError) or type(error).__module__ == "builtins":
+        is_bug = type(error).__module__ == "builtins" and not isinstance(error, OSError | ValueError | ImportError)
+        if is_bug or isinstance(error, UserError):
             raise
-        raise _user_error(url, _first_line(error)) from error
+        raise UserError(without_credentials(f"{url}: {_reason(error)}")) from error
 
 
-def _user_error(url: str, reason: str) -> UserError:
-    return UserError(without_credentials(f"{url}: {reason}"))
-
-
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    match error:
+        case FileNotFoundError():
+            return "no such file or folder; check the path"
+        case PermissionError():
+            return "permission denied; check its owner or your credentials"
+        case OSError(errno=errno.ENOSPC):
+            return "no space left; free some, then run the same command again"
     return str(error).splitlines()[0] if str(error) else type(error).__name__

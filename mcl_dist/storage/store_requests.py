@@ -15,11 +15,13 @@ FIRST_WAIT, LONGEST_WAIT = 0.05, 10.0  # seconds; doubled from one to the other,
 SLOWEST = 2**20  # bytes a second: what a transfer may take beyond its time limit
 JITTER = random.Random()  # not the process's shared generator, whose draws must not depend on requests
 BUSY = (408, 429)  # HTTP's "request timeout" and "too many requests", as transient as the 500s
-# Error types by name, over all store libraries: none of them has to be installed.
-STALLS = frozenset(("TimeoutError", "FSTimeoutError", "ReadTimeoutError", "ConnectTimeoutError"))
-RESETS = frozenset(("ConnectionResetError", "BrokenPipeError", "ServerDisconnectedError", "ConnectionClosedError"))
-SHORT_BODIES = frozenset(("ClientPayloadError", "ContentLengthError", "IncompleteRead", "ResponseStreamingError"))
-UNREACHABLE = frozenset(("ClientConnectorError", "EndpointConnectionError", "ConnectionRefusedError", "gaierror"))
+# Error types by name, over all store libraries: none of them has to be installed. The first match decides.
+ERROR_TYPES: dict[Failure, set[str]] = {
+    "reset": {"ConnectionResetError", "BrokenPipeError", "ServerDisconnectedError", "ConnectionClosedError"},
+    "unreachable": {"ClientConnectorError", "EndpointConnectionError", "ConnectionRefusedError", "gaierror"},
+    "stall": {"TimeoutError", "FSTimeoutError", "ReadTimeoutError", "ConnectTimeoutError"},
+    "short_body": {"ClientPayloadError", "ContentLengthError", "IncompleteRead", "ResponseStreamingError"},
+}
 CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*@|\?[^\s'\"]*")
 
 
@@ -49,13 +51,7 @@ def classify_failure(error: BaseException | None) -> Failure | None:
     kinds = {kind.__name__ for cause in error_chain(error) for kind in type(cause).__mro__}
     if any(code >= 500 or code in BUSY for code in map(http_status, error_chain(error))):
         return "server_error"
-    known: tuple[tuple[frozenset[str], Failure], ...] = (
-        (RESETS, "reset"),
-        (UNREACHABLE, "unreachable"),
-        (STALLS, "stall"),
-        (SHORT_BODIES, "short_body"),
-    )
-    return next((reason for names, reason in known if kinds & names), None)
+    return next((reason for reason, names in ERROR_TYPES.items() if kinds & names), None)
 
 
 def http_status(error: BaseException) -> int:

@@ -28,9 +28,7 @@ class NonFiniteSamples:
 class NonFiniteAttribution:
     """One rank's evidence for the attribution of a non-finite step to samples; it stays on the device until then.
 
-    Args:
-        batch: of the step, on this rank.
-        losses: of this rank's forward passes, (parts,).
+    `batch` and `losses` (parts,) are those of the step on this rank.
     """
 
     def __init__(self, batch: Batch, losses: torch.Tensor) -> None:
@@ -59,11 +57,7 @@ class SpikeDetector:
     """Detects losses above the median of recent ones by more than a multiple of their median absolute deviation (MAD).
 
     The MAD is robust to a few outliers. Of consecutive high losses only the first is a spike; they become the new
-    normal once they fill half of the window.
-
-    Args:
-        window: number of recent losses; there is no limit before as many were observed.
-        factor: multiple of the MAD.
+    normal once they fill half of the window. There is no limit before `window` losses were observed.
     """
 
     def __init__(self, window: int, factor: float) -> None:

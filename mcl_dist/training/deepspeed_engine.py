@@ -15,8 +15,9 @@ import torch
 from torch import distributed, nn
 
 from mcl_dist.config import choice, number
+from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import ConfigError, UserError
-from mcl_dist.model.loss_module import LossModule
+from mcl_dist.model.network import LossModule
 from mcl_dist.training.lars import LARS
 
 STATE_KEYS = {"sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq"), "lars": ("momentum_buffer",)}
@@ -30,7 +31,6 @@ class OptimizerConfig:
     """Optimizer and its sharding; the defaults are METHOD.md's, section 5, for Kinetics.
 
     Attributes:
-        name: `sgd`, `adamw` or `lars`.
         learning_rate: at the end of the warm-up.
         scale_with_batch: global batch that `learning_rate` is meant for; for another global batch the rate scales in
             proportion. None disables the scaling.
@@ -100,13 +100,9 @@ class Update(NamedTuple):
 
 
 class Engine:
-    """Forward, backward and step of an objective under DeepSpeed.
+    """Forward, backward and step of an objective under DeepSpeed, which optimises its network's parameters.
 
-    Args:
-        objective: its network's parameters are optimised.
-        config: of the optimizer.
-        batch_per_rank: videos per step on one rank.
-        accumulate: number of parts that they are split into, each with its own forward and backward.
+    A rank's `batch_per_rank` videos of a step are split into `accumulate` parts, each with a forward and a backward.
     """
 
     def __init__(
@@ -116,9 +112,7 @@ class Engine:
         self.objective = objective
         self._state_keys = STATE_KEYS[config.name] if config.name == "adamw" or config.momentum else ()
         self._stage = config.zero_stage
-        is_distributed = distributed.is_initialized()
-        self._rank = distributed.get_rank() if is_distributed else 0
-        self._num_ranks = distributed.get_world_size() if is_distributed else 1
+        self._group = ProcessGroup()
         self._torch_optimizer = make_optimizer(objective, config)
         self._torch_optimizer.register_step_pre_hook(self._check_finite)
         self._engine, *_ = _deepspeed().initialize(
@@ -147,10 +141,7 @@ class Engine:
         """Update the parameters after the last `backward`; change nothing if loss or gradient are not finite.
 
         The device decides; the host does not wait.
-
-        Args:
-            loss: mean over ranks and parts, the same on all ranks.
-            learning_rate: of this step.
+        `loss` is the mean over ranks and parts, the same on all ranks.
         """
         for group in self._torch_optimizer.param_groups:
             group["lr"] = learning_rate
@@ -180,17 +171,13 @@ class Engine:
     def gathered(self, *, modify: bool = False) -> Iterator[None]:
         """Context in which the network's parameters are whole; all ranks must enter together.
 
-        Args:
-            modify: the caller writes parameters, with equal values on all ranks; the optimizer's copies are refreshed.
+        With `modify` the caller writes parameters, equal on all ranks, and the optimizer's copies are refreshed.
         """
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
         # Without a modifier rank, stage 3 silently discards writes.
-        with GatheredParameters(
-            list(self.objective.network.parameters()),
-            modifier_rank=0 if modify else None,
-            enabled=self.shards_parameters,
-        ):
+        parameters, rank = list(self.objective.network.parameters()), 0 if modify else None
+        with GatheredParameters(parameters, modifier_rank=rank, enabled=self.shards_parameters):
             yield
         if modify and self._stage:
             self._engine.optimizer.refresh_fp32_params()
@@ -205,7 +192,7 @@ class Engine:
         for name, start, state, own in self._local_pieces():
             for key in self._state_keys:
                 shard[f"{key}/{name}@{start}"] = state[key].detach().flatten()[own]
-        if self._counts_steps and self._rank == 0:
+        if self._counts_steps and self._group.is_first:
             shard["step@0"] = self._torch_optimizer.state[self._optimized_tensors()[0]]["step"].reshape(1)
         return shard
 
@@ -214,7 +201,7 @@ class Engine:
         states = self._torch_optimizer.state
         if not self._stage:  # every rank holds all: each saves every n-th parameter
             for index, (name, parameter) in enumerate(self._named_parameters()):
-                if index % self._num_ranks == self._rank:
+                if index % self._group.size == self._group.rank:
                     yield name, 0, states[parameter], slice(None)
             return
         for group, shard in self._shards():
@@ -289,7 +276,7 @@ class Engine:
         if self._stage == 3:
             zero = self._engine.optimizer
             _, start, size = zero.grad_position[zero.get_param_id(parameter)]
-            source = self._rank * size  # the last rank's piece may extend beyond the parameter
+            source = self._group.rank * size  # the last rank's piece may extend beyond the parameter
             return start, source, max(0, min(size, parameter.ds_numel - source))  # type: ignore[attr-defined]
         fragment = parameter._hp_mapping  # type: ignore[attr-defined]
         if fragment is None:  # no part of this parameter is in the shard
@@ -304,10 +291,7 @@ class Engine:
 def make_optimizer(module: nn.Module, config: OptimizerConfig, *, fused: bool = True) -> torch.optim.Optimizer:
     """The configured optimizer of a module's parameters.
 
-    Args:
-        module: whose parameters are optimised.
-        config: of the optimizer.
-        fused: update all parameters in one kernel, which skips the step where `found_inf` is 1.
+    If `fused`, it updates all parameters in one kernel, which skips the step where `found_inf` is 1.
     """
     parameters, rate, decay = list(module.parameters()), config.learning_rate, config.weight_decay
     if config.name == "adamw":

@@ -1,13 +1,34 @@
-"""A step between its dispatch and its report."""
+"""A step between its dispatch and its report, with scalars that are copied to the host meanwhile."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from mcl_dist.distributed.process_group import ProcessGroup, copy_to_device
 from mcl_dist.training.anomalies import NonFiniteAttribution
-from mcl_dist.training.async_scalars import AsyncScalars
 from mcl_dist.training.phase_timer import PhaseTimer
+
+
+class AsyncScalars:
+    """Scalars of any dtype, copied to the host once the device has computed them; neither waits for the other."""
+
+    def __init__(self, values: Mapping[str, torch.Tensor]) -> None:
+        self._names = list(values)
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        self._copied: torch.cuda.Event | None = None
+        if stacked.is_cuda:
+            self._values = torch.empty(stacked.shape, pin_memory=True).copy_(stacked, non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+        else:
+            self._values = stacked
+
+    def wait(self) -> dict[str, float]:
+        """Wait for the copy and return the values."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return dict(zip(self._names, self._values.tolist(), strict=True))
 
 
 @dataclass
@@ -19,8 +40,7 @@ class PendingStep:
         scalars: means over ranks: the objective's report, `gradient_norm`, `taken`, `waited` and `stop`.
         non_finite: evidence for the attribution of a skipped step to samples.
         num_videos: in the global batch.
-        timer: of the step's phases.
-        seconds: wall time of the step.
+        seconds: wall time.
     """
 
     step: int

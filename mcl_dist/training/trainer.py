@@ -18,10 +18,9 @@ from mcl_dist.errors import UserError
 from mcl_dist.events import Finished, Listener, LossSpike, Notice, StepDone, StepSkipped, Stopping, emit
 from mcl_dist.objective.schedule import Schedule
 from mcl_dist.training.anomalies import NonFiniteAttribution, SpikeDetector
-from mcl_dist.training.async_scalars import AsyncScalars
 from mcl_dist.training.config import TrainConfig
 from mcl_dist.training.deepspeed_engine import Engine
-from mcl_dist.training.pending_step import PendingStep, mean_report
+from mcl_dist.training.pending_step import AsyncScalars, PendingStep, mean_report
 from mcl_dist.training.phase_timer import PhaseTimer
 from mcl_dist.training.training_state import TrainingState
 
@@ -45,7 +44,6 @@ class Trainer(ABC, Generic[BatchT]):
         name_of: name of a sample of `Batch.samples`.
         flops_per_video: floating-point operations of a step for one video; 0 if unknown.
         stop: request to stop this rank before the end.
-        heartbeat: of this rank.
         num_taken: number of steps of the run that were finite.
     """
 
@@ -83,7 +81,12 @@ class Trainer(ABC, Generic[BatchT]):
             UserError: more steps are done than the run has, too many consecutive steps are not finite, or too many
                 checkpoints, or the last one, cannot be written.
         """
-        self._check_length()
+        total = self.schedule.total_steps
+        if self.start > total:
+            raise UserError(
+                f"{self.checkpoints.step_url(self.start)}: {self.start} steps are done, but the run has {total}; "
+                f"set train.steps or train.epochs to {self.start} steps or more, or choose another run.dir"
+            )
         with self.engine.gathered():
             self.checkpoints.reserve(self._shard(self.start))
         try:
@@ -92,17 +95,8 @@ class Trainer(ABC, Generic[BatchT]):
             # Even a run that fails completes the checkpoint that is being written.
             self._wait_for_checkpoint(lambda: self.checkpoints.join(LAST_WRITE_SECONDS))
         if is_done:
-            emit(self.listeners, Finished(self.schedule.total_steps, peak_bytes(self.group.device)))
+            emit(self.listeners, Finished(total, peak_bytes(self.group.device)))
         return is_done
-
-    def _check_length(self) -> None:
-        """Reject a checkpoint with more steps than the run has."""
-        total = self.schedule.total_steps
-        if self.start > total:
-            raise UserError(
-                f"{self.checkpoints.step_url(self.start)}: {self.start} steps are done, but the run has {total}; "
-                f"set train.steps or train.epochs to {self.start} steps or more, or choose another run.dir"
-            )
 
     def _train(self) -> bool:
         """Train to the last step; False if a rank is asked to stop before."""

@@ -7,8 +7,7 @@ the labels `run`, `rank` and `node` from `targets.json`.
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from mcl_dist.events import PHASES
-from mcl_dist.label_values import BAD_SAMPLE_REASONS, LOADER_STAGES, REFUSAL_REASONS
+from mcl_dist.events import BAD_SAMPLE_REASONS, LOADER_STAGES, PHASES, REFUSAL_REASONS
 from mcl_dist.run_log.goodput import RESTART_CAUSES
 from mcl_dist.run_log.listeners import SCORE_LABELS
 from mcl_dist.storage.store_requests import Failure

@@ -70,7 +70,11 @@ class Prometheus:
                 stderr=log,
             )
         self._start = time.time()
-        assert until(self._answers, 30), self._log.read_text()
+        try:
+            assert until(self._answers, 30), self._log.read_text()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Terminate the server."""

@@ -21,8 +21,7 @@ from dataloading.shards.format import read_index, read_manifest
 from dataloading.shards.index import ShardIndex
 from mcl_dist.batch import QUERY, TubeletBatch
 from mcl_dist.errors import ConfigError, UserError
-from mcl_dist.events import LoaderReport
-from mcl_dist.label_values import LOADER_STAGES
+from mcl_dist.events import LOADER_STAGES, LoaderReport
 from mcl_dist.storage.folder import Folder
 from monitoring.metrics.catalogue import METRICS
 from tests.support.shard_sets import update_digests

@@ -24,7 +24,7 @@ from dataloading.reading.shard_set import ShardSet
 from dataloading.shards.bad_sample import BadSampleError
 from dataloading.shards.format import MANIFEST, add_digest, index_name, sha256
 from mcl_dist.errors import UserError
-from mcl_dist.label_values import BAD_SAMPLE_REASONS
+from mcl_dist.events import BAD_SAMPLE_REASONS
 from tests.support.shard_sets import update_digests
 
 WriteSet = Callable[..., Path]

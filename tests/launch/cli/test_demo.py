@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli.demo_stages import CONFIG, MARKER
+from launch.cli.demo import CONFIG, MARKER
 from launch.cli.main import main
 from launch.report.tubelet_picture import save_tubelet_picture
 from launch.run.config import PretrainConfig, check

@@ -14,7 +14,7 @@ from uuid import uuid4
 import pytest
 
 from launch.cli.main import main
-from launch.terminal.sparkline import sparkline
+from launch.terminal.monitor_screen import sparkline
 from launch.terminal.units import format_bytes, format_counts, format_duration, format_number, format_percent, printable
 from mcl_dist.errors import EXIT_FAILURE, EXIT_USAGE
 from mcl_dist.events import CheckpointWritten, Evaluated, Notice, Started, StepDone

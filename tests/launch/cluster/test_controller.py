@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch.supervision.outcome import KILLED
-from launch.supervision.polling import wait_until
+from launch.supervision.processes import wait_until
 from tests.support.hosts import Rig, missing, running_hosts
 from tests.support.paths import REPOSITORY
 

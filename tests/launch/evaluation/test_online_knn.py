@@ -7,7 +7,7 @@ import pytest
 
 from dataloading.loader.config import DataConfig
 from launch.evaluation.online_knn import OnlineKnn
-from launch.run.evaluate_config import EvaluateConfig
+from launch.run.config import EvaluateConfig
 from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.distributed.shutdown import StopRequest
 from mcl_dist.errors import UserError

@@ -17,8 +17,7 @@ from launch.supervision.attempt import Attempt
 from launch.supervision.deepspeed_launcher import RUNTIME
 from launch.supervision.hang_detection import SuperviseConfig
 from launch.supervision.outcome import DONE, HUNG, KILLED, STOPPED, Outcome
-from launch.supervision.polling import wait_until
-from launch.supervision.processes import session_members
+from launch.supervision.processes import session_members, wait_until
 from mcl_dist.distributed.heartbeat import read_beats
 
 SECONDS = 20.0

@@ -8,7 +8,7 @@ import pytest
 
 from launch.supervision.deepspeed_launcher import free_port
 from launch.supervision.outcome import DONE, KILLED, LOST, Outcome
-from launch.supervision.polling import wait_until
+from launch.supervision.processes import wait_until
 from launch.supervision.rendezvous import RendezvousClient, RendezvousServer
 
 TIMEOUT_SECONDS = 10.0

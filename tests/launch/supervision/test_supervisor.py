@@ -16,7 +16,7 @@ import pytest
 from launch.supervision.deepspeed_launcher import RESTARTED, NodeSpec
 from launch.supervision.hang_detection import SuperviseConfig
 from launch.supervision.outcome import CRASHED, DONE, STOPPED, USER
-from launch.supervision.polling import wait_until
+from launch.supervision.processes import wait_until
 from launch.supervision.supervisor import Supervisor
 from mcl_dist.distributed.heartbeat import read_beats
 from mcl_dist.distributed.shutdown import SIGNALS

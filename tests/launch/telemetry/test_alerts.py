@@ -9,7 +9,7 @@ import subprocess
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,9 +66,9 @@ def site(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     if subprocess.run([*mount, "true"], capture_output=True, check=False).returncode:
         pytest.skip("this user may not mount a small disk in a namespace")
     shards = Path(shutil.copytree(synthetic_shards, folder / "served" / "shards"))
-    prometheus = Prometheus(folder / "prometheus")
-    with behind_http(shards, folder / "nginx") as (url, store), ExitStack() as stack:
-        stack.callback(prometheus.close)
+    with ExitStack() as stack:
+        url, store = stack.enter_context(behind_http(shards, folder / "nginx"))  # skips the tests without nginx
+        prometheus = stack.enter_context(closing(Prometheus(folder / "prometheus")))
         settings = [f"monitoring.port={free_ports(2)}", f"monitoring.targets={prometheus.targets}/run.json"]
         settings += ["train.steps=99999", "train.max_nonfinite_steps=99999", "data.max_bad_fraction=1"]
         settings += [f"data.cache={folder}/cache", "data.fetch=ranges"]

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,30 +96,26 @@ def start_bench(shards: Path, port: int) -> subprocess.Popen[bytes]:
 def monitored(synthetic_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MonitoredRun]:
     folder, port, bench_port, pushgateway_port = tmp_path_factory.mktemp("monitored"), *(free_port() for _ in range(3))
     run = folder / "run"
-    prometheus = Prometheus(folder / "prometheus", {9500: port, 9600: bench_port, 9091: pushgateway_port})
-    pushgateway = start_pushgateway(pushgateway_port)
-    settings = [f"monitoring.port={free_ports(2)}", f"monitoring.targets={prometheus.targets}/run.json"]
+    settings = [f"monitoring.port={free_ports(2)}", f"monitoring.targets={folder}/prometheus/targets/run.json"]
     settings += ["monitoring.peak_tflops=1", "train.steps=99999", "checkpoint.every=4"]
     settings += ["evaluate.every=4", f"evaluate.test={synthetic_shards}", "evaluate.clips=1"]
-    bench = start_bench(synthetic_shards, bench_port)
-    try:
+    with ExitStack() as stack:
+
+        def until_exit(process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            return process
+
+        ports = {9500: port, 9600: bench_port, 9091: pushgateway_port}
+        prometheus = stack.enter_context(closing(Prometheus(folder / "prometheus", ports)))
+        until_exit(start_pushgateway(pushgateway_port))
+        until_exit(start_bench(synthetic_shards, bench_port))
         training = start(*arguments_for(synthetic_shards, run, *settings), "--ranks", "2")
-        try:
-            # Prometheus looks for new targets every five seconds; a small build could end before that.
-            assert until(lambda: bool(prometheus.series('up{job="mcl-build"}')), SECONDS)
-            build = start_build(synthetic_shards.parent / "train", folder / "set", port, pushgateway_port)
-            try:
-                yield MonitoredRun(prometheus, run, build)
-            finally:
-                build.kill()
-                build.wait()
-        finally:
-            kill_everything(training, run)
-    finally:
-        for process in (bench, pushgateway):
-            process.kill()
-            process.wait()
-        prometheus.close()
+        stack.callback(kill_everything, training, run)
+        # Prometheus looks for new targets every five seconds; a small build could end before that.
+        assert until(lambda: bool(prometheus.series('up{job="mcl-build"}')), SECONDS)
+        build = until_exit(start_build(synthetic_shards.parent / "train", folder / "set", port, pushgateway_port))
+        yield MonitoredRun(prometheus, run, build)
 
 
 def test_every_query_of_every_panel_and_rule_returns_data_except_those_of_a_gpu(monitored: MonitoredRun) -> None:

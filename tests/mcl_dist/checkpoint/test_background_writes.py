@@ -15,7 +15,7 @@ import torch
 from torch import distributed
 
 from mcl_dist.batch import TubeletBatch
-from mcl_dist.checkpoint.format import NETWORK, optimizer_file
+from mcl_dist.checkpoint.format import NETWORK, rank_file
 from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.training.config import TrainConfig
 from mcl_dist.training.deepspeed_engine import OptimizerConfig
@@ -119,7 +119,7 @@ def test_a_checkpoint_copied_during_the_next_step_is_exact(run_ranks: Callable[.
         for step in (EVERY, STEPS):
             assert files(at_once, step) == files(late, step), f"stage {stage}, step {step}"
     right, wrong = (files(tmp_path / f"{CONTROL}-{name}", EVERY) for name in ("copied_late", "copied_too_late"))
-    for name in (NETWORK, optimizer_file(0), optimizer_file(1)):
+    for name in (NETWORK, rank_file("optimizer", 0), rank_file("optimizer", 1)):
         assert right[name] != wrong[name], f"{name}: this test would not detect a trainer that does not wait"
 
 

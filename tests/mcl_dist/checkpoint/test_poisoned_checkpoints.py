@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save as to_bytes
 
 from mcl_dist.checkpoint import CheckpointConfig, CheckpointManager, CheckpointShard, read_snapshot
-from mcl_dist.checkpoint.retention import expired
+from mcl_dist.checkpoint.writer import expired
 from mcl_dist.distributed.process_group import ProcessGroup
 from mcl_dist.errors import UserError
 

@@ -23,8 +23,7 @@ from mcl_dist.events import (
     StepDone,
     StepSkipped,
 )
-from mcl_dist.run_log.listeners import EventLog, MetricsFile
-from mcl_dist.run_log.records import event_record, step_record
+from mcl_dist.run_log.listeners import EventLog, MetricsFile, event_record, step_record
 from monitoring.history.curves import MOST_POINTS, NUM_RECENT, Curves
 from monitoring.history.fold import NUM_MESSAGES, History
 from monitoring.history.run_folder import RunFolder

@@ -5,7 +5,7 @@ import time
 import pytest
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
-from mcl_dist.label_values import BAD_SAMPLE_REASONS, LOADER_STAGES, REFUSAL_REASONS
+from mcl_dist.events import BAD_SAMPLE_REASONS, LOADER_STAGES, REFUSAL_REASONS
 from monitoring.metrics.catalogue import METRICS, SECTIONS, Scope, max_series
 from monitoring.metrics.catalogue_page import NODE, RANKS, page
 from monitoring.metrics.registry import Registry

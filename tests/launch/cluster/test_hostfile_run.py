@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launch.cluster.environment import forwarded_environment
+from launch.cluster.hostfile_run import forwarded_environment
 from mcl_dist.errors import ConfigError
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mcl_dist.training.async_scalars import AsyncScalars
+from mcl_dist.training.pending_step import AsyncScalars
 
 
 def test_values_are_returned_by_name_and_as_of_the_copy() -> None:
