@@ -78,8 +78,9 @@ def load_encoder_under_test(checkpoint: str, pretrain: PretrainConfig | None = N
             )
         return _untrained(pretrain)
     if interchange.is_weights_file(checkpoint):
+        encoder = interchange.load_encoder(checkpoint)  # first: it reports a file that cannot be read
         clips = interchange.read_clip_settings(checkpoint) or {"frames": FRAMES, "stride": STRIDE, "crop": CROP}
-        return EncoderUnderTest(checkpoint, interchange.load_encoder(checkpoint), ClipGeometry(**clips))
+        return EncoderUnderTest(checkpoint, encoder, ClipGeometry(**clips))
     encoder, stored = load_encoder(checkpoint)
     data = build_config(PretrainConfig, stored).data
     return EncoderUnderTest(checkpoint, encoder, ClipGeometry(data.frames, data.stride, data.crop))

@@ -16,6 +16,7 @@ from urllib.parse import urlencode
 from urllib.request import urlopen
 
 from launch.supervision.deepspeed_launcher import free_port
+from launch.supervision.processes import wait_until
 from tests.support.queries import MONITORING
 
 SPEEDUP = 30  # two scrapes per second; an alert's `for: 2m` becomes four seconds
@@ -32,12 +33,7 @@ def speed_up(text: str) -> str:
 
 def until(happened: Callable[[], bool], seconds: float) -> bool:
     """Poll until `happened()`; return False on timeout."""
-    deadline = time.monotonic() + seconds
-    while not happened():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.3)
-    return True
+    return wait_until(happened, seconds, poll_seconds=0.3)
 
 
 class Prometheus:
