@@ -4,26 +4,18 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from dataloading.loader.worker_pool import WorkerPool
+from launch.supervision.processes import wait_until
 from mcl_dist.errors import UserError
 from tests.support.paths import REPOSITORY
 from tests.support.pool_job import start, start_failing
 
 ROUNDS, PER_ROUND = 20, 5
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 30) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        os.sched_yield()  # a kill takes a moment
-    return condition()
 
 
 def shared_segments() -> set[str]:
@@ -110,5 +102,5 @@ def test_a_hundred_killed_parents_leave_no_process_and_no_shared_memory() -> Non
                     parent.stdout.readline()
                 parent.kill()
         for parent in parents:
-            assert wait_until(lambda session=parent.pid: not processes_of(session)), parent.pid
+            assert wait_until(lambda session=parent.pid: not processes_of(session), 30), parent.pid
     assert shared_segments() == before
