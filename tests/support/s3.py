@@ -75,7 +75,7 @@ use = egg:swift#slo
 
 @dataclass(frozen=True)
 class S3Store:
-    """A running store; `environment` is all that an S3 client needs to be told."""
+    """A running store; `environment` is all that an S3 client needs."""
 
     folder: Path
     port: int  # of the proxy, which speaks S3
