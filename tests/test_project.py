@@ -34,6 +34,7 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
     assert ("example:" in capsys.readouterr().out) == bool(command)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statement", "heavy"),
     [

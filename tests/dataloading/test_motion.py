@@ -64,6 +64,7 @@ def test_a_target_follows_its_clip_in_time_and_space() -> None:
     assert np.unravel_index(int(target[0, 1].argmax()), (7, 7)) == (1, 5)
 
 
+@pytest.mark.slow
 def test_a_mirrored_clip_has_a_mirrored_target() -> None:
     flow = torch.from_numpy(random_flow(2, 8, 28, 28, 2))
     target = motion_target(flow, (4, 7, 7))

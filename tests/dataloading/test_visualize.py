@@ -53,6 +53,7 @@ def test_the_views_equal_those_of_the_training_draw(write_set: WriteSet) -> None
         np.testing.assert_array_equal(view.tubelet.frames, tubelet.frames)
 
 
+@pytest.mark.slow
 def test_every_clip_starts_at_a_candidate(write_set: WriteSet) -> None:
     shard_set = ShardSet(str(write_set([40])))
     best = np.concatenate(best_starts(shard_set.read(0).clip_scores, num_frames=40, window=8)) - 1
@@ -84,6 +85,7 @@ def test_sampled_frames_are_evenly_spaced_over_the_video(write_set: WriteSet) ->
         np.testing.assert_array_equal(sampled.frame_map, shard_set.read(0).frame_maps[sampled.frame])
 
 
+@pytest.mark.slow
 def test_the_upper_half_of_a_flow_still_is_horizontal_and_the_lower_half_vertical(synthetic_shards: Path) -> None:
     video = ShardSet(str(synthetic_shards)).read(0)
     still = cv2.imdecode(video.flow([3])[0], cv2.IMREAD_GRAYSCALE).astype(float)

@@ -63,6 +63,7 @@ def test_alignment_similarities_and_loss_equal_the_reference(golden: Path) -> No
     check_close(result.loss, vectors["loss"], 1e-9)
 
 
+@pytest.mark.slow
 def test_inter_logits_and_loss_equal_the_reference(golden: Path) -> None:
     vectors = arrays(golden / "contrast.npz")
     similarities = key_similarities(vectors["q_inter"], vectors["k_inter"])
@@ -100,6 +101,7 @@ def test_the_learning_rate_of_every_step_equals_the_reference(golden: Path) -> N
     check_close(torch.tensor(rates, dtype=torch.float64), vectors["lr"], 1e-12)
 
 
+@pytest.mark.slow
 def test_reference_checkpoints_load_strictly(golden: Path) -> None:
     shapes = json.loads((golden / "reference_state_dict.json").read_text())
     network = Network(EncoderConfig(), HeadsConfig())

@@ -30,6 +30,7 @@ def draws(golden: Path, kind: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             yield np.array(ours), stored[f"{case}_{kind}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["motion", "uniform"])
 def test_starts_have_the_distribution_of_the_reference(golden: Path, kind: str) -> None:
     p_values = np.array(
@@ -40,6 +41,7 @@ def test_starts_have_the_distribution_of_the_reference(golden: Path, kind: str) 
     assert (p_values.min(axis=0) * NUM_CASES > 0.001).all(), p_values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["motion", "uniform"])
 def test_every_start_of_the_reference_is_among_ours(golden: Path, kind: str) -> None:
     for ours, theirs in draws(golden, kind):

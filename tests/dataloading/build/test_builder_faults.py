@@ -184,6 +184,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Callable[..., None]]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_of_one_line_and_the_build_resumes_once_space_is_free(
     source: Path, whole: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,6 +216,7 @@ def test_an_unwritable_destination_is_an_error_of_one_line(
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_a_removed_destination_is_an_error_of_one_line_and_the_next_build_is_complete(
     source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -228,6 +230,7 @@ def test_a_removed_destination_is_an_error_of_one_line_and_the_next_build_is_com
     assert contents(destination) == whole
 
 
+@pytest.mark.slow
 def test_no_manifest_is_written_for_removed_shards(source: Path, tmp_path: Path) -> None:
     destination = tmp_path / "set"
     remove = after(4, lambda: (destination / "shard-000001.tar").unlink())

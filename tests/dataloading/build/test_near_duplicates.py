@@ -64,6 +64,7 @@ def test_one_video_or_none_has_no_near_duplicate(hashes: list[VideoHash]) -> Non
     assert near_duplicates(hashes) == ()
 
 
+@pytest.mark.slow
 def test_a_resumed_build_lists_near_duplicates_across_the_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

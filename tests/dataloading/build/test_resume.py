@@ -120,6 +120,7 @@ def end(process: subprocess.Popen[str], number: int) -> None:
     process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("url", ["{}/set", "memory://resume/{}"])
 @pytest.mark.parametrize("number", [0, 1, 5, 8, 11])
 def test_a_resumed_build_makes_the_same_set_and_repeats_no_finished_shard(
@@ -165,6 +166,7 @@ def test_refused_videos_of_finished_shards_are_not_opened_again(
     assert contents(tmp_path / "set") == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "half", "after"])
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 7, 11, 12, 13, 14, 17])
 def test_a_kill_during_any_write_leaves_nothing_half_written(

@@ -55,6 +55,7 @@ def test_the_two_components_share_no_jpeg_block(name: str) -> None:
     assert all(height and height % 8 == 0 for height in heights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_the_flow_of_a_pair_does_not_depend_on_other_pairs(name: str) -> None:
     before, after = shifted_pair(-6, 5)

@@ -100,6 +100,7 @@ def test_noise_has_a_finite_flow() -> None:
     assert np.isfinite(estimate(earlier, later, THOROUGH)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [TVL1Config(), THOROUGH], ids=["default", "thorough"])
 def test_the_batched_form_agrees_with_the_kernels(config: TVL1Config) -> None:
     earlier = np.stack([texture(3), texture(4)])

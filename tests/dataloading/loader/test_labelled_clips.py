@@ -55,6 +55,7 @@ def test_a_video_shorter_than_a_clip_is_stretched_by_repeating_frames() -> None:
     assert {tuple(frames) for frames in drawn} == {(0, 1, 2, 3), (1, 2, 3, 4)}
 
 
+@pytest.mark.slow
 def test_a_batch_has_the_classes_of_its_videos(synthetic_shards: Path) -> None:
     with closing(ShardSet(str(synthetic_shards))) as stored:
         labels = torch.from_numpy(stored.labels)

@@ -73,6 +73,7 @@ def concatenate(batches: tuple[TubeletBatch, ...]) -> TubeletBatch:
     return TubeletBatch(*(torch.cat(parts) for parts in zip(*(vars(b).values() for b in batches), strict=True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("device", ["meta", pytest.param("cuda:0", marks=pytest.mark.gpu)])
 def test_batches_decoded_on_a_cpu_are_copied_to_the_device(make_loader: MakeLoader, device: str, workers: int) -> None:
@@ -207,6 +208,7 @@ def test_pixels_and_flow_of_the_query_share_frames_crop_and_mirror(
             assert (pixels.flip(-1) - component).abs().mean() > 20
 
 
+@pytest.mark.slow
 def test_the_target_of_a_mirrored_query_is_the_mirrored_target(make_loader: MakeLoader) -> None:
     straight = first_batches(make_loader(replace(PLAIN, mirror_probability=0.0)), 4)
 

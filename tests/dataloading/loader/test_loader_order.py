@@ -155,6 +155,7 @@ def test_a_bad_sample_is_replaced_by_the_next_of_its_lane_and_listed_once(config
     assert (entry["reason"], entry["step"]) == ("checksum", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_more_bad_samples_than_the_budget_stop_the_run(config: DataConfig, workers: int) -> None:
     damage(config, [1, 6, 12])
@@ -166,6 +167,7 @@ def test_more_bad_samples_than_the_budget_stop_the_run(config: DataConfig, worke
         one.close()
 
 
+@pytest.mark.slow
 def test_sets_come_by_their_weights_for_any_number_of_ranks(write_set: WriteSet, config: DataConfig) -> None:
     first = Path(str(config.train)).rename(Path(str(config.train)).with_name("first"))
     second = write_set([9, 12, 30, 10, 8, 16])

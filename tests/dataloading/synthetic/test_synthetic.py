@@ -24,6 +24,7 @@ def decode_grey(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="gray") for frame in container.decode(video=0)])
 
 
+@pytest.mark.slow
 def test_every_class_folder_has_the_requested_number_of_videos(small_set: Path) -> None:
     for split, per_class in (("train", 2), ("test", 1)):
         found = {folder.name: len(list(folder.glob("*.mp4"))) for folder in (small_set / split).iterdir()}
@@ -37,6 +38,7 @@ def test_a_file_decodes_to_nearly_the_rendered_frames(small_set: Path) -> None:
     assert np.abs(decoded.astype(int) - rendered).mean() < 3
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_bytes_and_other_seeds_other_bytes(small_set: Path, tmp_path: Path) -> None:
     name = Path("test") / CLASSES[5] / "0000.mp4"
     for seed in (3, 4):

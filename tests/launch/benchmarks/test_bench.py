@@ -25,6 +25,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "train"
 
 
+@pytest.mark.slow
 def test_every_estimator_is_compared_with_the_reference(videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "flow", "--videos", str(videos), "--groups", "1", "--short-side", "0", "--json"]) == 0
     results = json.loads(capsys.readouterr().out)
@@ -51,6 +52,7 @@ def test_a_folder_without_usable_videos_fails_in_one_line(tmp_path: Path, capsys
     assert "no usable video" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flow", ["tvl1", "dis"])
 def test_the_stages_of_a_build_add_up(videos: Path, capsys: pytest.CaptureFixture[str], flow: str) -> None:
     video = next(videos.glob("*/*"))

@@ -40,6 +40,7 @@ def test_the_report_has_its_documented_fields(bench: Any) -> None:
     assert "digest" not in report
 
 
+@pytest.mark.slow
 def test_the_digest_depends_on_the_batches_but_not_on_the_ranks(bench: Any) -> None:
     digest = bench("--fingerprint", "--epochs", "2")["digest"]
 

@@ -90,6 +90,7 @@ def test_the_configuration_of_the_demo_suits_its_ranks() -> None:
     check(load_config(PretrainConfig, CONFIG), 2)
 
 
+@pytest.mark.slow
 def test_the_picture_is_a_png(synthetic_shards: Path, tmp_path: Path) -> None:
     from dataloading.reading.shard_set import ShardSet
 

@@ -186,6 +186,7 @@ def watch(terminal: Terminal, run: Path, *options: str) -> None:
     terminal.type(f"cd {shlex.quote(str(Path.cwd()))}; {shlex.join(command)}; echo exit code $?", "Enter")
 
 
+@pytest.mark.slow
 def test_the_screen_follows_the_run_and_the_terminal_size_and_is_removed(terminal: Terminal, run: Path) -> None:
     watch(terminal, run)
     lines = terminal.wait_for(lambda lines: "step 40 of 100" in lines[1])

@@ -77,6 +77,7 @@ def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHosts
         signal.signal(number, handler)
 
 
+@pytest.mark.slow
 def test_a_stop_request_reaches_hosts_that_cannot_take_it_at_first(hosts: FakeHosts) -> None:
     refused = hosts.work / "refused"
     hosts.replace_ssh(
@@ -89,6 +90,7 @@ def test_a_stop_request_reaches_hosts_that_cannot_take_it_at_first(hosts: FakeHo
     assert sorted(file.name for file in hosts.work.glob("stopped-*")) == ["stopped-0", "stopped-1"]
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_kills_all_hosts_at_once(hosts: FakeHosts) -> None:
     hosts.replace_ssh('case "$command" in *--attached*|*"kill -TERM"*) kill -INT $PPID; esac')
     pid = hosts.work / "pid"
@@ -114,11 +116,13 @@ def fail_at_steps(hosts: FakeHosts, *steps: int) -> None:
     hosts.replace_python(COUNT.format(work=hosts.work) + fail)
 
 
+@pytest.mark.slow
 def test_a_run_that_makes_progress_restarts_beyond_the_limit(hosts: FakeHosts) -> None:
     fail_at_steps(hosts, 50, 150, 260)
     assert hosts.pretrain(1, *LIMITS) == 0
 
 
+@pytest.mark.slow
 def test_a_run_without_progress_fails_at_the_limit(hosts: FakeHosts, capsys: pytest.CaptureFixture[str]) -> None:
     fail_at_steps(hosts, 150, 180, 200)
     assert hosts.pretrain(1, *LIMITS) == 1

@@ -36,6 +36,7 @@ class LocalSsh(Ssh):
         return ["sh", "-c", prefix + command]
 
 
+@pytest.mark.slow
 def test_a_node_without_torch_is_reported_and_the_other_checks_run(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')\n")
     hosts = [Host("localhost", 1), Host("127.0.0.1", 1)]

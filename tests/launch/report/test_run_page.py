@@ -113,6 +113,7 @@ class Tables(HTMLParser):
             self.rows[-1][-1] += data
 
 
+@pytest.mark.slow
 def test_every_section_has_content(html: str) -> None:
     found = [attributes.get("id") for tag, attributes in Elements(html).found if tag == "section"]
     assert [name for name in found if name in SECTIONS] == list(SECTIONS)
@@ -197,6 +198,7 @@ def test_a_section_without_data_states_the_reason(run: Path, tmp_path: Path) -> 
             assert reason in html, reason
 
 
+@pytest.mark.slow
 def test_online_evaluations_share_one_row_and_can_provide_neighbours(run: Path, tmp_path: Path) -> None:
     (line,) = read_results(run)
     folder = tmp_path / "run"

@@ -154,6 +154,7 @@ def test_a_missing_set_is_reported_in_one_line(tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "page.html").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out", ["file/page.html", "folder", "."])
 def test_an_unwritable_page_is_reported_in_one_line(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], out: str

@@ -63,6 +63,7 @@ def test_ranks_get_the_gpus_that_the_user_chose(tmp_path: Path, monkeypatch: pyt
     assert visible_gpus(tmp_path, 2) == {"5,3"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "code", "cause"),
     [

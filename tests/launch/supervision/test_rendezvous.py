@@ -34,6 +34,7 @@ def start_attempt(nodes: Nodes) -> None:
     assert port == wait_until(second.join_attempt, TIMEOUT_SECONDS) > 0
 
 
+@pytest.mark.slow
 def test_a_node_that_only_lost_the_others_learns_the_root_cause(nodes: Nodes) -> None:
     first, second = nodes
     killed, lost = Outcome(1, KILLED, "rank 1 was killed by SIGKILL"), Outcome(1, LOST, "rank 0: another rank is gone")
@@ -45,6 +46,7 @@ def test_a_node_that_only_lost_the_others_learns_the_root_cause(nodes: Nodes) ->
         second.report_outcome(killed)
 
 
+@pytest.mark.slow
 def test_nodes_start_at_one_port_share_a_failure_restart_and_finish(nodes: Nodes) -> None:
     first, second = nodes
     killed, done = Outcome(1, KILLED, "rank 3 was killed by SIGKILL"), Outcome(0, DONE, "all is done")

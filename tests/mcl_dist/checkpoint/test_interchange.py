@@ -114,6 +114,7 @@ def test_onnx_computes_the_same(run: str, network: Network, clips: torch.Tensor,
     assert np.abs(found - features(network.encoder.eval(), clips).numpy()).max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file_format", ["safetensors", "reference", "torchscript", "onnx"])
 def test_equal_weights_give_equal_bytes(run: str, file_format: str) -> None:
     assert export_checkpoint(run, file_format) == export_checkpoint(run, file_format)

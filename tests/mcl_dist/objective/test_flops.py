@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from launch.benchmarks.step_variants import StandaloneStep, StepVariant, noise
@@ -11,6 +12,7 @@ from mcl_dist.objective.flops import flops_per_video
 from mcl_dist.training.deepspeed_engine import pick_device
 
 
+@pytest.mark.slow
 def test_the_count_equals_that_of_a_step_on_real_tensors() -> None:
     tree = {
         "run": {"dir": "none"},
@@ -28,6 +30,7 @@ def test_the_count_equals_that_of_a_step_on_real_tensors() -> None:
     assert 2 * counted == counter.get_total_flops()
 
 
+@pytest.mark.slow
 def test_a_step_of_the_reference_encoder_takes_240_gigaflops_per_video() -> None:
     # Four forwards of 40.5 GFLOPs, and a backward of twice as much, without the first layer's input gradient.
     assert 235e9 < flops_per_video(EncoderConfig(), HeadsConfig(), frames=16, crop=224) < 245e9

@@ -90,6 +90,7 @@ def test_failing_pushes_are_logged_once_and_counted_and_raise_nothing(
     assert not [path for _, path, *_ in receiver.pushed if path == "/elsewhere"]
 
 
+@pytest.mark.slow
 def test_a_build_pushes_with_a_password_from_a_file_and_does_not_log_it(
     receiver: Receiver, synthetic_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

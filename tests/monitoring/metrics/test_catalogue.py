@@ -57,6 +57,7 @@ def test_label_values_are_those_that_the_loader_and_the_builder_report(metric: s
     assert METRICS[metric].values == values
 
 
+@pytest.mark.slow
 def test_a_run_of_512_ranks_exports_the_documented_number_of_series_and_is_scraped_fast() -> None:
     series, slowest = 0, 0.0
     for rank in range(RANKS):

@@ -33,6 +33,7 @@ def load_rules(file: str) -> list[dict[str, Any]]:
 ALERTS = {rule["alert"]: rule for rule in load_rules("alerts.yml")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
